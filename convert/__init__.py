@@ -1,0 +1,1 @@
+"""Hugging Face checkpoints to JAX parameters: `python -m convert SRC OUT`."""

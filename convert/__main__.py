@@ -1,0 +1,72 @@
+"""`python -m convert SRC OUT`: a Hugging Face checkpoint to a converted folder."""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import sys
+import time
+from pathlib import Path
+
+import jax
+from tqdm import tqdm
+
+from convert.checkpoint import FLOATS, check_free, leftovers, plan, save_converted
+from convert.families import abstract_params, table_of
+from convert.source import open_source
+from reroute_jax.config import ModelConfig
+from reroute_jax.errors import RerouteError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    args = _parser().parse_args(argv)
+    # Nothing is computed here, and a GPU's memory may be another program's.
+    jax.config.update("jax_platforms", "cpu")
+    try:
+        _convert(args.src, args.out, args.dtype)
+    except RerouteError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"error: interrupted, {args.out} was not written", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _convert(src: str, out: Path, dtype: str | None) -> None:
+    start = time.monotonic()
+    check_free(out)
+    source = open_source(src)
+    if source.manifest is not None:
+        raise RerouteError(f"{src} is converted already: expected a Hugging Face checkpoint")
+    config = ModelConfig.from_hf(source.config)
+    target = abstract_params(config)
+    planned = plan(source, target, table_of(config))
+    for folder in leftovers(out):
+        print(f"note: {folder} was left by a conversion that was killed or still runs; if killed, delete it")
+    total = sum(tensor.nbytes for _, tensor in planned)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="converting") as bar:
+        manifest = save_converted(source, out, planned, target, dtype, bar.update)
+    print(
+        f"{out}: {manifest.tensors} tensors, {manifest.parameters:,} parameters, {manifest.nbytes / 1e9:.2f} GB "
+        f"({dtype or 'stored dtypes'}), {time.monotonic() - start:.0f} s, peak memory {_peak_bytes() / 1e9:.2f} GB"
+    )
+
+
+def _peak_bytes() -> int:
+    """Largest resident size of this process so far. Linux counts in KiB, macOS in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m convert", description=__doc__)
+    parser.add_argument("src", metavar="SRC", help="hub id (owner/model) or checkpoint folder with safetensors")
+    parser.add_argument("out", metavar="OUT", type=Path, help="folder to write; must not exist")
+    parser.add_argument("--dtype", choices=list(FLOATS), help="dtype to store (default: as in SRC)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,26 @@
+"""The architectures that can be converted: for each its table, and the parameters its model wants."""
+
+from __future__ import annotations
+
+import jax
+from flax import nnx
+
+from convert import llava
+from convert.table import Table
+from reroute_jax.config import ModelConfig
+from reroute_jax.models.llava import Llava
+
+_TABLES = {"llava": llava.table}
+_MODELS = {"llava": Llava}
+
+
+def table_of(config: ModelConfig) -> Table:
+    """The conversion rules for a model of this configuration."""
+    return _TABLES[config.family](config)
+
+
+def abstract_params(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """Every parameter of the model as dotted path -> shape; nothing is allocated."""
+    model = nnx.eval_shape(lambda: _MODELS[config.family](config, rngs=nnx.Rngs(0)))
+    state = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    return {".".join(map(str, path)): jax.ShapeDtypeStruct(value.shape, value.dtype) for path, value in state}

@@ -1,0 +1,191 @@
+"""Rules from checkpoint keys to parameter paths, applied strictly and one tensor at a time, in both directions."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from reroute_jax.errors import RerouteError
+
+Shape = tuple[int, ...]
+FLOAT_DTYPES = ("F32", "F16", "BF16")
+NAMES_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class Op:
+    """How one PyTorch tensor becomes one JAX parameter.
+
+    `rank` is that of the parameter. `hf_shape(shape)` is the only tensor shape accepted for a parameter of that shape.
+    `to_jax(tensor, shape)` and `to_hf(parameter)` are exact inverses.
+    """
+
+    name: str
+    rank: int | None
+    hf_shape: Callable[[Shape], Shape]
+    to_jax: Callable[[np.ndarray, Shape], np.ndarray]
+    to_hf: Callable[[np.ndarray], np.ndarray]
+
+
+COPY = Op("copy", None, lambda s: s, lambda x, _: x, lambda y: y)
+# nn.Linear keeps [out, in].
+LINEAR = Op("linear", 2, lambda s: (s[1], s[0]), lambda x, _: x.T, lambda y: y.T)
+# [N*H, D] -> [D, N, H]
+SPLIT_HEADS = Op(
+    "split_heads",
+    3,
+    lambda s: (s[1] * s[2], s[0]),
+    lambda x, shape: x.T.reshape(shape),
+    lambda y: y.reshape(y.shape[0], -1).T,
+)
+# [D, N*H] -> [N, H, D]
+MERGE_HEADS = Op(
+    "merge_heads",
+    3,
+    lambda s: (s[2], s[0] * s[1]),
+    lambda x, shape: x.T.reshape(shape),
+    lambda y: y.reshape(-1, y.shape[-1]).T,
+)
+# [N*H] -> [N, H]
+HEADS_BIAS = Op("heads_bias", 2, lambda s: (s[0] * s[1],), lambda x, shape: x.reshape(shape), lambda y: y.reshape(-1))
+# nn.Conv2d keeps OIHW; lax.conv is given HWIO.
+CONV = Op(
+    "conv",
+    4,
+    lambda s: (s[3], s[2], s[0], s[1]),
+    lambda x, _: x.transpose(2, 3, 1, 0),
+    lambda y: y.transpose(3, 2, 0, 1),
+)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One row: checkpoint key template, parameter path template, op. `{i}` stands for the same integer in both."""
+
+    source: str
+    target: str
+    op: Op
+
+
+@dataclass(frozen=True)
+class Table:
+    """Everything that is known about the keys of one architecture.
+
+    `spellings` are (regex, replacement) pairs, applied in order, that turn any accepted spelling into the one the rules
+    use; that one is also written. `ignored` are regexes of keys (in the rules' spelling) that hold no parameter.
+    """
+
+    rules: tuple[Rule, ...]
+    spellings: tuple[tuple[str, str], ...] = ()
+    ignored: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Key `key` of the checkpoint becomes parameter `path` through `op`."""
+
+    key: str
+    path: str
+    op: Op
+
+
+def match(
+    table: Table, source: Iterable[tuple[str, str, Shape]], target: Mapping[str, Shape], name: str
+) -> list[Assignment]:
+    """Pair every (key, safetensors dtype, shape) of `source` with a parameter of `target` (path -> shape), in order.
+
+    `name` is the checkpoint's, for the report. Raises RerouteError, listing everything at once, if a key is unknown,
+    occurs twice, is mis-shaped or is not floating point, or if a parameter is set twice or never.
+    """
+    unknown, repeated, misshaped, not_float = [], [], [], []
+    assignments: list[Assignment] = []
+    setters: dict[str, list[str]] = {}
+    source = list(source)
+    occurrences = Counter(key for key, _, _ in source)
+    repeated += [f"{key} is in {n} files" for key, n in occurrences.items() if n > 1]
+    for key, dtype, shape in {entry[0]: entry for entry in source}.values():
+        canonical = _canonical(table, key)
+        if any(re.fullmatch(pattern, canonical) for pattern in table.ignored):
+            continue
+        found = _find(table.rules, canonical, lambda rule: rule.source, lambda rule: rule.target)
+        if found is None or found[0] not in target:
+            unknown.append(key)
+            continue
+        path, op = found
+        setters.setdefault(path, []).append(key)
+        expected = _hf_shape(op, path, target[path])
+        if shape != expected:
+            misshaped.append(f"{key} is {list(shape)}, expected {list(expected)}")
+        if dtype not in FLOAT_DTYPES:
+            not_float.append(f"{key} is {dtype}, expected one of {', '.join(FLOAT_DTYPES)}")
+        assignments.append(Assignment(key, path, op))
+    repeated += [f"{path} is set by {' and by '.join(keys)}" for path, keys in setters.items() if len(keys) > 1]
+    missing = [f"{hf_key(table, path)[0]} (for {path})" for path in target if path not in setters]
+    raise_report(
+        f"checkpoint {name} does not fit its config.json",
+        {"unknown": unknown, "missing": missing, "duplicate": repeated, "mis-shaped": misshaped, "dtype": not_float},
+    )
+    return assignments
+
+
+def raise_report(headline: str, problems: Mapping[str, list[str]]) -> None:
+    """Raise RerouteError with one headline and the named problems below it, unless there are none."""
+    problems = {kind: names for kind, names in problems.items() if names}
+    if not problems:
+        return
+    lines = [f"{headline}: " + ", ".join(f"{len(names)} {kind}" for kind, names in problems.items())]
+    for kind, names in problems.items():
+        lines += [f"  {kind}: {text}" for text in names[:NAMES_SHOWN]]
+        if len(names) > NAMES_SHOWN:
+            lines.append(f"  {kind}: ... and {len(names) - NAMES_SHOWN} more")
+    raise RerouteError("\n".join(lines))
+
+
+def hf_key(table: Table, path: str) -> tuple[str, Op]:
+    """The checkpoint key that parameter `path` is written under, and the op. Raises RerouteError if no rule has it."""
+    found = _find(table.rules, path, lambda rule: rule.target, lambda rule: rule.source)
+    if found is None:
+        raise RerouteError(f"no conversion rule for parameter {path}: expected one that its table names")
+    return found
+
+
+def hf_shapes(table: Table, target: Mapping[str, Shape]) -> dict[str, Shape]:
+    """Key -> tensor shape of the checkpoint that holds the parameters `target` (path -> shape)."""
+    named = {path: hf_key(table, path) for path in target}
+    return {key: _hf_shape(op, path, target[path]) for path, (key, op) in named.items()}
+
+
+def to_hf(table: Table, params: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
+    """The parameters as checkpoint tensors (key, array), one at a time, bit for bit and in the written spelling."""
+    for path, value in params.items():
+        key, op = hf_key(table, path)
+        yield key, op.to_hf(np.asarray(value))
+
+
+def _canonical(table: Table, key: str) -> str:
+    for pattern, replacement in table.spellings:
+        key = re.sub(pattern, replacement, key)
+    return key
+
+
+def _find(
+    rules: tuple[Rule, ...], name: str, left: Callable[[Rule], str], right: Callable[[Rule], str]
+) -> tuple[str, Op] | None:
+    """Translate `name` from the `left` template of the rule it fits to the `right` one."""
+    for rule in rules:
+        pattern = re.escape(left(rule)).replace(re.escape("{i}"), r"(?P<i>0|[1-9]\d*)")
+        if found := re.fullmatch(pattern, name):
+            return right(rule).format(**found.groupdict()), rule.op
+    return None
+
+
+def _hf_shape(op: Op, path: str, shape: Shape) -> Shape:
+    if op.rank is not None and len(shape) != op.rank:
+        raise RerouteError(
+            f"{op.name} is for parameters of rank {op.rank}, but {path} is {list(shape)}: correct the rule"
+        )
+    return op.hf_shape(shape)

@@ -1,0 +1,76 @@
+"""Boxes in answers: parsing, normalising and scoring, the way the RefCOCO reference does it (lmms-eval v0.7.1 + patch).
+
+A box is (x1, y1, x2, y2). Pure Python. No answer raises, and none gives NaN or infinity.
+"""
+
+import re
+import sys
+from collections.abc import Sequence
+
+from reroute_jax.errors import RerouteError
+
+Box = tuple[float, float, float, float]
+
+COORD_FORMATS = ("normalized", "pixel", "scale_1000")
+COORD_FORMAT_OF_FAMILY = {"llava": "normalized"}  # what the reference runs each model family with
+THRESHOLDS = (0.1, 0.3, 0.5, 0.7, 0.9)
+REC_METRICS = ("refcoco_IoU", *(f"refcoco_ACC@{t}" for t in THRESHOLDS), "refcoco_Center_ACC")
+
+NULL_BOX: Box = (0.0, 0.0, 0.0, 0.0)
+_NUMBER = r"\s*(-?\d+(?:\.\d+)?)"
+_FOUR = ",".join([_NUMBER] * 4)
+_BRACKETS = re.compile(rf"\[{_FOUR}\s*\]")
+_PARENTHESES = re.compile(rf"\({_FOUR}\s*\)")
+
+
+def parse_box(text: str) -> Box:
+    """First box in square brackets, else the first in parentheses, else NULL_BOX.
+
+    A number too large for a double becomes the largest double, so that every record stays valid JSON.
+    """
+    found = _BRACKETS.search(text) or _PARENTHESES.search(text)
+    if found is None:
+        return NULL_BOX
+    largest = sys.float_info.max
+    return tuple(min(max(float(number), -largest), largest) for number in found.groups())
+
+
+def normalise_box(box: Sequence[float], coord_format: str, size: tuple[int, int]) -> Box:
+    """Box in fractions of the image; `size` is the stored image's (width, height) in pixels.
+
+    A box without any value above 1 is taken as normalised in every format; nothing is clipped or reordered. Raises
+    RerouteError for a format not in COORD_FORMATS.
+    """
+    if coord_format not in COORD_FORMATS:
+        raise RerouteError(f"unknown coordinate format {coord_format!r}: expected one of {', '.join(COORD_FORMATS)}")
+    if coord_format == "normalized" or max(box) <= 1.0:
+        return tuple(box)
+    width, height = size if coord_format == "pixel" else (1000, 1000)
+    x1, y1, x2, y2 = box
+    return x1 / width, y1 / height, x2 / width, y2 / height
+
+
+def iou(predicted: Sequence[float], truth: Sequence[float]) -> float:
+    """Intersection over union; areas are signed products, so a box with both corners swapped is merely elsewhere.
+
+    Without an intersection the result is 0 whatever the union is (the reference divides by zero where the two signed
+    areas cancel).
+    """
+    dx = min(predicted[2], truth[2]) - max(predicted[0], truth[0])
+    dy = min(predicted[3], truth[3]) - max(predicted[1], truth[1])
+    if dx <= 0 or dy <= 0:
+        return 0.0
+    return dx * dy / (_area(predicted) + _area(truth) - dx * dy)
+
+
+def rec_metrics(predicted: Sequence[float], truth: Sequence[float]) -> dict[str, float]:
+    """One question's share of each of REC_METRICS, all in [0, 1]; boxes in the same frame."""
+    overlap = iou(predicted, truth)
+    x, y = (predicted[0] + predicted[2]) / 2, (predicted[1] + predicted[3]) / 2
+    centre = truth[0] <= x <= truth[2] and truth[1] <= y <= truth[3]
+    values = (overlap, *(float(overlap >= t) for t in THRESHOLDS), float(centre))
+    return dict(zip(REC_METRICS, values, strict=True))
+
+
+def _area(box: Sequence[float]) -> float:
+    return (box[2] - box[0]) * (box[3] - box[1])

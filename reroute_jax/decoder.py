@@ -1,0 +1,212 @@
+"""The decoder and the only code that walks stages.
+
+A stage is a run of layers on one set of tokens. Stages after the first open with a decision: score the candidates,
+keep the best, gather them with all text into a shorter sequence, run the stage's layers on that. Deletion continues
+with the shorter sequence. Reroute (arXiv 2606.12412) writes it back into the full one, where deferred tokens kept
+their hidden states, and the next decision chooses among all of them again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from reroute_jax.cache import KVCache, StageCache, with_room
+from reroute_jax.config import DecoderConfig
+from reroute_jax.layers import DecoderLayer, Rope, RMSNorm, parameter, take_rows
+from reroute_jax.positions import rope_tables
+from reroute_jax.routing.ops import Rows, by_visual_index, compact_slots, gather, gather_keys, scatter, select
+from reroute_jax.routing.plan import RoutingPlan, StagePlan
+
+
+class Embedding(nnx.Module):
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype):
+        shape = (config.vocab_size, config.hidden_size)
+        self.table = parameter(rngs, shape, ("vocab", "embed"), dtype, config.hidden_size)
+
+    def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        return self.table[ids]
+
+
+class Head(nnx.Module):
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype):
+        shape = (config.hidden_size, config.vocab_size)
+        self.kernel = parameter(rngs, shape, ("embed", "vocab"), dtype, config.hidden_size)
+
+
+class Decoder(nnx.Module):
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype):
+        self.config = config
+        self.embed = Embedding(config, rngs=rngs, dtype=dtype)
+        self.layers = nnx.List([DecoderLayer(config, rngs=rngs, dtype=dtype) for _ in range(config.num_layers)])
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps, dtype=dtype)
+        self.head = None if config.tied_head else Head(config, rngs=rngs, dtype=dtype)
+
+    def logits(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows vocab"]:
+        """fp32 logits of hidden states."""
+        kernel = self.embed.table[...].T if self.head is None else self.head.kernel[...]
+        return jnp.matmul(self.norm(x), kernel, preferred_element_type=jnp.float32)
+
+
+@jax.tree_util.register_dataclass
+@dataclass
+class Prompt:
+    """A right-padded batch as the host prepares it. `n` is the largest original visual count of a row.
+
+    ids: token ids; positions: rotary positions in the unpruned prompt.
+    feature: for a visual slot the row of the flattened image features it reads, else -1.
+    first_feature: index of the row's first visual token among the original features of the batch.
+    visual_positions: rotary positions of the row's original visual tokens.
+    keep: per decision and row, how many visual tokens to select.
+    prior: per decision and row, host-made scores by original visual index (controls); zero decisions when unused.
+    next_position: position of the first generated token.
+    text_slots: static; no row has more text tokens.
+    """
+
+    ids: Int[Array, "B T"]
+    positions: Int[Array, "B T"]
+    valid: Bool[Array, "B T"]
+    feature: Int[Array, "B T"]
+    first_feature: Int[Array, " B"]
+    visual_positions: Int[Array, "B n"]
+    keep: Int[Array, "J B"]
+    prior: Float[Array, "P B n"]
+    next_position: Int[Array, " B"]
+    text_slots: int = field(metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclass
+class Decision:
+    """What one decision saw and chose, by original visual index."""
+
+    scores: Float[Array, "B n"]
+    selected: Bool[Array, "B n"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass
+class Prefilled:
+    """logits: fp32, last valid token of each row."""
+
+    logits: Float[Array, "B vocab"]
+    cache: KVCache
+    decisions: tuple[Decision, ...]
+
+
+def forward(
+    decoder: Decoder, x: Float[Array, "B T D"], rope: Rope, mask: Bool[Array, "#B T T"]
+) -> Float[Array, "B T D"]:
+    """All layers on all tokens under an explicit mask, without a cache: training and all-position logits."""
+    for layer in decoder.layers:
+        x, _, _ = layer.prefill(x, rope, mask)
+    return x
+
+
+def prefill(
+    decoder: Decoder,
+    prompt: Prompt,
+    features: Float[Array, "F D"],
+    anchors: Int[Array, " F"],
+    plan: RoutingPlan,
+    max_new: int,
+) -> Prefilled:
+    """Run a prompt through the staged decoder.
+
+    features: image features of the whole batch, flattened, decoder width. anchors: the index of each among the
+    batch's original (unmerged) features. plan, max_new: static; `max_new` cache slots are reserved for decode.
+    """
+    rows = _prompt_rows(decoder, prompt, features, anchors)
+    stages, decisions, before_last = [], [], rows.hidden
+    for stage in plan.stages:
+        if stage.cap is None:
+            active, slots, keys = rows, None, None
+        else:
+            number = len(decisions)
+            scores, keys = _scores(decoder, stage, rows, before_last, prompt.prior, number)
+            chosen = select(scores, rows.eligible, stage.cap, prompt.keep[number])
+            decisions.append(_decision(scores, chosen, rows, prompt))
+            slots = compact_slots(chosen | (rows.valid & (rows.visual < 0)), prompt.text_slots + stage.cap)
+            keys = None if keys is None else gather_keys(keys, slots)
+            if plan.monotonic:
+                rows = replace(rows, eligible=chosen)
+            active = gather(rows, slots)
+            if plan.position_mode == "renumber":
+                active = replace(active, rope=_consecutive(active.valid, decoder.config))
+        active, before_last, cached = _run_stage(decoder, stage, active, keys, max_new)
+        compacted = plan.position_mode == "renumber" and stage.cap is not None
+        next_position = active.last + 1 if compacted else prompt.next_position
+        stages.append(StageCache(*cached, valid=active.valid, next_position=next_position))
+        rows = scatter(rows, slots, active) if plan.recover and slots is not None else active
+    last = take_rows(active.hidden, active.last[:, None])[:, 0]
+    return Prefilled(decoder.logits(last), KVCache(tuple(stages)), tuple(decisions))
+
+
+def decode_step(
+    decoder: Decoder, token: Int[Array, " B"], cache: KVCache, step: Int[Array, ""]
+) -> tuple[Float[Array, "B vocab"], KVCache]:
+    """Feed generated token number `step` through all layers, each on its stage's cache."""
+    x = decoder.embed(token[:, None])
+    layers, stages = iter(decoder.layers), []
+    for stage in cache.stages:
+        rope = rope_tables((stage.next_position + step)[:, None], decoder.config)
+        visible, slot = stage.visible(step), stage.valid.shape[1] + step
+        keys, values = [], []
+        for old_keys, old_values in zip(stage.keys, stage.values, strict=True):
+            x, new_keys, new_values = next(layers).decode(x, rope, old_keys, old_values, slot, visible)
+            keys.append(new_keys)
+            values.append(new_values)
+        stages.append(replace(stage, keys=tuple(keys), values=tuple(values)))
+    return decoder.logits(x[:, 0]), KVCache(tuple(stages))
+
+
+def _prompt_rows(decoder: Decoder, prompt: Prompt, features, anchors) -> Rows:
+    visual = prompt.feature >= 0
+    index = jnp.where(visual, anchors[prompt.feature] - prompt.first_feature[:, None], -1)
+    embeds = decoder.embed(jnp.where(visual, 0, prompt.ids))
+    hidden = jnp.where(visual[..., None], features[prompt.feature].astype(embeds.dtype), embeds)
+    positions = jnp.where(visual, take_rows(prompt.visual_positions, index), prompt.positions)
+    return Rows(hidden, rope_tables(positions, decoder.config), index, prompt.valid, eligible=visual)
+
+
+def _scores(
+    decoder: Decoder, stage: StagePlan, rows: Rows, before_last, prior: Float[Array, "P B n"], number: int
+) -> tuple[Float[Array, "B T"], Float[Array, "B K T H"] | None]:
+    """Scores of all rows, and the keys of layer `stage.lo` where scoring computed them."""
+    if stage.score == "prior":
+        return take_rows(prior[number], jnp.where(rows.visual < 0, prior.shape[-1], rows.visual)), None
+    if stage.score == "previous_layer":
+        scores, _ = decoder.layers[stage.lo - 1].last_token_scores(before_last, rows.rope, rows.valid, rows.last)
+        return scores, None
+    return decoder.layers[stage.lo].last_token_scores(rows.hidden, rows.rope, rows.valid, rows.last)
+
+
+def _run_stage(decoder: Decoder, stage: StagePlan, rows: Rows, keys, max_new: int):
+    """Run layers [lo, hi); returns the rows, the input of the last layer, and cached (keys, values) per layer."""
+    x, slots = rows.hidden, rows.valid.shape[1]
+    causal = jnp.tril(jnp.ones((1, slots, slots), bool))
+    cached_keys, cached_values, before_last = [], [], x
+    with jax.named_scope(f"layers_{stage.lo}_{stage.hi}"):
+        for number in range(stage.lo, stage.hi):
+            before_last = x
+            x, k, v = decoder.layers[number].prefill(x, rows.rope, causal, keys if number == stage.lo else None)
+            cached_keys.append(with_room(k, max_new))
+            cached_values.append(with_room(v, max_new))
+    return replace(rows, hidden=x), before_last, (tuple(cached_keys), tuple(cached_values))
+
+
+def _consecutive(valid: Bool[Array, "B T"], config: DecoderConfig) -> Rope:
+    """Position mode `renumber`: 0, 1, 2, ... over what is left, as the original PyramidDrop does."""
+    return rope_tables(jnp.broadcast_to(jnp.arange(valid.shape[1]), valid.shape), config)
+
+
+def _decision(scores: Float[Array, "B T"], chosen: Bool[Array, "B T"], rows: Rows, prompt: Prompt) -> Decision:
+    count = prompt.visual_positions.shape[-1]
+    scores = jnp.where(rows.eligible, scores, -jnp.inf)
+    return Decision(
+        by_visual_index(scores, rows.visual, count, -jnp.inf), by_visual_index(chosen, rows.visual, count, False)
+    )

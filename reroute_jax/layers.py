@@ -1,0 +1,200 @@
+"""Building blocks of the decoder.
+
+Letters: B batch, T query slots, S key slots, D width, N heads, K KV heads, G = N/K, H head dim, F MLP width.
+Heads stand before slots everywhere: a decode step then reads each head's cached keys as one contiguous block.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from reroute_jax.config import DecoderConfig
+
+
+class Rope(NamedTuple):
+    """Rotary factors, fp32 always: bf16 cannot tell position 257 from 256."""
+
+    cos: Float[Array, "B T half"]
+    sin: Float[Array, "B T half"]
+
+
+def parameter(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], dtype, fan_in: int) -> nnx.Param:
+    """A normally initialised weight with its logical axis names (read by `sharding.py`)."""
+    return nnx.Param(jax.random.normal(rngs.params(), shape, dtype) / math.sqrt(fan_in), axes=axes)
+
+
+def constant(value: float, shape: tuple[int, ...], axes: tuple[str | None, ...], dtype) -> nnx.Param:
+    return nnx.Param(jnp.full(shape, value, dtype), axes=axes)
+
+
+class RMSNorm(nnx.Module):
+    def __init__(self, width: int, eps: float, *, dtype):
+        self.scale = constant(1.0, (width,), ("embed",), dtype)
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        return wide.astype(x.dtype) * self.scale
+
+
+class Linear(nnx.Module):
+    """`x @ kernel (+ bias)`."""
+
+    def __init__(self, inputs: int, outputs: int, axes: tuple[str, str], *, bias: bool, rngs: nnx.Rngs, dtype):
+        self.kernel = parameter(rngs, (inputs, outputs), axes, dtype, inputs)
+        self.bias = constant(0.0, (outputs,), axes[1:], dtype) if bias else None
+
+    def __call__(self, x: Float[Array, "*rows I"]) -> Float[Array, "*rows O"]:
+        y = x @ self.kernel
+        return y if self.bias is None else y + self.bias
+
+
+class HeadProjection(nnx.Module):
+    """Width to heads."""
+
+    def __init__(self, width: int, heads: int, head_dim: int, axis: str, *, bias: bool, rngs: nnx.Rngs, dtype):
+        self.kernel = parameter(rngs, (width, heads, head_dim), ("embed", axis, None), dtype, width)
+        self.bias = constant(0.0, (heads, head_dim), (axis, None), dtype) if bias else None
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B N T H"]:
+        y = jnp.einsum("BTD,DNH->BNTH", x, self.kernel[...])
+        return y if self.bias is None else y + self.bias[:, None]
+
+
+class OutputProjection(nnx.Module):
+    """Heads back to width."""
+
+    def __init__(self, heads: int, head_dim: int, width: int, *, bias: bool, rngs: nnx.Rngs, dtype):
+        self.kernel = parameter(rngs, (heads, head_dim, width), ("heads", None, "embed"), dtype, heads * head_dim)
+        self.bias = constant(0.0, (width,), ("embed",), dtype) if bias else None
+
+    def __call__(self, x: Float[Array, "B N T H"]) -> Float[Array, "B T D"]:
+        y = jnp.einsum("BNTH,NHD->BTD", x, self.kernel[...])
+        return y if self.bias is None else y + self.bias
+
+
+def rotate(x: Float[Array, "B N T H"], rope: Rope) -> Float[Array, "B N T H"]:
+    """Apply rotary factors in the half-split layout of LLaMA."""
+    low, high = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = rope.cos[:, None], rope.sin[:, None]
+    return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1).astype(x.dtype)
+
+
+def attention(
+    q: Float[Array, "B N T H"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S H"],
+    mask: Bool[Array, "#B T S"] | None,
+) -> Float[Array, "B N T H"]:
+    """Softmax attention, fp32 logits and softmax; query head h reads KV head h // (N / K). A mask of None sees all."""
+    weights = jax.nn.softmax(_masked_logits(q, k, mask), axis=-1).astype(v.dtype)
+    return jnp.einsum("BKGTS,BKSH->BKGTH", weights, v).reshape(q.shape)
+
+
+def last_query_probabilities(
+    q: Float[Array, "B N 1 H"], k: Float[Array, "B K S H"], valid: Bool[Array, "B S"]
+) -> Float[Array, "B S"]:
+    """Attention of one query over all valid keys, fp32, averaged over query heads after the softmax."""
+    probabilities = jax.nn.softmax(_masked_logits(q, k, valid[:, None]), axis=-1)
+    return probabilities.mean(axis=(1, 2, 3))
+
+
+def _masked_logits(q, k, mask) -> Float[Array, "B K G T S"]:
+    batch, heads, slots, dim = q.shape
+    grouped = q.reshape(batch, k.shape[1], heads // k.shape[1], slots, dim)
+    logits = jnp.einsum("BKGTH,BKSH->BKGTS", grouped, k, preferred_element_type=jnp.float32) * dim**-0.5
+    return logits if mask is None else jnp.where(mask[:, None, None], logits, jnp.finfo(jnp.float32).min)
+
+
+class Attention(nnx.Module):
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype):
+        width, dim, bias = config.hidden_size, config.head_dim, config.attention_bias
+        keep = {"rngs": rngs, "dtype": dtype}
+        self.q = HeadProjection(width, config.num_heads, dim, "heads", bias=bias, **keep)
+        self.k = HeadProjection(width, config.num_kv_heads, dim, "kv_heads", bias=bias, **keep)
+        self.v = HeadProjection(width, config.num_kv_heads, dim, "kv_heads", bias=bias, **keep)
+        self.o = OutputProjection(config.num_heads, dim, width, bias=False, **keep)
+
+
+class GatedMLP(nnx.Module):
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype):
+        width, inner = config.hidden_size, config.mlp_dim
+        keep = {"bias": False, "rngs": rngs, "dtype": dtype}
+        self.gate = Linear(width, inner, ("embed", "mlp"), **keep)
+        self.up = Linear(width, inner, ("embed", "mlp"), **keep)
+        self.down = Linear(inner, width, ("mlp", "embed"), **keep)
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+class DecoderLayer(nnx.Module):
+    """Pre-norm attention and MLP. Caches come in as arguments and go out as results."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype):
+        self.attn_norm = RMSNorm(config.hidden_size, config.norm_eps, dtype=dtype)
+        self.attn = Attention(config, rngs=rngs, dtype=dtype)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, dtype=dtype)
+        self.mlp = GatedMLP(config, rngs=rngs, dtype=dtype)
+
+    def prefill(
+        self,
+        x: Float[Array, "B T D"],
+        rope: Rope,
+        mask: Bool[Array, "#B T T"],
+        keys: Float[Array, "B K T H"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B K T H"], Float[Array, "B K T H"]]:
+        """Run the layer on whole rows; returns the new rows, keys and values. `keys`: this layer's, if known already."""
+        with jax.named_scope("attention"):
+            normed = self.attn_norm(x)
+            q = rotate(self.attn.q(normed), rope)
+            k = rotate(self.attn.k(normed), rope) if keys is None else keys
+            v = self.attn.v(normed)
+            x = x + self.attn.o(attention(q, k, v, mask))
+        return self._mlp_residual(x), k, v
+
+    def decode(
+        self,
+        x: Float[Array, "B 1 D"],
+        rope: Rope,
+        keys: Float[Array, "B K S H"],
+        values: Float[Array, "B K S H"],
+        slot: Int[Array, ""],
+        visible: Bool[Array, "B S"],
+    ) -> tuple[Float[Array, "B 1 D"], Float[Array, "B K S H"], Float[Array, "B K S H"]]:
+        """Run one token, writing its key and value at `slot` of the cache; `visible` includes that slot."""
+        with jax.named_scope("attention"):
+            normed = self.attn_norm(x)
+            q = rotate(self.attn.q(normed), rope)
+            new_k = rotate(self.attn.k(normed), rope)
+            keys = jax.lax.dynamic_update_slice_in_dim(keys, new_k.astype(keys.dtype), slot, axis=2)
+            values = jax.lax.dynamic_update_slice_in_dim(values, self.attn.v(normed).astype(values.dtype), slot, axis=2)
+            x = x + self.attn.o(attention(q, keys, values, visible[:, None]))
+        return self._mlp_residual(x), keys, values
+
+    def last_token_scores(
+        self, x: Float[Array, "B T D"], rope: Rope, valid: Bool[Array, "B T"], last: Int[Array, " B"]
+    ) -> tuple[Float[Array, "B T"], Float[Array, "B K T H"]]:
+        """Head-averaged attention of each row's last token over its valid rows, and the keys this took."""
+        with jax.named_scope("scoring"):
+            normed = self.attn_norm(x)
+            k = rotate(self.attn.k(normed), rope)
+            at_last = Rope(*(take_rows(table, last[:, None]) for table in rope))
+            q = rotate(self.attn.q(take_rows(normed, last[:, None])), at_last)
+            return last_query_probabilities(q, k, valid), k
+
+    def _mlp_residual(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        with jax.named_scope("mlp"):
+            return x + self.mlp(self.mlp_norm(x))
+
+
+def take_rows(x: Array, slots: Int[Array, "B C"]) -> Array:
+    """`x[b, slots[b]]`, zeros where a slot is out of range."""
+    return jax.vmap(lambda row, index: row.at[index].get(mode="fill", fill_value=0))(x, slots)

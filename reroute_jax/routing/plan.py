@@ -1,0 +1,307 @@
+"""What runs where: stages, schedules and the static plan made from them. Host code, no arrays but `keep_counts`.
+
+Sections named in comments are those of the method specification in the README's references.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import pairwise
+from numbers import Integral
+
+import numpy as np
+
+from reroute_jax.errors import RerouteError
+
+SCORES = ("last_token", "previous_layer", "prior")
+POSITION_MODES = ("original", "renumber")
+PRIORS = ("random", "uniform")
+ACTIONS = ("delete", "reroute")
+
+
+def one_of(what: str, value: object, allowed: Sequence[str]) -> None:
+    """Raises RerouteError naming every allowed value unless `value` is one of them."""
+    if value not in allowed:
+        raise RerouteError(f"{what} is {value!r}, expected one of: {', '.join(allowed)}")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Decoder layers [lo, hi) that run on one selection of visual tokens.
+
+    ratio: keep ratio of the row's visual count at the decoder input (a Fraction multiplies exactly, a float in float64).
+    count: or an absolute count. Neither: no decision, every visual token runs.
+    score: how a decision ranks: "last_token" (layer lo on its own input), "previous_layer" (layer lo - 1 on that
+    layer's input) or "prior" (host-made scores); None without a decision.
+    """
+
+    lo: int
+    hi: int
+    ratio: float | Fraction | None = None
+    count: int | None = None
+    score: str | None = None
+
+    def __post_init__(self) -> None:
+        where = f"stage [{self.lo}, {self.hi})"
+        if not 0 <= self.lo < self.hi:
+            raise RerouteError(f"{where} is empty or starts below layer 0, expected 0 <= lo < hi")
+        if self.ratio is not None and self.count is not None:
+            raise RerouteError(f"{where} has both a ratio and a count, give one of them")
+        if self.ratio is not None and not 0 < self.ratio <= 1:
+            raise RerouteError(f"{where} keeps a ratio of {float(self.ratio):g}, expected a value in (0, 1]")
+        if self.count is not None and self.count < 1:
+            raise RerouteError(f"{where} keeps {self.count} visual tokens, expected at least 1")
+        if not self.decides:
+            if self.score is not None:
+                raise RerouteError(f"{where} has a score but no ratio or count, give one or drop the score")
+            return
+        one_of(f"the score of {where}", self.score, SCORES)
+        if self.score == "previous_layer" and self.lo == 0:
+            raise RerouteError("a decision at layer 0 has no previous layer, use score='last_token' or a later layer")
+
+    @property
+    def decides(self) -> bool:
+        return self.ratio is not None or self.count is not None
+
+    def keep(self, visual: int) -> int:
+        """Keep count for a row of `visual` tokens before the limit to the current candidates (2.2); 0 without any."""
+        if visual == 0:
+            return 0
+        return self.count if self.count is not None else max(1, int(visual * self.ratio))
+
+
+@dataclass(frozen=True)
+class NuwaMerge:
+    """Nuwa's encoder-side stage (4.1 to 4.3, scale-free form of 4.7): n patches become `anchors(n, grid)` tokens.
+
+    budget: exact fraction of the image's tokens; a Fraction, because ceil(1.75 * budget * n) must not mis-round.
+    """
+
+    budget: Fraction
+    self_weight_override: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.budget < 1:
+            raise RerouteError(f"the budget of a Nuwa merge is {self.budget}, expected a fraction in (0, 1)")
+
+    @property
+    def top_n(self) -> int:
+        """Candidates per 2x2 region."""
+        return next((i for i in (1, 2, 3) if self.budget <= Fraction(i, 9)), 4)
+
+    def anchors(self, visual: int, grid: tuple[int, int]) -> int:
+        """N1, the tokens left of `visual` patches on a (rows, cols) grid."""
+        rows, cols = _check_grid(visual, grid)
+        # A region at an odd grid's edge holds padded cells, which are never candidates.
+        heights = [min(2, rows - y) for y in range(0, rows, 2)]
+        widths = [min(2, cols - x) for x in range(0, cols, 2)]
+        candidates = sum(min(self.top_n, h * w) for h in heights for w in widths)
+        return min(math.ceil(Fraction(7, 4) * self.budget * visual), candidates)
+
+    @staticmethod
+    def radius(grid: tuple[int, int]) -> float:
+        """Reach of a merge in patch units: sqrt(280) at a side of 24."""
+        return math.sqrt(280) * max(grid) / 24
+
+
+@dataclass(frozen=True)
+class PoolMerge:
+    """Average pooling of the projected features to rows x cols tokens before the decoder (a control)."""
+
+    rows: int
+    cols: int
+
+    def __post_init__(self) -> None:
+        if self.rows < 1 or self.cols < 1:
+            raise RerouteError(f"cannot pool to {self.rows} x {self.cols} cells, expected at least 1 x 1")
+
+    def tokens(self, visual: int, grid: tuple[int, int]) -> int:
+        """The tokens left of `visual` patches on a (rows, cols) grid."""
+        rows, cols = _check_grid(visual, grid)
+        if self.rows > rows or self.cols > cols:
+            raise RerouteError(f"cannot pool a {rows} x {cols} grid to {self.rows} x {self.cols}, ask for fewer cells")
+        return self.rows * self.cols
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """Layers [lo, hi) with a static limit on selected visual tokens; cap None: no decision, all of them run."""
+
+    lo: int
+    hi: int
+    cap: int | None
+    score: str | None
+
+
+@dataclass(frozen=True)
+class RoutingPlan:
+    """Static argument of the compiled functions: only what changes the program, so no labels, seeds or ratios."""
+
+    stages: tuple[StagePlan, ...]
+    recover: bool
+    monotonic: bool
+    position_mode: str
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When which share of the visual tokens runs. Hashable; one form for deletion and reroute.
+
+    recover: False, a token left out is gone (delete); True, it may return at the next decision (reroute).
+    monotonic: with recover, a token once left out may not return although it stays in the layout.
+    position_mode: "original" keeps every token's position, "renumber" counts 0.. again after each decision (3.5).
+    prior, seed: where scores of stages with score="prior" come from ("random" from the seed, or "uniform").
+    """
+
+    stages: tuple[Stage, ...]
+    recover: bool
+    monotonic: bool = False
+    position_mode: str = "original"
+    prior: str | None = None
+    seed: int = 0
+    merge: NuwaMerge | PoolMerge | None = None
+    label: str = ""
+
+    def __post_init__(self) -> None:
+        edges = [0, *(stage.hi for stage in self.stages)]
+        for stage, edge in zip(self.stages, edges, strict=False):
+            if stage.lo != edge:
+                raise RerouteError(
+                    f"stage [{stage.lo}, {stage.hi}) should start at layer {edge}: stages must tile [0, L)"
+                )
+        if not self.stages:
+            raise RerouteError("a schedule has no stages, expected stages that tile [0, L)")
+        for stage in self.stages[1:]:
+            if not stage.decides:
+                raise RerouteError(
+                    f"stage [{stage.lo}, {stage.hi}) makes no decision, only the first may; to run all again use ratio=1.0"
+                )
+        one_of("position_mode", self.position_mode, POSITION_MODES)
+        if self.seed < 0:
+            raise RerouteError(f"the seed is {self.seed}, expected a whole number from 0 on")
+        self._check_scores()
+        if self._nested:
+            for what in ("ratio", "count"):
+                _check_falling(what, [v for s in self.decisions if (v := getattr(s, what)) is not None])
+
+    def _check_scores(self) -> None:
+        uses_prior = any(stage.score == "prior" for stage in self.decisions)
+        if uses_prior:
+            one_of("the prior of a schedule with score='prior'", self.prior, PRIORS)
+        elif self.prior is not None:
+            raise RerouteError(f"prior={self.prior!r} is given but no stage has score='prior'")
+        for stage in self.decisions[1:]:
+            if self.recover and stage.score == "previous_layer":
+                raise RerouteError(
+                    f"score='previous_layer' at layer {stage.lo}: under reroute the layer before a later decision has not "
+                    "seen every candidate, use 'last_token' there"
+                )
+
+    @property
+    def decisions(self) -> tuple[Stage, ...]:
+        return tuple(stage for stage in self.stages if stage.decides)
+
+    @property
+    def num_layers(self) -> int:
+        return self.stages[-1].hi
+
+    @property
+    def _nested(self) -> bool:
+        return self.monotonic or not self.recover
+
+    @classmethod
+    def from_decisions(
+        cls,
+        layers: Sequence[int],
+        keep: Sequence[float | int | Fraction],
+        num_layers: int,
+        action: str = "delete",
+        monotonic: bool = False,
+        position_mode: str = "original",
+        score: str | Sequence[str] = "last_token",
+        prior: str | None = None,
+        seed: int = 0,
+        merge: NuwaMerge | PoolMerge | None = None,
+        label: str = "",
+    ) -> Schedule:
+        """Schedule that decides at the input of each of `layers` (0-based, ascending, below `num_layers`).
+
+        keep: one entry a decision, a float or Fraction in (0, 1] is a ratio, an int is a count. score: one for all, or
+        one a decision. Raises RerouteError on any inconsistency.
+        """
+        one_of("action", action, ACTIONS)
+        layers = [int(layer) for layer in layers]
+        scores = [score] * len(layers) if isinstance(score, str) else list(score)
+        if len(keep) != len(layers) or len(scores) != len(layers):
+            raise RerouteError(
+                f"{len(layers)} decision layers with {len(keep)} keep values and {len(scores)} scores, expected one of each "
+                "a layer"
+            )
+        if layers != sorted(set(layers)) or (layers and not 0 <= layers[0] <= layers[-1] < num_layers):
+            raise RerouteError(f"decision layers are {layers}, expected ascending layers in 0..{num_layers - 1}")
+        edges = [*layers, num_layers]
+        stages = [] if edges[0] == 0 else [Stage(0, edges[0])]
+        for (lo, hi), value, how in zip(pairwise(edges), keep, scores, strict=True):
+            if isinstance(value, Integral):
+                stages.append(Stage(lo, hi, count=int(value), score=how))
+            else:
+                ratio = value if isinstance(value, Fraction) else float(value)
+                stages.append(Stage(lo, hi, ratio=ratio, score=how))
+        return cls(tuple(stages), action == "reroute", monotonic, position_mode, prior, seed, merge, label)
+
+    def check_depth(self, num_layers: int) -> None:
+        """Raises RerouteError unless the schedule is for a decoder of `num_layers` layers."""
+        if self.num_layers != num_layers:
+            raise RerouteError(
+                f"the schedule covers {self.num_layers} layers and the model has {num_layers}, make it for this model"
+            )
+
+    def merged_count(self, visual: int, grid: tuple[int, int]) -> int:
+        """Visual tokens at the decoder input for an image of `visual` tokens on a (rows, cols) grid."""
+        if self.merge is None:
+            return visual
+        if isinstance(self.merge, NuwaMerge):
+            return self.merge.anchors(visual, grid)
+        return self.merge.tokens(visual, grid)
+
+    def resolve(self, visual: int) -> RoutingPlan:
+        """Static plan for at most `visual` tokens a row after the merge; its caps are the counts of such a row."""
+        if visual < 0:
+            raise RerouteError(f"cannot plan for {visual} visual tokens, expected 0 or more")
+        if self._nested:
+            _check_falling(f"count for {visual} visual tokens", [stage.keep(visual) for stage in self.decisions])
+        caps = iter(self._counts(visual))
+        stages = tuple(StagePlan(s.lo, s.hi, next(caps) if s.decides else None, s.score) for s in self.stages)
+        return RoutingPlan(stages, self.recover, self.recover and self.monotonic, self.position_mode)
+
+    def keep_counts(self, visual_counts: Sequence[int] | np.ndarray) -> np.ndarray:
+        """int32 [decisions, B]: how many visual tokens each row keeps; 0 for a row without any (2.2)."""
+        columns = [self._counts(int(visual)) for visual in visual_counts]
+        return np.array(columns, np.int32).reshape(len(columns), len(self.decisions)).T
+
+    def _counts(self, visual: int) -> list[int]:
+        counts, candidates = [], visual
+        for stage in self.decisions:
+            counts.append(min(stage.keep(visual), candidates))
+            candidates = counts[-1] if self._nested else visual
+        return counts
+
+
+def _check_grid(visual: int, grid: tuple[int, int]) -> tuple[int, int]:
+    if grid[0] * grid[1] != visual or visual < 1:
+        raise RerouteError(
+            f"a grid of {grid[0]} x {grid[1]} does not hold {visual} visual tokens, expected their rows x cols"
+        )
+    return grid
+
+
+def _check_falling(what: str, values: Sequence[float | int | Fraction]) -> None:
+    for before, after in pairwise(values):
+        if after > before:
+            raise RerouteError(
+                f"the keep {what} rises from {float(before):g} to {float(after):g}, but deleted tokens cannot return: "
+                "use falling values, or action='reroute' with monotonic=False"
+            )

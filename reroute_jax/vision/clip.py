@@ -1,0 +1,150 @@
+"""CLIP vision transformer and LLaVA's projector.
+
+Letters: I images, P patch side, n patches, C = n + 1 slots (the class token stands first), D width, N heads, H head dim.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from reroute_jax.config import ClipConfig, ModelConfig
+from reroute_jax.layers import HeadProjection, Linear, OutputProjection, attention, constant, parameter
+
+ACTIVATIONS = {
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+}
+
+
+class LayerNorm(nnx.Module):
+    def __init__(self, width: int, eps: float, *, dtype):
+        self.scale = constant(1.0, (width,), ("embed",), dtype)
+        self.bias = constant(0.0, (width,), ("embed",), dtype)
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
+        wide = x.astype(jnp.float32)
+        centred = wide - wide.mean(axis=-1, keepdims=True)
+        normed = centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + self.eps)
+        return (normed * self.scale + self.bias).astype(x.dtype)
+
+
+class PatchEmbed(nnx.Module):
+    def __init__(self, config: ClipConfig, *, rngs: nnx.Rngs, dtype):
+        shape = (config.patch_size, config.patch_size, 3, config.hidden_size)
+        self.kernel = parameter(rngs, shape, (None, None, None, "embed"), dtype, 3 * config.patch_size**2)
+
+    def __call__(self, pixels: Float[Array, "I 3 height width"]) -> Float[Array, "I n D"]:
+        patches = jax.lax.conv_general_dilated(
+            pixels, self.kernel[...], self.kernel.shape[:2], "VALID", dimension_numbers=("NCHW", "HWIO", "NHWC")
+        )
+        return patches.reshape(pixels.shape[0], -1, self.kernel.shape[-1])
+
+
+class ClipAttention(nnx.Module):
+    def __init__(self, config: ClipConfig, *, rngs: nnx.Rngs, dtype):
+        width, heads = config.hidden_size, config.num_heads
+        keep = {"bias": True, "rngs": rngs, "dtype": dtype}
+        self.q = HeadProjection(width, heads, width // heads, "heads", **keep)
+        self.k = HeadProjection(width, heads, width // heads, "heads", **keep)
+        self.v = HeadProjection(width, heads, width // heads, "heads", **keep)
+        self.o = OutputProjection(heads, width // heads, width, **keep)
+
+    def __call__(self, x: Float[Array, "I C D"]) -> Float[Array, "I C D"]:
+        return self.o(attention(self.q(x), self.k(x), self.v(x), None))
+
+    def class_row(self, x: Float[Array, "I C D"]) -> Float[Array, "I n"]:
+        """Attention of the class token over the patches, fp32, summed over heads; normalised over all C keys."""
+        q, k = self.q(x[:, :1]).astype(jnp.float32), self.k(x).astype(jnp.float32)
+        logits = jnp.einsum("INTH,INCH->INTC", q, k)[:, :, 0] * q.shape[-1] ** -0.5
+        return jax.nn.softmax(logits, axis=-1).sum(axis=1)[:, 1:]
+
+
+class ClipMLP(nnx.Module):
+    def __init__(self, config: ClipConfig, *, rngs: nnx.Rngs, dtype):
+        keep = {"bias": True, "rngs": rngs, "dtype": dtype}
+        self.up = Linear(config.hidden_size, config.mlp_dim, ("embed", "mlp"), **keep)
+        self.down = Linear(config.mlp_dim, config.hidden_size, ("mlp", "embed"), **keep)
+        self.activation = config.activation
+
+    def __call__(self, x: Float[Array, "I C D"]) -> Float[Array, "I C D"]:
+        return self.down(ACTIVATIONS[self.activation](self.up(x)))
+
+
+class ClipLayer(nnx.Module):
+    def __init__(self, config: ClipConfig, *, rngs: nnx.Rngs, dtype):
+        self.norm1 = LayerNorm(config.hidden_size, config.norm_eps, dtype=dtype)
+        self.attn = ClipAttention(config, rngs=rngs, dtype=dtype)
+        self.norm2 = LayerNorm(config.hidden_size, config.norm_eps, dtype=dtype)
+        self.mlp = ClipMLP(config, rngs=rngs, dtype=dtype)
+
+    def __call__(self, x: Float[Array, "I C D"]) -> Float[Array, "I C D"]:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+    def class_attention(self, x: Float[Array, "I C D"]) -> Float[Array, "I n"]:
+        return self.attn.class_row(self.norm1(x))
+
+
+class ClipTower(nnx.Module):
+    def __init__(self, config: ClipConfig, *, rngs: nnx.Rngs, dtype):
+        width, slots = config.hidden_size, 1 + config.grid[0] * config.grid[1]
+        self.class_embed = parameter(rngs, (width,), ("embed",), dtype, width)
+        self.patch_embed = PatchEmbed(config, rngs=rngs, dtype=dtype)
+        self.position_embed = parameter(rngs, (slots, width), (None, "embed"), dtype, width)
+        self.pre_norm = LayerNorm(width, config.norm_eps, dtype=dtype)
+        self.layers = nnx.List([ClipLayer(config, rngs=rngs, dtype=dtype) for _ in range(config.num_layers)])
+        # Part of every checkpoint; LLaVA reads hidden states from before it.
+        self.post_norm = LayerNorm(width, config.norm_eps, dtype=dtype)
+
+    def embed(self, pixels: Float[Array, "I 3 height width"]) -> Float[Array, "I C D"]:
+        """Hidden state 0: the input of the first block."""
+        patches = self.patch_embed(pixels.astype(self.class_embed.dtype))
+        first = jnp.broadcast_to(self.class_embed[...], (len(patches), 1, patches.shape[-1]))
+        return self.pre_norm(jnp.concatenate([first, patches], axis=1) + self.position_embed[...])
+
+    def features(self, pixels: Float[Array, "I 3 height width"], layer: int) -> Float[Array, "I n D"]:
+        """Patches of hidden state `layer` (0 = input of block 0); later blocks do not run."""
+        x = self.embed(pixels)
+        for block in self.layers[:layer]:
+            x = block(x)
+        return x[:, 1:]
+
+
+class NuwaInputs(NamedTuple):
+    """What Nüwa's stage 1 reads from the tower (arXiv 2602.02951)."""
+
+    metric: Float[Array, "I n"]
+    features: Float[Array, "I n D"]
+    similarity: Float[Array, "I n D"]
+
+
+def nuwa_inputs(tower: ClipTower, pixels: Float[Array, "I 3 height width"], layer: int) -> NuwaInputs:
+    """Class attention of the second-to-last block, features of hidden state `layer`, and the mean of the hidden
+    states from two thirds of the depth to the end, without the class token."""
+    depth = len(tower.layers)
+    first = -(-2 * depth // 3)
+    states = [tower.embed(pixels)]
+    for block in tower.layers:
+        states.append(block(states[-1]))
+    metric = tower.layers[-2].class_attention(states[depth - 2])
+    similarity = jnp.stack(states[first:]).astype(jnp.float32).mean(axis=0)
+    return NuwaInputs(metric, states[layer][:, 1:], similarity[:, 1:])
+
+
+class Projector(nnx.Module):
+    """Two linear layers from tower width to decoder width."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype):
+        width, keep = config.decoder.hidden_size, {"bias": config.projector_bias, "rngs": rngs, "dtype": dtype}
+        self.fc1 = Linear(config.vision.hidden_size, width, ("embed", "mlp"), **keep)
+        self.fc2 = Linear(width, width, ("mlp", "embed"), **keep)
+        self.activation = config.projector_activation
+
+    def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows E"]:
+        return self.fc2(ACTIVATIONS[self.activation](self.fc1(x)))
