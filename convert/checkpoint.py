@@ -21,9 +21,9 @@ import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 
-from convert.safetensors_io import DTYPES, INDEX_NAME, Tensor, list_folder, read
+from convert.safetensors_io import DTYPES, INDEX_NAME, Tensor, list_folder, read, write_folder
 from convert.source import COMPANIONS, FORMAT, MANIFEST_NAME, Manifest, Source
-from convert.table import Assignment, Table, match, raise_report
+from convert.table import Assignment, Table, hf_shapes, match, raise_report, to_hf
 from reroute_jax.errors import RerouteError
 
 FLOATS = {
@@ -86,32 +86,44 @@ def save_converted(
     the disk is too small, or a value does not fit `dtype`.
     """
     check_free(out)
-    stored = [FLOATS[dtype] if dtype else DTYPES[tensor.dtype] for _, tensor in planned]
     sizes = [math.prod(tensor.shape) for _, tensor in planned]
-    manifest = Manifest(
-        format=FORMAT,
-        source=source.name,
-        dtype=dtype,
-        tensors=len(planned),
-        parameters=sum(sizes),
-        nbytes=sum(size * kind.itemsize for size, kind in zip(sizes, stored, strict=True)),
-    )
+    kinds = [FLOATS[dtype] if dtype else DTYPES[tensor.dtype] for _, tensor in planned]
+    nbytes = sum(size * kind.itemsize for size, kind in zip(sizes, kinds, strict=True))
     out.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(out.parent).free
-    if free < manifest.nbytes:
-        raise RerouteError(f"{out} needs {manifest.nbytes:,} bytes, the disk has {free:,}: free some or choose another")
+    if free < nbytes:
+        raise RerouteError(f"{out} needs {nbytes:,} bytes, the disk has {free:,}: free some or choose another")
     partial = out.with_name(f"{out.name}.tmp-{os.getpid()}")
     partial.mkdir()
     try:
         _save_arrays(partial / "params", planned, target, dtype, progress)
         for file in _companions(source.folder):
             shutil.copyfile(file, partial / file.name)
+        files = _file_sizes(partial)
+        manifest = Manifest(FORMAT, source.name, dtype, len(planned), sum(sizes), nbytes, files)
         (partial / MANIFEST_NAME).write_text(json.dumps(asdict(manifest), indent=2) + "\n")
         check_free(out)
         partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return manifest
+
+
+def save_hf(folder: Path, params: Mapping[str, jax.Array], table: Table, dtype: str, shards: int = 1) -> None:
+    """Write `params` (path -> array) as safetensors in Hugging Face's form; one tensor at a time is on the host.
+
+    config.json, tokenizer and image processor are the caller's to add. Raises RerouteError if a value does not fit
+    `dtype`.
+    """
+    tensors = to_hf(table, params)
+
+    def produce(key: str) -> np.ndarray:
+        made, value = next(tensors)
+        assert made == key
+        return _cast(key, value, dtype)
+
+    shapes = hf_shapes(table, {path: value.shape for path, value in params.items()})
+    write_folder(folder, shapes, FLOATS[dtype], produce, shards)
 
 
 def check_free(out: Path) -> None:
@@ -169,24 +181,34 @@ def _save_arrays(
 
 
 def _restore(source: Source, target: Target, dtype: str | None, progress: Progress) -> dict[str, jax.Array]:
+    _check_files(source)
     folder = (source.folder / "params").absolute()
     params: dict[str, jax.Array] = {}
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        try:
-            stored = dict(checkpointer.metadata(folder).item_metadata.tree)
-            _check_stored(source, stored, target)
-            for batch in _batches(stored):
-                params |= checkpointer.restore(folder, args=_restore_args(batch, target, dtype))
-                progress(sum(_nbytes(value) for value in batch.values()))
-        except RerouteError:
-            raise
-        except (ValueError, OSError, AttributeError, TypeError) as error:
-            reason = str(error).splitlines()[0]
-            raise RerouteError(f"{source.name}: its parameters are damaged ({reason}): convert again") from error
+        stored = dict(checkpointer.metadata(folder).item_metadata.tree)
+        _check_stored(source, stored, target)
+        for batch in _batches(stored):
+            params |= checkpointer.restore(folder, args=_restore_args(batch, target, dtype))
+            progress(sum(_nbytes(value) for value in batch.values()))
     if dtype == "float16":
         for path, value in params.items():
             _require_finite(path, jax.numpy.isfinite(value).all())
     return params
+
+
+def _check_files(source: Source) -> None:
+    """Missing and truncated files are found here, because Orbax answers them with pages of its own state."""
+    found = _file_sizes(source.folder)
+    for name, size in source.manifest.files.items():
+        if found.get(name) != size:
+            state = f"has {found[name]} bytes, expected {size}" if name in found else "is missing"
+            raise RerouteError(f"{source.name} is damaged: {name} {state}: convert again")
+
+
+def _file_sizes(folder: Path) -> dict[str, int]:
+    """Every file of the parameters, by its path in the converted folder."""
+    files = sorted(file for file in (folder / "params").rglob("*") if file.is_file())
+    return {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
 
 
 def _restore_args(batch: Mapping, target: Target, dtype: str | None) -> ocp.args.PyTreeRestore:
@@ -233,10 +255,17 @@ def _nbytes(value) -> int:
 def _converted(assignment: Assignment, tensor: Tensor, shape: tuple[int, ...], dtype: str | None) -> np.ndarray:
     value = read(tensor)
     if dtype:
-        value = value.astype(FLOATS[dtype], copy=False)
-    if dtype == "float16":
-        _require_finite(tensor.key, np.isfinite(value).all())
+        value = _cast(tensor.key, value, dtype)
     return np.ascontiguousarray(assignment.op.to_jax(value, shape))
+
+
+def _cast(name: str, value: np.ndarray, dtype: str) -> np.ndarray:
+    if dtype != "float16":
+        return value.astype(FLOATS[dtype], copy=False)
+    with np.errstate(over="ignore"):
+        value = value.astype(np.float16, copy=False)
+    _require_finite(name, np.isfinite(value).all())
+    return value
 
 
 def _require_finite(name: str, finite: bool) -> None:

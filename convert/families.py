@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from convert import llava
@@ -21,6 +22,6 @@ def table_of(config: ModelConfig) -> Table:
 
 def abstract_params(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """Every parameter of the model as dotted path -> shape; nothing is allocated."""
-    model = nnx.eval_shape(lambda: _MODELS[config.family](config, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: _MODELS[config.family](config, rngs=nnx.Rngs(0), dtype=jnp.float32))
     state = nnx.to_flat_state(nnx.state(model, nnx.Param))
     return {".".join(map(str, path)): jax.ShapeDtypeStruct(value.shape, value.dtype) for path, value in state}

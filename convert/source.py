@@ -7,7 +7,6 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
 import huggingface_hub
 
 from reroute_jax.errors import RerouteError
@@ -20,7 +19,10 @@ COMPANIONS = ("*.json", "*.model", "*.txt", "*.jinja")
 
 @dataclass(frozen=True)
 class Manifest:
-    """What `reroute_jax.json` says. `dtype` is None where every tensor kept the one it was stored in."""
+    """What `reroute_jax.json` says.
+
+    `dtype` is None where every tensor kept the one it was stored in; `files` has the bytes of each file of `params/`.
+    """
 
     format: int
     source: str
@@ -28,6 +30,7 @@ class Manifest:
     tensors: int
     parameters: int
     nbytes: int
+    files: dict[str, int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +92,7 @@ def _download(name: str) -> Path:
         raise RerouteError(
             f"{name} is neither a folder here nor a hub repository you can read: correct it, or run `hf auth login`"
         ) from error
-    except (OSError, ValueError, httpx.HTTPError) as error:
+    except (OSError, ValueError, huggingface_hub.errors.HTTPError) as error:
         reason = str(error).splitlines()[0]
         raise RerouteError(
             f"{name} is not a folder here and the hub cannot be reached ({reason}): check the network, or give a folder"

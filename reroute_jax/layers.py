@@ -33,6 +33,12 @@ def constant(value: float, shape: tuple[int, ...], axes: tuple[str | None, ...],
     return nnx.Param(jnp.full(shape, value, dtype), axes=axes)
 
 
+def matmul(x: Float[Array, "*rows I"], kernel: Float[Array, "I O"]) -> Float[Array, "*rows O"]:
+    """`x @ kernel` as one plain matrix product: XLA's CPU backend runs it, and above all its gradient, 2.5 times as
+    fast as a contraction with several row dimensions."""
+    return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
+
+
 class RMSNorm(nnx.Module):
     def __init__(self, width: int, eps: float, *, dtype):
         self.scale = constant(1.0, (width,), ("embed",), dtype)
@@ -52,7 +58,7 @@ class Linear(nnx.Module):
         self.bias = constant(0.0, (outputs,), axes[1:], dtype) if bias else None
 
     def __call__(self, x: Float[Array, "*rows I"]) -> Float[Array, "*rows O"]:
-        y = x @ self.kernel
+        y = matmul(x, self.kernel[...])
         return y if self.bias is None else y + self.bias
 
 
@@ -64,7 +70,8 @@ class HeadProjection(nnx.Module):
         self.bias = constant(0.0, (heads, head_dim), (axis, None), dtype) if bias else None
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B N T H"]:
-        y = jnp.einsum("BTD,DNH->BNTH", x, self.kernel[...])
+        width, heads, dim = self.kernel.shape
+        y = matmul(x, self.kernel.reshape(width, heads * dim)).reshape(*x.shape[:2], heads, dim).swapaxes(1, 2)
         return y if self.bias is None else y + self.bias[:, None]
 
 
@@ -76,7 +83,9 @@ class OutputProjection(nnx.Module):
         self.bias = constant(0.0, (width,), ("embed",), dtype) if bias else None
 
     def __call__(self, x: Float[Array, "B N T H"]) -> Float[Array, "B T D"]:
-        y = jnp.einsum("BNTH,NHD->BTD", x, self.kernel[...])
+        heads, dim, width = self.kernel.shape
+        rows = x.swapaxes(1, 2).reshape(x.shape[0], x.shape[2], heads * dim)
+        y = matmul(rows, self.kernel.reshape(heads * dim, width))
         return y if self.bias is None else y + self.bias
 
 

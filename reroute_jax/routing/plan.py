@@ -1,6 +1,6 @@
-"""What runs where: stages, schedules and the static plan made from them. Host code, no arrays but `keep_counts`.
+"""What runs where: stages, schedules and the static plan made from them. Host code; arrays only from `keep_counts`.
 
-Sections named in comments are those of the method specification in the README's references.
+Section numbers in this package are those of the method specification.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def one_of(what: str, value: object, allowed: Sequence[str]) -> None:
 class Stage:
     """Decoder layers [lo, hi) that run on one selection of visual tokens.
 
-    ratio: keep ratio of the row's visual count at the decoder input (a Fraction multiplies exactly, a float in float64).
+    ratio: keep ratio of the row's visual count at the decoder input; a Fraction multiplies exactly, a float in float64.
     count: or an absolute count. Neither: no decision, every visual token runs.
     score: how a decision ranks: "last_token" (layer lo on its own input), "previous_layer" (layer lo - 1 on that
     layer's input) or "prior" (host-made scores); None without a decision.
@@ -94,12 +94,8 @@ class NuwaMerge:
 
     def anchors(self, visual: int, grid: tuple[int, int]) -> int:
         """N1, the tokens left of `visual` patches on a (rows, cols) grid."""
-        rows, cols = _check_grid(visual, grid)
-        # A region at an odd grid's edge holds padded cells, which are never candidates.
-        heights = [min(2, rows - y) for y in range(0, rows, 2)]
-        widths = [min(2, cols - x) for x in range(0, cols, 2)]
-        candidates = sum(min(self.top_n, h * w) for h in heights for w in widths)
-        return min(math.ceil(Fraction(7, 4) * self.budget * visual), candidates)
+        _check_grid(visual, grid)
+        return min(math.ceil(Fraction(7, 4) * self.budget * visual), candidate_count(grid, self.top_n))
 
     @staticmethod
     def radius(grid: tuple[int, int]) -> float:
@@ -120,9 +116,11 @@ class PoolMerge:
 
     def tokens(self, visual: int, grid: tuple[int, int]) -> int:
         """The tokens left of `visual` patches on a (rows, cols) grid."""
-        rows, cols = _check_grid(visual, grid)
-        if self.rows > rows or self.cols > cols:
-            raise RerouteError(f"cannot pool a {rows} x {cols} grid to {self.rows} x {self.cols}, ask for fewer cells")
+        _check_grid(visual, grid)
+        if self.rows > grid[0] or self.cols > grid[1]:
+            raise RerouteError(
+                f"cannot pool a {grid[0]} x {grid[1]} grid to {self.rows} x {self.cols}, ask for fewer cells"
+            )
         return self.rows * self.cols
 
 
@@ -170,14 +168,16 @@ class Schedule:
         for stage, edge in zip(self.stages, edges, strict=False):
             if stage.lo != edge:
                 raise RerouteError(
-                    f"stage [{stage.lo}, {stage.hi}) should start at layer {edge}: stages must tile [0, L)"
+                    f"stage [{stage.lo}, {stage.hi}) was expected to start at layer {edge}: stages follow each other "
+                    "from layer 0 without gaps"
                 )
         if not self.stages:
             raise RerouteError("a schedule has no stages, expected stages that tile [0, L)")
         for stage in self.stages[1:]:
             if not stage.decides:
                 raise RerouteError(
-                    f"stage [{stage.lo}, {stage.hi}) makes no decision, only the first may; to run all again use ratio=1.0"
+                    f"stage [{stage.lo}, {stage.hi}) has no keep ratio or count, only the first stage may lack them; "
+                    "to run all tokens again use ratio=1.0"
                 )
         one_of("position_mode", self.position_mode, POSITION_MODES)
         if self.seed < 0:
@@ -196,8 +196,8 @@ class Schedule:
         for stage in self.decisions[1:]:
             if self.recover and stage.score == "previous_layer":
                 raise RerouteError(
-                    f"score='previous_layer' at layer {stage.lo}: under reroute the layer before a later decision has not "
-                    "seen every candidate, use 'last_token' there"
+                    f"score='previous_layer' at layer {stage.lo}: under reroute the layer before a later decision has "
+                    "not seen every candidate, use 'last_token' there"
                 )
 
     @property
@@ -237,8 +237,8 @@ class Schedule:
         scores = [score] * len(layers) if isinstance(score, str) else list(score)
         if len(keep) != len(layers) or len(scores) != len(layers):
             raise RerouteError(
-                f"{len(layers)} decision layers with {len(keep)} keep values and {len(scores)} scores, expected one of each "
-                "a layer"
+                f"{len(layers)} decision layers with {len(keep)} keep values and {len(scores)} scores, expected one of "
+                "each for every layer"
             )
         if layers != sorted(set(layers)) or (layers and not 0 <= layers[0] <= layers[-1] < num_layers):
             raise RerouteError(f"decision layers are {layers}, expected ascending layers in 0..{num_layers - 1}")
@@ -290,12 +290,17 @@ class Schedule:
         return counts
 
 
-def _check_grid(visual: int, grid: tuple[int, int]) -> tuple[int, int]:
+def candidate_count(grid: tuple[int, int], top_n: int) -> int:
+    """Patches of a (rows, cols) grid that are among the `top_n` of their 2x2 region, smaller at an odd edge."""
+    heights, widths = ([min(2, side - start) for start in range(0, side, 2)] for side in grid)
+    return sum(min(top_n, height * width) for height in heights for width in widths)
+
+
+def _check_grid(visual: int, grid: tuple[int, int]) -> None:
     if grid[0] * grid[1] != visual or visual < 1:
         raise RerouteError(
             f"a grid of {grid[0]} x {grid[1]} does not hold {visual} visual tokens, expected their rows x cols"
         )
-    return grid
 
 
 def _check_falling(what: str, values: Sequence[float | int | Fraction]) -> None:

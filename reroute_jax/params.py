@@ -1,0 +1,31 @@
+"""Parameters of a module as a flat mapping `decoder.layers.0.attn.q.kernel -> array`, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+from flax import nnx
+
+from reroute_jax.errors import RerouteError
+
+
+def named_parameters(module: nnx.Module) -> dict[str, jax.Array]:
+    """Every parameter by its dotted path (abstract values for a module from `nnx.eval_shape`)."""
+    return {_dotted(path): leaf.get_value() for path, leaf in nnx.to_flat_state(nnx.state(module))}
+
+
+def with_parameters(module: nnx.Module, values: Mapping[str, jax.Array]) -> nnx.Module:
+    """A module of the same structure holding `values`. Raises RerouteError unless the names are the same."""
+    graph, state = nnx.split(module)
+    flat = nnx.to_flat_state(state)
+    names = {_dotted(path) for path, _ in flat}
+    if names != set(values):
+        odd = sorted(names ^ set(values))
+        raise RerouteError(f"parameters do not fit the model: {len(odd)} missing or surplus, first {odd[0]!r}")
+    filled = [(path, leaf.replace(values[_dotted(path)])) for path, leaf in flat]
+    return nnx.merge(graph, nnx.from_flat_state(filled))
+
+
+def _dotted(path: tuple) -> str:
+    return ".".join(str(part) for part in path)

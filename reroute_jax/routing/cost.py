@@ -1,0 +1,131 @@
+"""What a schedule costs in theory: multiply-accumulates of prefill and key-value memory (section 8). Host code."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+
+from reroute_jax.config import DecoderConfig
+from reroute_jax.routing.plan import Schedule, Stage
+
+FORMS = ("fastv", "swiglu", "gqa")
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Multiply-accumulates of one row's prefill through the decoder layers, the papers' "FLOPs" (8.1).
+
+    fastv: two-matrix MLP; swiglu: three; gqa: three, and keys and values at their own width. scoring: of the decisions,
+    in the least form, the key projection of all rows and one query (8.2); in none of the three.
+    """
+
+    fastv: int
+    swiglu: int
+    gqa: int
+    scoring: int
+
+    def total(self, form: str = "swiglu") -> int:
+        """One of the three forms with the scoring pass."""
+        return getattr(self, form) + self.scoring
+
+
+@dataclass(frozen=True)
+class Account:
+    """Cost of one row with one image.
+
+    visual: image tokens before any merge. average: visual tokens per decoder layer as they really run; nominal: before
+    keep counts are cut to whole numbers. visual_only, prompt: compute of the visual tokens alone, and with the text.
+    kv_visual, kv_tokens: cached tokens after prefill summed over the layers, visual and all; kv_bytes: of keys and
+    values of all.
+    """
+
+    label: str
+    visual: int
+    average: float
+    nominal: float
+    visual_only: Compute
+    prompt: Compute
+    kv_visual: int
+    kv_tokens: int
+    kv_bytes: int
+
+    def __str__(self) -> str:
+        tera = {form: getattr(self.prompt, form) / 1e12 for form in ("swiglu", "fastv", "scoring")}
+        return (
+            f"{self.label}: {self.average:.2f} of {self.visual} visual tokens per layer (nominal {self.nominal:.2f}), "
+            f"prompt {tera['swiglu']:.4g} TFLOPs SwiGLU form, {tera['fastv']:.4g} FastV form, scoring adds "
+            f"{tera['scoring']:.3g}, KV {self.kv_bytes / 1e6:.4g} MB"
+        )
+
+
+def visual_per_layer(schedule: Schedule, visual: int) -> list[int]:
+    """Visual tokens that each decoder layer runs, and caches, of a row with `visual` at the decoder input (8.3)."""
+    plan = schedule.resolve(visual)
+    return [visual if s.cap is None else s.cap for s in plan.stages for _ in range(s.lo, s.hi)]
+
+
+def account(
+    schedule: Schedule,
+    config: DecoderConfig,
+    *,
+    visual: int,
+    text: int,
+    grid: tuple[int, int],
+    dtype: str = "bfloat16",
+) -> Account:
+    """Cost of a row with `text` text tokens and one image of `visual` tokens on a (rows, cols) grid.
+
+    dtype: of the cache. Raises RerouteError if the schedule is for another depth.
+    """
+    schedule.check_depth(config.num_layers)
+    entering = schedule.merged_count(visual, grid)
+    per_layer = visual_per_layer(schedule, entering)
+    nominal = sum((s.hi - s.lo) * _nominal(s, entering) for s in schedule.stages) / config.num_layers
+    scored = _scored(schedule, entering)
+    kv_tokens = sum(per_layer) + config.num_layers * text
+    return Account(
+        label=schedule.label,
+        visual=visual,
+        average=sum(per_layer) / config.num_layers,
+        nominal=nominal,
+        visual_only=_compute(config, per_layer, scored),
+        prompt=_compute(config, [v + text for v in per_layer], [v + text for v in scored]),
+        kv_visual=sum(per_layer),
+        kv_tokens=kv_tokens,
+        kv_bytes=2 * kv_tokens * _kv_width(config) * jnp.dtype(dtype).itemsize,
+    )
+
+
+def _nominal(stage: Stage, visual: int) -> float:
+    if stage.ratio is not None:
+        return float(visual * stage.ratio)
+    return float(visual if stage.count is None else min(stage.count, visual))
+
+
+def _scored(schedule: Schedule, visual: int) -> list[int]:
+    """Visual rows at each decision that attention scores: all of a reroute's layout, a deletion's survivors (8.2)."""
+    rows, present = [], visual
+    for stage in schedule.resolve(visual).stages:
+        if stage.score in ("last_token", "previous_layer"):
+            rows.append(present)
+        if stage.cap is not None and not schedule.recover:
+            present = stage.cap
+    return rows
+
+
+def _kv_width(config: DecoderConfig) -> int:
+    return config.num_kv_heads * config.head_dim
+
+
+def _compute(config: DecoderConfig, layers: Sequence[int], scored: Sequence[int]) -> Compute:
+    d, m, kv = config.hidden_size, config.mlp_dim, _kv_width(config)
+    attention = sum(2 * t * t * d for t in layers)
+    tokens = sum(layers)
+    return Compute(
+        fastv=attention + tokens * (4 * d * d + 2 * d * m),
+        swiglu=attention + tokens * (4 * d * d + 3 * d * m),
+        gqa=attention + tokens * (2 * d * d + 2 * d * kv + 3 * d * m),
+        scoring=sum(t * d * kv + d * d + t * d for t in scored),
+    )

@@ -1,0 +1,48 @@
+"""The 38 released configurations by their own names (7.3)."""
+
+from __future__ import annotations
+
+from reroute_jax.errors import RerouteError
+from reroute_jax.routing.plan import Schedule
+from reroute_jax.routing.solver import OFFICIAL_RATIOS, decision_layers
+
+_DEPTHS = {"llava15": 32, "qwen25vl": 28}
+_TIERS = (192, 128, 64)
+
+# shape of the ratios, action, monotonic. The two layouts of reroute are one computation (3.4), so here they are equal.
+_VARIANTS = {
+    "fastv_K3": ("flat", "delete", False),
+    "pdrop_earlyL2": ("geometric", "delete", True),
+    "ours_vs_fastv": ("flat", "reroute", False),
+    "ours_vs_fastv_stagewise": ("flat", "reroute", False),
+    "ours_vs_pdrop": ("pyramid", "reroute", False),
+    "ours_vs_pdrop_stagewise": ("pyramid", "reroute", False),
+}
+
+PRESETS: dict[str, tuple[str, str | None, int | None]] = {
+    f"{family}_{variant}_avg{tier}" if variant else f"{family}_baseline": (family, variant, tier)
+    for family in _DEPTHS
+    for variant, tier in [(None, None), *((variant, tier) for tier in _TIERS for variant in _VARIANTS)]
+}
+
+
+def preset(name: str, num_layers: int) -> Schedule:
+    """Schedule of a released configuration, e.g. "llava15_ours_vs_pdrop_avg128", labelled with its name.
+
+    Raises RerouteError for an unknown name, and for a decoder of another depth than the one it was released for.
+    """
+    if name not in PRESETS:
+        raise RerouteError(f"unknown preset {name!r}, expected one of: {', '.join(PRESETS)}")
+    family, variant, tier = PRESETS[name]
+    depth = _DEPTHS[family]
+    if num_layers != depth:
+        raise RerouteError(
+            f"preset {name!r} is for {depth} decoder layers and the model has {num_layers}, use a method"
+        )
+    if variant is None:
+        return Schedule.from_decisions((), (), depth, label=name)
+    shape, action, monotonic = _VARIANTS[variant]
+    layers, ratios = decision_layers(shape, depth), OFFICIAL_RATIOS[shape][tier]
+    if variant == "fastv_K3":
+        layers, ratios = layers[:1], ratios[:1]
+    return Schedule.from_decisions(layers, ratios, depth, action, monotonic, label=name)

@@ -1,0 +1,65 @@
+"""Scores that no model computes, for the controls `random` and `uniform`. Host code."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from reroute_jax.errors import RerouteError
+from reroute_jax.routing.plan import Schedule
+
+
+def prior_scores(schedule: Schedule, visual: int, grid: tuple[int, int], row_seed: int) -> np.ndarray:
+    """float32 [decisions, visual]: scores of one row's visual tokens, all different, for a schedule with a prior.
+
+    "random": a fresh draw at each decision of a reroute, one draw for all decisions of a deletion (so that what is kept
+    is nested). It depends on the schedule's seed, `row_seed` and the decision only, never on batch or padding.
+    "uniform": the same regular order over the (rows, cols) grid at every decision.
+    Raises RerouteError for a schedule without a prior, and for a grid that does not hold `visual` tokens.
+    """
+    if schedule.prior is None:
+        raise RerouteError("the schedule has no prior, expected prior='random' or prior='uniform'")
+    if grid[0] * grid[1] != visual:
+        raise RerouteError(f"a grid of {grid[0]} x {grid[1]} does not hold {visual} visual tokens")
+    decisions = len(schedule.decisions)
+    if schedule.prior == "uniform":
+        return np.tile(-uniform_rank(*grid).ravel().astype(np.float32), (decisions, 1))
+    draws = [d if schedule.recover else 0 for d in range(decisions)]
+    # Permutations instead of real numbers: float32 draws would tie now and then.
+    scores = [np.random.default_rng([schedule.seed, row_seed, draw]).permutation(visual) for draw in draws]
+    return np.array(scores, np.float32).reshape(decisions, visual)
+
+
+def uniform_rank(rows: int, cols: int) -> np.ndarray:
+    """int [rows, cols]: place of each cell in an ordered-dither (Bayer) sequence over the grid.
+
+    Its first k cells are spread evenly for every k, and are a regular sub-grid wherever halving both sides leaves one:
+    every second row and column at a quarter of the cells, every fourth at a sixteenth, and so on.
+    """
+    row_bits, col_bits = _halvings(rows), _halvings(cols)
+    levels = max(row_bits.shape[1], col_bits.shape[1])
+    key = np.zeros((rows, cols), np.int64)
+    for level in range(levels):
+        row = row_bits[:, level, None] if level < row_bits.shape[1] else 0
+        col = col_bits[None, :, level] if level < col_bits.shape[1] else 0
+        # Order inside a 2x2 block: the cell itself, its diagonal, then the other two.
+        key = key * 4 + 2 * (row ^ col) + row
+    rank = np.empty(rows * cols, np.int64)
+    rank[np.argsort(key, axis=None, kind="stable")] = np.arange(rows * cols)
+    return rank.reshape(rows, cols)
+
+
+def _halvings(size: int) -> np.ndarray:
+    """int [size, levels]: at each halving of 0..size-1 into every other one, 0 for the half that comes first.
+
+    First comes the half that stands more centrally, so that a few cells do not all lean to one corner.
+    """
+    bits, chosen, spacing = [], 0, 1
+    while spacing < size:
+        offsets = (chosen, chosen + spacing)
+        margins = [
+            abs(size - 1 - start - (size - 1 - start) // (2 * spacing) * 2 * spacing - start) for start in offsets
+        ]
+        chosen = offsets[margins[1] < margins[0]]
+        bits.append(((np.arange(size) - chosen) // spacing) % 2)
+        spacing *= 2
+    return np.array(bits, np.int64).reshape(len(bits), size).T
