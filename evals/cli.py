@@ -1,24 +1,39 @@
-"""What the evaluation commands share: one-line errors, exit codes, the model argument."""
+"""What the benchmark commands share: arguments, one-line errors, exit codes, and the way from runs to a report."""
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
+import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
-from evals.runner import fingerprint
+import reroute_jax
+from evals.report import render, summarise
+from evals.routes import add_route_arguments, plan_routes
+from evals.runner import SUMMARY_FILE, Answerer, Task, answer, fingerprint, open_folder, write_json
 from reroute_jax.errors import RerouteError
 
 CHECKPOINTS = Path(__file__).parent / "scenes" / "checkpoints"
 EMBEDDED = ("scenes-llava", "scenes-llava-bypass")
+CAVEATS = {
+    "scenes-llava-bypass": "the last third of this checkpoint's training bypassed random visual tokens, which is close "
+    "to rerouting: its numbers are no evidence for a training-free claim",
+}
 DTYPES = ("float32", "bfloat16", "float16")
 PACKAGES = ("jax", "jaxlib", "flax", "transformers", "tokenizers", "numpy", "pillow")
-CAVEATS = {
-    "scenes-llava-bypass": "the last third of this checkpoint's training bypassed random visual tokens, which resembles "
-    "rerouting: its numbers are no evidence for a training-free claim",
+# Choices of the reference's protocol that are built in.
+PARITY = {
+    "image_backend": "pil",
+    "llava_image_mode": "crop",
+    "vicuna_system": False,
+    "float32_truth": True,
+    "coord_frame": "original",
+    "repetition_penalty": 1.0,
 }
 
 INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
@@ -40,12 +55,15 @@ def exit_code(command: Callable[[], None]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
-        print("\nstopped: the same command goes on from the last whole batch", file=sys.stderr)
+        print("\nstopped: the same command goes on after the last whole batch", file=sys.stderr)
         return INTERRUPTED
     return 0
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+def benchmark_parser(name: str, description: str) -> Parser:
+    """Parser with the arguments that every benchmark has."""
+    parser = Parser(prog=f"python -m evals.{name}", description=description)
+    add_route_arguments(parser)
     parser.add_argument(
         "--model",
         default=EMBEDDED[0],
@@ -55,42 +73,80 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=DTYPES, help="default: float32 for the embedded models, the checkpoint's own otherwise"
     )
     parser.add_argument("--batch-size", type=positive, default=8, help="questions at a time (default: %(default)s)")
-    parser.add_argument("--limit", type=int, help="only the first so many questions")
-    parser.add_argument("--seed", type=int, default=0, help="of the method `random` and of the intervals (default: 0)")
-    parser.add_argument("--out", type=Path, help="run folder (default: one below runs/ named after the settings)")
+    parser.add_argument("--limit", type=positive, help="only the first so many questions")
+    parser.add_argument("--max-new-tokens", type=positive, help="length of an answer (default: the task's)")
+    parser.add_argument(
+        "--seed", type=whole, default=0, help="of the method `random` and of the intervals (default: 0)"
+    )
+    parser.add_argument("--out", type=Path, help="run folder (default: runs/ and a name made from the settings)")
+    return parser
 
 
 def positive(text: str) -> int:
     """argparse type: a whole number from 1 on."""
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
+    return whole(text, 1)
+
+
+def whole(text: str, least: int = 0) -> int:
+    """argparse type: a whole number from `least` on."""
+    if not re.fullmatch(r"[0-9]{1,18}", text) or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {least} on")
     return int(text)
 
 
-def load_model(name: str, dtype: str | None) -> Any:
-    """reroute_jax.load for a --model argument."""
-    import reroute_jax
-
-    path = _embedded(name)
-    return reroute_jax.load(name, dtype=dtype) if path is None else reroute_jax.load(path, dtype=dtype or "float32")
-
-
-def model_settings(name: str, dtype: str | None) -> Mapping[str, Any]:
-    """What identifies the model in a run's settings. A local folder counts with its content, not its name alone."""
-    path = _embedded(name) or Path(name).expanduser()
-    dtype = dtype or ("float32" if name in EMBEDDED else "checkpoint")
-    return {"model": name, "model_files": fingerprint(path) if path.exists() else None, "dtype": dtype}
-
-
-def versions() -> dict[str, str]:
-    """Versions of the packages that can change an answer."""
-    return {package: metadata.version(package) for package in PACKAGES}
-
-
-def _embedded(name: str) -> Path | None:
+def load_model(name: str, dtype: str | None) -> Answerer:
+    """The model of a --model argument."""
     if name not in EMBEDDED:
-        return None
+        return reroute_jax.load(name, dtype=dtype)
     path = CHECKPOINTS / name
     if not (path / "config.json").is_file():
         raise RerouteError(f"the embedded model {name} is not at {path}: make it with `python -m evals.scenes.train`")
-    return path
+    return reroute_jax.load(path, dtype=dtype or "float32")
+
+
+def run_benchmark(
+    args: argparse.Namespace, model: Answerer, task: Task, metrics: Sequence[str], settings: Mapping[str, Any]
+) -> None:
+    """Make or go on with the runs that `args` ask for, write their files, and print the report.
+
+    settings: what else the answers depend on. Raises RerouteError for a folder made with other settings.
+    """
+    routes = plan_routes(args, model)
+    everything = {
+        "task": task.name,
+        "questions": task.total,
+        **settings,
+        **_model_settings(args.model, model),
+        "max_new_tokens": task.max_new_tokens,
+        "batch_size": args.batch_size,
+        "seed": args.seed,
+        **PARITY,
+        "runs": routes.settings,
+    }
+    folder = args.out or _default_folder(everything)
+    open_folder(folder, everything)
+    records = {run.name: answer(model, task, run, folder, args.batch_size) for run in routes.runs}
+    summary = summarise(records, routes, metrics, model, args.seed)
+    caveat = {"caveat": CAVEATS[args.model]} if args.model in CAVEATS else {}
+    write_json(folder / SUMMARY_FILE, {**summary, **caveat, "settings": everything, "versions": _versions()})
+    print(f"{task.name}, {task.total} questions, {args.model}\n\n{render(summary)}\n")
+    if caveat:
+        print(f"Note: {caveat['caveat']}.\n")
+    print(f"Answers and {SUMMARY_FILE}: {folder}")
+
+
+def _model_settings(name: str, model: Answerer) -> dict[str, Any]:
+    """What identifies the model: a local folder counts with its content, not by its name alone."""
+    path = CHECKPOINTS / name if name in EMBEDDED else Path(name).expanduser()
+    return {"model": name, "model_files": fingerprint(path) if path.exists() else None, "dtype": str(model.dtype)}
+
+
+def _default_folder(settings: Mapping[str, Any]) -> Path:
+    """runs/TASK/ and the model, the last run and a hash of all settings."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    model = re.sub(r"[^\w.-]+", "-", Path(settings["model"]).name)
+    return Path("runs") / settings["task"] / f"{model}_{settings['questions']}_{list(settings['runs'])[-1]}_{digest}"
+
+
+def _versions() -> dict[str, str]:
+    return {package: metadata.version(package) for package in PACKAGES}

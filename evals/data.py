@@ -68,7 +68,7 @@ def rec_source(data: str, split: str | None) -> Source:
         return _parquet(_split_files(path, split), f"{path} [{split}]")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", data) and path.suffix != ".parquet":
         return _hub(data, split or "val")
-    raise RerouteError(f"--data {data} is no file or folder here, expected 'scenes', a hub id owner/name, or local parquet")
+    raise RerouteError(f"no file or folder {data} for --data, expected 'scenes', a hub id owner/name or local parquet")
 
 
 def rec_docs(source: Source, start: int, stop: int, jpeg_roundtrips: int) -> Iterator[Doc]:
@@ -89,12 +89,6 @@ def rec_docs(source: Source, start: int, stop: int, jpeg_roundtrips: int) -> Ite
         doc_id += len(expressions)
         if doc_id >= stop:
             return
-
-
-def check_limit(limit: int | None) -> None:
-    """Raises RerouteError unless `limit` is None or positive."""
-    if limit is not None and limit <= 0:
-        raise RerouteError(f"the limit is {limit}, expected a number of questions from 1 on")
 
 
 def vqa_docs(rows: Iterable[Row], where: str, start: int = 0) -> Iterator[Doc]:
@@ -130,7 +124,7 @@ def _open(stored: Any, where: str) -> Image.Image:
     except FileNotFoundError as error:
         raise RerouteError(f"{where}: image file {path} does not exist") from error
     except (OSError, UnidentifiedImageError, SyntaxError, Image.DecompressionBombError) as error:
-        raise RerouteError(f"{where}: the image cannot be decoded ({error}), replace the row or leave it out") from error
+        raise RerouteError(f"{where}: the image cannot be decoded ({error}), repair or leave out the row") from error
     if image.getexif().get(ExifTags.Base.Orientation) is not None:
         # The turned copy has no format any more, so that `datasets` keeps it losslessly; so does _prepare.
         return ImageOps.exif_transpose(image)
@@ -162,7 +156,8 @@ def _split_files(folder: Path, split: str) -> list[Path]:
         raise RerouteError(f"{folder} holds no parquet files, expected SPLIT-*.parquet in it or in its data folder")
     splits = {file: file.stem.split("-")[0] for file in files}
     if split not in splits.values():
-        raise RerouteError(f"unknown split {split!r} of {folder}: expected one of {', '.join(sorted(set(splits.values())))}")
+        known = ", ".join(sorted(set(splits.values())))
+        raise RerouteError(f"unknown split {split!r} of {folder}: expected one of {known}")
     return [file for file in files if splits[file] == split]
 
 
@@ -185,7 +180,7 @@ def _parquet(files: list[Path], name: str) -> Source:
             raise RerouteError(f"{file} cannot be read as parquet ({str(error).splitlines()[0]})") from error
         _check_columns(schema, file)
         count += pc.sum(pc.list_value_length(pq.read_table(file, columns=["answer"])["answer"])).as_py() or 0
-    return Source(name, rows, count)
+    return Source(name, rows, _some(count, name))
 
 
 def _beside(row: dict[str, Any], folder: Path) -> Row:
@@ -243,4 +238,11 @@ def _hub(name: str, split: str) -> Source:
     if missing:
         raise RerouteError(f"{name} lacks the columns {', '.join(missing)}: it has {', '.join(table.column_names)}")
     encoded = table.select_columns(list(REC_COLUMNS)).cast_column("image", datasets.Image(decode=False))
-    return Source(f"{name} [{split}]", lambda: iter(encoded), sum(len(answer) for answer in encoded["answer"]))
+    count = sum(len(answer) for answer in encoded["answer"])
+    return Source(f"{name} [{split}]", lambda: iter(encoded), _some(count, f"{name} [{split}]"))
+
+
+def _some(count: int, name: str) -> int:
+    if count == 0:
+        raise RerouteError(f"{name} holds no referring expression, expected at least one in its column answer")
+    return count

@@ -1,10 +1,103 @@
-"""Plain-text tables of results."""
+"""What the runs of one command come to: a summary for machines, tables for people."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
 
-from evals.metrics import CONFIDENCE, Interval
+import numpy as np
+
+from evals.metrics import CONFIDENCE, Interval, Resampler, difference, matrix, means, retention
+from evals.routes import FULL, Routes
+from evals.runner import Answerer, Record
+from reroute_jax.routing.cost import Account, account
+from reroute_jax.routing.plan import Schedule
+
+TERA = 1e12
+COST_NOTE = (
+    "TFLOPs: multiply-accumulates of the prefill, text included, as the papers count them (three-matrix MLP; the "
+    "2-matrix form\nis FastV's); the scoring of the decisions is in neither. KV bytes: after the prefill."
+)
+
+
+def summarise(
+    records: Mapping[str, Sequence[Record]], routes: Routes, names: Sequence[str], model: Answerer, seed: int
+) -> dict[str, Any]:
+    """Means, cost, retention against the full run, and the differences asked for, with their intervals. JSON-able.
+
+    records: by run, over the same questions in the same order. names: of the metrics; one that applies to no question
+    is left out.
+    """
+    names = [name for name in names if any(name in record["metrics"] for record in records[FULL])]
+    scores = {run: matrix([record["metrics"] for record in lines], names) for run, lines in records.items()}
+    resampler = Resampler(tuple(record["question_id"] for record in records[FULL]), seed)
+    runs = {}
+    for run in routes.runs:
+        runs[run.name] = {
+            "metrics": dict(zip(names, means(scores[run.name]).tolist(), strict=True)),
+            "cost": mean_cost(run.schedule, model, records[run.name]),
+        }
+        if run.name != FULL:
+            kept = retention(scores[run.name], scores[FULL], resampler)
+            runs[run.name]["retention_percent"] = _named(names, kept)
+    contrasts = {
+        f"{first} minus {second}": _named(names, difference(scores[first], scores[second], resampler))
+        for first, second in routes.contrasts
+    }
+    return {"questions": len(records[FULL]), "runs": runs, "differences": contrasts}
+
+
+def mean_cost(schedule: Schedule, model: Answerer, records: Sequence[Record]) -> dict[str, Any]:
+    """Cost of a question, averaged over `records`; compute in multiply-accumulates, as the papers count FLOPs."""
+    sizes = Counter((tuple(record["visual_grid"]), record["text_tokens"]) for record in records)
+    accounts = [
+        account(schedule, model.config.decoder, visual=grid[0] * grid[1], text=text, grid=grid, dtype=model.dtype)
+        for grid, text in sizes
+    ]
+
+    def mean(of: Callable[[Account], float]) -> float:
+        return float(np.average([of(one) for one in accounts], weights=list(sizes.values())))
+
+    return {
+        "label": schedule.label,
+        "visual_tokens": mean(lambda one: one.visual),
+        "average_visual_tokens": mean(lambda one: one.average),
+        "nominal_visual_tokens": mean(lambda one: one.nominal),
+        "kv_visual_tokens": mean(lambda one: one.kv_visual),
+        "kv_tokens": mean(lambda one: one.kv_tokens),
+        "kv_bytes": mean(lambda one: one.kv_bytes),
+        **{
+            f"{part}_{form}": mean(lambda one, part=part, form=form: getattr(getattr(one, part), form))
+            for part in ("prompt", "visual_only")
+            for form in ("swiglu", "fastv", "gqa", "scoring")
+        },
+    }
+
+
+def render(summary: Mapping[str, Any]) -> str:
+    """The tables of a summary, as text."""
+    names = list(summary["runs"][FULL]["metrics"])
+    header = ["", *(name.removeprefix("refcoco_") for name in names)]
+    rows = [[run, *(f"{v['metrics'][name]:.4f}" for name in names)] for run, v in summary["runs"].items()]
+    for run, values in summary["runs"].items():
+        if "retention_percent" in values:
+            rows += _interval_rows(f"{run}, % of {FULL}", values["retention_percent"], names, "{:.1f}")
+    for contrast, values in summary["differences"].items():
+        rows += _interval_rows(contrast, values, names, "{:+.4f}")
+    return f"{table(header, rows)}\n\n{_cost_table(summary['runs'])}\n{COST_NOTE}"
+
+
+def _cost_table(runs: Mapping[str, Any]) -> str:
+    header = ["per question", "visual tokens/layer", "nominal", "TFLOPs", "2-matrix form", "scoring adds", "KV bytes"]
+    rows = []
+    for run, values in runs.items():
+        cost = values["cost"]
+        tera = [f"{cost[f'prompt_{form}'] / TERA:.4g}" for form in ("swiglu", "fastv", "scoring")]
+        tokens = [f"{cost[f'{kind}_visual_tokens']:.2f}" for kind in ("average", "nominal")]
+        rows.append([run, *tokens, *tera, f"{cost['kv_bytes']:.0f}"])
+    return table(header, rows)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -12,24 +105,18 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [header, *rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     return "\n".join(
-        "  ".join(
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
+        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines
     )
 
 
-def metric_rows(
-    means: Mapping[str, Mapping[str, float]],
-    comparisons: Mapping[str, Mapping[str, Interval]],
-    metrics: Sequence[str],
-    percent: str = "",
-) -> str:
-    """One line per run with its means, then two per comparison: the estimate and its interval."""
-    header = ["", *(name.removeprefix("refcoco_") for name in metrics)]
-    rows = [[name, *(f"{values[metric]:.4f}" for metric in metrics)] for name, values in means.items()]
-    for name, values in comparisons.items():
-        rows.append([name, *(_estimate(values[metric]) for metric in metrics)])
-        rows.append([f"  {CONFIDENCE:.0%} interval", *(_bounds(values[metric]) for metric in metrics)])
-    return table(header, rows)
+def _interval_rows(title: str, values: Mapping[str, Any], names: Sequence[str], form: str) -> list[list[str]]:
+    def bounds(low: float | None, high: float | None) -> str:
+        return "n/a" if low is None or high is None else f"{form.format(low)}..{form.format(high)}"
+
+    estimates = ["n/a" if values[name]["value"] is None else form.format(values[name]["value"]) for name in names]
+    intervals = [bounds(values[name]["low"], values[name]["high"]) for name in names]
+    return [[title, *estimates], [f"  {CONFIDENCE:.0%} interval", *intervals]]
+
+
+def _named(names: Sequence[str], intervals: Sequence[Interval]) -> dict[str, dict[str, float | None]]:
+    return {name: asdict(interval) for name, interval in zip(names, intervals, strict=True)}

@@ -15,6 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from evals.data import Doc
+from reroute_jax.config import ModelConfig
 from reroute_jax.errors import RerouteError
 from reroute_jax.routing.plan import Schedule
 
@@ -25,18 +26,19 @@ SUMMARY_FILE = "summary.json"
 _SAMPLE_BYTES = 1 << 16  # read at either end of a file for its fingerprint
 
 
-class Generator(Protocol):
-    """What the runner needs of a model."""
+class Answerer(Protocol):
+    """What the evaluation needs of a model; `reroute_jax.load` gives one."""
+
+    config: ModelConfig
+    dtype: str
+
+    def plan(self, method: str, **arguments: Any) -> Schedule: ...
+
+    def prompt_ids(self, text: str, images: int) -> Sequence[int]: ...
 
     def generate(
-        self,
-        pairs: Sequence[tuple[Image.Image, str]],
-        schedule: Schedule | None = None,
-        max_new_tokens: int = 64,
-        batch_size: int = 8,
+        self, pairs: Sequence[tuple[Image.Image, str]], *, schedule: Schedule, max_new_tokens: int, batch_size: int
     ) -> list[str]: ...
-
-    def visual_tokens(self, image: Image.Image) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -57,10 +59,10 @@ class Task:
 
 @dataclass(frozen=True)
 class Run:
-    """One way of running the model over the questions. name: of its file. schedule None: all visual tokens."""
+    """One way of running the model over the questions. name: of its file."""
 
     name: str
-    schedule: Schedule | None
+    schedule: Schedule
 
 
 def open_folder(folder: Path, settings: Mapping[str, Any]) -> None:
@@ -86,7 +88,7 @@ def open_folder(folder: Path, settings: Mapping[str, Any]) -> None:
         raise RerouteError(f"{folder} was made with other settings ({what}): give another --out, or delete it")
 
 
-def answer(model: Generator, task: Task, run: Run, folder: Path, batch_size: int) -> list[Record]:
+def answer(model: Answerer, task: Task, run: Run, folder: Path, batch_size: int) -> list[Record]:
     """Answer what is still unanswered in `folder`/NAME.jsonl, and return all its records in order.
 
     Lines are written batch by batch and synced, so that a kill loses one batch at most. A partly written batch is
@@ -111,10 +113,11 @@ def answer(model: Generator, task: Task, run: Run, folder: Path, batch_size: int
     return records
 
 
-def _answer_batch(model: Generator, task: Task, run: Run, batch: Sequence[Doc], batch_size: int) -> list[Record]:
+def _answer_batch(model: Answerer, task: Task, run: Run, batch: Sequence[Doc], batch_size: int) -> list[Record]:
     prompts = [task.prompt(doc) for doc in batch]
     pairs = [(doc.image, prompt) for doc, prompt in zip(batch, prompts, strict=True)]
     texts = model.generate(pairs, schedule=run.schedule, max_new_tokens=task.max_new_tokens, batch_size=batch_size)
+    rows, cols = model.config.vision.grid
     return [
         {
             "task": task.name,
@@ -123,7 +126,8 @@ def _answer_batch(model: Generator, task: Task, run: Run, batch: Sequence[Doc], 
             "prompt": prompt,
             "text": text,
             "image_size": list(doc.size),
-            "visual_tokens": model.visual_tokens(doc.image),
+            "visual_grid": [rows, cols],
+            "text_tokens": len(model.prompt_ids(prompt, 1)) - rows * cols,
             **task.score(text.strip(), doc),
         }
         for doc, prompt, text in zip(batch, prompts, texts, strict=True)
@@ -152,7 +156,7 @@ def _read(file: Path) -> list[Record]:
         except (ValueError, KeyError, TypeError):
             right = False
         if not right:
-            raise RerouteError(f"line {index + 1} of {file} is not the answer to question {index}: delete it and run again")
+            raise RerouteError(f"line {index + 1} of {file} is no answer to question {index}: delete it and run again")
     return records
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
@@ -21,6 +22,8 @@ from reroute_jax.layers import DecoderLayer, Rope, RMSNorm, parameter, take_rows
 from reroute_jax.positions import rope_tables
 from reroute_jax.routing.ops import Rows, by_visual_index, compact_slots, gather, gather_keys, scatter, select
 from reroute_jax.routing.plan import RoutingPlan, StagePlan
+
+AnyArray = Array | np.ndarray  # made on the host, traced on the device
 
 
 class Embedding(nnx.Module):
@@ -67,15 +70,15 @@ class Prompt:
     text_slots: static; no row has more text tokens.
     """
 
-    ids: Int[Array, "B T"]
-    positions: Int[Array, "B T"]
-    valid: Bool[Array, "B T"]
-    feature: Int[Array, "B T"]
-    first_feature: Int[Array, " B"]
-    visual_positions: Int[Array, "B n"]
-    keep: Int[Array, "J B"]
-    prior: Float[Array, "P B n"]
-    next_position: Int[Array, " B"]
+    ids: Int[AnyArray, "B T"]
+    positions: Int[AnyArray, "B T"]
+    valid: Bool[AnyArray, "B T"]
+    feature: Int[AnyArray, "B T"]
+    first_feature: Int[AnyArray, " B"]
+    visual_positions: Int[AnyArray, "B n"]
+    keep: Int[AnyArray, "J B"]
+    prior: Float[AnyArray, "P B n"]
+    next_position: Int[AnyArray, " B"]
     text_slots: int = field(metadata={"static": True})
 
 

@@ -23,6 +23,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+# At these sizes torch's threads only wait for each other: many times slower on a busy machine.
+torch.set_num_threads(1)
+
 UNK, BOS, EOS, IMAGE, PAD = 0, 1, 2, 126, 127
 VOCAB_SIZE = 128
 
@@ -52,12 +55,13 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
 
-WORDS = (
-    *"USER ASSISTANT : . , ? ! [ ] ( ) - ' / 0 1 2 3 4 5 6 7 8 9 a an the of to in on at is are it and or not yes no".split(),
-    *"what where which who how many locate find point box bounding region object image shape colour there this that".split(),
-    *"red green blue yellow purple orange black white grey cyan small large left right above below near between".split(),
-    *"circle square triangle star ring cross cup dog cat car tree man woman top bottom middle striped plain".split(),
-)
+_TEXT = """
+USER ASSISTANT : . , ? ! [ ] ( ) - ' / 0 1 2 3 4 5 6 7 8 9 a an the of to in on at is are it and or not yes no
+what where which who how many locate find point box bounding region object image shape colour there this that
+red green blue yellow purple orange black white grey cyan small large left right above below near between
+circle square triangle star ring cross cup dog cat car tree man woman top bottom middle striped plain
+"""
+WORDS = tuple(_TEXT.split())
 
 
 def tiny_llava(
@@ -78,13 +82,14 @@ def tiny_llava(
 ) -> Path:
     """Write a checkpoint with tokenizer and image processor to `folder` (made if absent) and return it.
 
-    The image has `(image_size // patch) ** 2` tokens: 36 by default. `spelling` is a key of SPELLINGS; `hub` also writes
-    a config as sparse as the hub's. With `shards > 1` an index is written and every shard mixes all parts of the model.
+    The image has `(image_size // patch) ** 2` tokens: 36 by default. `spelling` is a key of SPELLINGS; `hub` also
+    writes a config as sparse as the hub's. With `shards > 1` there is an index, and every shard mixes all parts of the
+    model. `tied` leaves the head out, as transformers does.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = _config(kv_heads, layers, hidden, heads, image_size, patch, vision_layers, tied)
-    model = LlavaForConditionalGeneration(config).eval()
+    model = LlavaForConditionalGeneration(config)
     _strengthen(model, np.random.default_rng(seed))
     tensors = {_spell(key, spelling): value.to(dtype).contiguous() for key, value in model.state_dict().items()}
     if tied:
@@ -162,7 +167,7 @@ def _config(
 
 
 def _hub_config(config: LlavaConfig) -> dict:
-    """What the hub's sparse config keeps: no head size, activation, rope or tying, no KV heads where they equal heads."""
+    """As sparse as the hub's: no head size, activation or rope, and no KV heads where they equal the heads."""
     text, vision = config.text_config, config.vision_config
     kept = ["model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"]
     kept += ["rms_norm_eps", "max_position_embeddings"]
@@ -194,7 +199,7 @@ def _strengthen(model: LlavaForConditionalGeneration, rng: np.random.Generator) 
         elif name.endswith("bias"):
             value *= 0.3
         elif "embed" in name and "patch" not in name:
-            value *= 0.5 if "position" in name else 1.0
+            value *= 0.5
         else:
             value *= _gain(name) / np.sqrt(value[0].size)
         with torch.no_grad():

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
-from numbers import Integral
+from numbers import Integral, Real
 
 import numpy as np
 
@@ -215,8 +215,8 @@ class Schedule:
     @classmethod
     def from_decisions(
         cls,
-        layers: Sequence[int],
-        keep: Sequence[float | int | Fraction],
+        layers: Sequence[Integral],
+        keep: Sequence[Real],
         num_layers: int,
         action: str = "delete",
         monotonic: bool = False,
@@ -229,7 +229,7 @@ class Schedule:
     ) -> Schedule:
         """Schedule that decides at the input of each of `layers` (0-based, ascending, below `num_layers`).
 
-        keep: one entry a decision, a float or Fraction in (0, 1] is a ratio, an int is a count. score: one for all, or
+        keep: one entry a decision, a whole number is a count, any other a ratio in (0, 1]. score: one for all, or
         one a decision. Raises RerouteError on any inconsistency.
         """
         one_of("action", action, ACTIONS)
@@ -275,7 +275,9 @@ class Schedule:
             _check_falling(f"count for {visual} visual tokens", [stage.keep(visual) for stage in self.decisions])
         caps = iter(self._counts(visual))
         stages = tuple(StagePlan(s.lo, s.hi, next(caps) if s.decides else None, s.score) for s in self.stages)
-        return RoutingPlan(stages, self.recover, self.recover and self.monotonic, self.position_mode)
+        return RoutingPlan(
+            stages, self.recover and bool(self.decisions), self.recover and self.monotonic, self.position_mode
+        )
 
     def keep_counts(self, visual_counts: Sequence[int] | np.ndarray) -> np.ndarray:
         """int32 [decisions, B]: how many visual tokens each row keeps; 0 for a row without any (2.2)."""

@@ -22,7 +22,8 @@ def average_pool(
     PoolMerge(rows, cols).tokens(features.shape[0], grid)
     across, row_centres = _windows(grid[0], rows)
     along, col_centres = _windows(grid[1], cols)
-    cells = features.astype(jnp.float32).reshape(*grid, -1)
+    cells = features.reshape(*grid, -1)
+    # The fp32 weights make the whole product fp32.
     pooled = jnp.einsum("rh,cw,hwd->rcd", across, along, cells, precision=jax.lax.Precision.HIGHEST)
     centres = (row_centres[:, None] * grid[1] + col_centres).ravel()
     return pooled.reshape(rows * cols, -1).astype(features.dtype), centres

@@ -25,8 +25,10 @@ from convert.checkpoint import FLOATS, _converted, load_params, save_hf
 from convert.families import abstract_params, table_of
 from convert.safetensors_io import INDEX_NAME, list_folder, read, read_header
 from convert.source import MANIFEST_NAME, open_source
+from convert.table import to_hf
 from reroute_jax.config import ModelConfig
 from reroute_jax.errors import RerouteError
+from tests.tiny import SPELLINGS, load_torch, tiny_llava
 
 ROOT = Path(__file__).parents[2]
 SHAPE = SHAPES["llava-tiny-gqa"]
@@ -80,6 +82,12 @@ def assert_same(left, right):
         np.testing.assert_array_equal(np.asarray(value), np.asarray(right[path]), err_msg=path)
 
 
+def hub_key(key):
+    """The hub's spelling of a key of `state_dict()`."""
+    prefix, written = next(pair for pair in SPELLINGS["hub"].items() if key.startswith(pair[0]))
+    return written + key.removeprefix(prefix)
+
+
 def run_cli(capsys, *arguments):
     status = cli.main([str(argument) for argument in arguments])
     return status, [line for line in capsys.readouterr().err.splitlines() if line.startswith(("error", "  "))]
@@ -92,6 +100,19 @@ def run_cli(capsys, *arguments):
 def test_the_forms_that_transformers_saves_load_alike(hf, torch_model, tmp_path, original_format):
     torch_model.save_pretrained(tmp_path, save_original_format=original_format)
     assert_same(load(hf), load(tmp_path))
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_every_spelling_and_a_tied_head_load_what_torch_loads(tmp_path, spelling, tied):
+    tiny_llava(tmp_path, kv_heads=2, layers=2, spelling=spelling, tied=tied, shards=2)
+    params = {path: np.asarray(value) for path, value in load(tmp_path).items()}
+    written = dict(to_hf(model_of(tmp_path)[1], params))
+    state = load_torch(tmp_path).state_dict()
+    expected = {hub_key(key): value.numpy() for key, value in state.items()}
+    if tied:
+        del expected["language_model.lm_head.weight"]
+    assert_same(expected, written)
 
 
 def test_values_against_torch(hf, torch_model):

@@ -132,7 +132,8 @@ def test_every_answer_gives_finite_scores(text: str, coord_format: str) -> None:
 @given(values=st.lists(st.integers(0, 100), min_size=8, max_size=8))
 def test_overlap_against_counted_cells(values: list[int]) -> None:
     """Integer boxes overlap in whole cells; counted on a grid, with exact fractions."""
-    a, b = ((min(v[0], v[2]), min(v[1], v[3]), max(v[0], v[2]) + 1, max(v[1], v[3]) + 1) for v in (values[:4], values[4:]))
+    pairs = (values[:4], values[4:])
+    a, b = ((min(v[0], v[2]), min(v[1], v[3]), max(v[0], v[2]) + 1, max(v[1], v[3]) + 1) for v in pairs)
     cells = np.zeros((2, 102, 102), bool)
     for layer, (x1, y1, x2, y2) in zip(cells, (a, b), strict=True):
         layer[y1:y2, x1:x2] = True

@@ -6,8 +6,8 @@ from reroute_jax.errors import RerouteError
 
 def test_full_style_is_byte_exact() -> None:
     assert prompts.rec("left man", "full") == (
-        "Bounding box coordinates are specified in the format (top-left x, top-left y, bottom-right x, bottom-right y). "
-        "All values are floating point numbers bounded between 0 and 1. Please provide the bounding box coordinate of "
+        "Bounding box coordinates are specified in the format (top-left x, top-left y, bottom-right x, bottom-right y)."
+        " All values are floating point numbers bounded between 0 and 1. Please provide the bounding box coordinate of "
         "the region this sentence describes: left man"
     )
 

@@ -1,0 +1,22 @@
+"""Visual-token routing for vision-language models: FastV, PDrop, Nuwa, and Reroute, in JAX."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from reroute_jax.errors import RerouteError
+from reroute_jax.routing.plan import Schedule
+
+if TYPE_CHECKING:
+    from reroute_jax.engine import Model
+
+__all__ = ["RerouteError", "Schedule", "load"]
+
+
+def load(path: str | Path, dtype: str | None = None) -> Model:
+    """Load a hub id, a Hugging Face folder (converted on the fly) or a converted folder; see `loading.load`."""
+    # Imported here: `convert` needs this package's configuration, and loading needs `convert`.
+    from reroute_jax.loading import load as load_model
+
+    return load_model(path, dtype)
