@@ -27,7 +27,6 @@ class DecoderConfig:
     head_dim: int
     rope_theta: float
     norm_eps: float
-    attention_bias: bool
     tied_head: bool
 
 
@@ -75,7 +74,12 @@ class ModelConfig:
         family = config.get("model_type")
         if family != "llava":
             raise RerouteError(f"unknown architecture {family!r} in config.json: expected model_type 'llava'")
-        return _from_llava(AutoConfig.for_model(**config))
+        try:
+            hf = AutoConfig.for_model(**config)
+        except (AttributeError, KeyError, TypeError, ValueError) as problem:
+            reason = " ".join(str(problem).split())
+            raise RerouteError(f"config.json cannot be read ({reason}): restore it from the original") from problem
+        return _from_llava(hf)
 
     @property
     def num_layers(self) -> int:
@@ -86,13 +90,14 @@ def _from_llava(hf: LlavaConfig) -> ModelConfig:
     text, vision = hf.text_config, hf.vision_config
     _require("text_config.model_type", text.model_type, ("llama",))
     _require("text_config.hidden_act", text.hidden_act, ("silu",))
+    _require("text_config.attention_bias", text.attention_bias, (False,))
     _require("text_config.mlp_bias", text.mlp_bias, (False,))
     _require("text_config.rope_parameters.rope_type", text.rope_parameters["rope_type"], ("default",))
     _require("vision_config.model_type", vision.model_type, ("clip_vision_model",))
     _require("vision_feature_select_strategy", hf.vision_feature_select_strategy, ("default",))
     _require("vision_feature_layer as one integer", isinstance(hf.vision_feature_layer, int), (True,))
     eos = text.eos_token_id if isinstance(text.eos_token_id, list) else [text.eos_token_id]
-    pad = hf.pad_token_id if hf.pad_token_id is not None else text.pad_token_id
+    pads = [getattr(hf, "pad_token_id", None), text.pad_token_id, eos[0]]
     return ModelConfig(
         family="llava",
         decoder=DecoderConfig(
@@ -105,7 +110,6 @@ def _from_llava(hf: LlavaConfig) -> ModelConfig:
             head_dim=text.head_dim or text.hidden_size // text.num_attention_heads,
             rope_theta=float(text.rope_parameters["rope_theta"]),
             norm_eps=text.rms_norm_eps,
-            attention_bias=text.attention_bias,
             tied_head=hf.tie_word_embeddings,
         ),
         vision=ClipConfig(
@@ -124,7 +128,7 @@ def _from_llava(hf: LlavaConfig) -> ModelConfig:
         image_token=hf.image_token_index,
         bos_token=text.bos_token_id,
         eos_tokens=tuple(token for token in eos if token is not None),
-        pad_token=pad if pad is not None else eos[0],
+        pad_token=next(token for token in pads if token is not None),
     )
 
 

@@ -124,7 +124,9 @@ class Model:
         """int32 `[B, max_new_tokens]`; a row ends at its first `eos_token_id` (None: never) and is padded behind it."""
         eos = () if eos_token_id is None else tuple(np.atleast_1d(eos_token_id).tolist())
         sampling = Sampling(temperature, top_p, repetition_penalty, eos, self.config.pad_token)
-        return self._generate(valid_rows(input_ids, attention_mask), pixel_values, schedule, max_new_tokens, sampling, seed)
+        return self._generate(
+            valid_rows(input_ids, attention_mask), pixel_values, schedule, max_new_tokens, sampling, seed
+        )
 
     def generate(
         self,
@@ -150,7 +152,9 @@ class Model:
         for start in range(0, len(pairs), batch_size):
             chunk = list(pairs[start : start + batch_size])
             images = [_as_images(image) for image, _ in chunk]
-            rows = [self.prompt_ids(text, len(group), tokenizer) for (_, text), group in zip(chunk, images, strict=True)]
+            rows = [
+                self.prompt_ids(text, len(group), tokenizer) for (_, text), group in zip(chunk, images, strict=True)
+            ]
             flat = [image for group in images for image in group]
             pixels = processor(images=flat, return_tensors="np")["pixel_values"] if flat else None
             # A short last batch repeats a text row instead of compiling for its own size.

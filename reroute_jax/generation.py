@@ -64,7 +64,9 @@ def decode(
     def advance(state: DecodeState) -> DecodeState:
         last = jax.lax.dynamic_index_in_dim(state.tokens, state.step - 1, axis=1, keepdims=False)
         logits, cache = decode_step(decoder, last, state.cache, state.step - 1)
-        return _append(DecodeState(state.step, state.tokens, state.done, state.seen, state.key, cache), logits, sampling)
+        return _append(
+            DecodeState(state.step, state.tokens, state.done, state.seen, state.key, cache), logits, sampling
+        )
 
     final = jax.lax.while_loop(unfinished, advance, start)
     return final.tokens, final.cache

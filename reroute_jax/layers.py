@@ -124,11 +124,11 @@ def _masked_logits(q, k, mask) -> Float[Array, "B K G T S"]:
 
 class Attention(nnx.Module):
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype):
-        width, dim, bias = config.hidden_size, config.head_dim, config.attention_bias
+        width, dim = config.hidden_size, config.head_dim
         keep = {"rngs": rngs, "dtype": dtype}
-        self.q = HeadProjection(width, config.num_heads, dim, "heads", bias=bias, **keep)
-        self.k = HeadProjection(width, config.num_kv_heads, dim, "kv_heads", bias=bias, **keep)
-        self.v = HeadProjection(width, config.num_kv_heads, dim, "kv_heads", bias=bias, **keep)
+        self.q = HeadProjection(width, config.num_heads, dim, "heads", bias=False, **keep)
+        self.k = HeadProjection(width, config.num_kv_heads, dim, "kv_heads", bias=False, **keep)
+        self.v = HeadProjection(width, config.num_kv_heads, dim, "kv_heads", bias=False, **keep)
         self.o = OutputProjection(config.num_heads, dim, width, bias=False, **keep)
 
 

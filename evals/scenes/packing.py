@@ -131,4 +131,3 @@ def soft_labels() -> np.ndarray:
 def coordinate_starts() -> list[int]:
     """First token id of the four coordinate positions of an answer."""
     return [_vocab()[form.format(0)] for form in COORDINATE_FORMS]
-

@@ -78,4 +78,6 @@ def scatter(rows: Rows, slots: Int[Array, "B C"], processed: Rows) -> Rows:
 def by_visual_index(values: Array, visual: Int[Array, "B T"], count: int, fill: float | bool) -> Array:
     """Re-order per-slot values `[B, T]` by original visual index, `[B, count]`; absent tokens get `fill`."""
     target = jnp.where(visual < 0, count, visual)
-    return jax.vmap(lambda index, row: jnp.full(count, fill, values.dtype).at[index].set(row, mode="drop"))(target, values)
+    return jax.vmap(lambda index, row: jnp.full(count, fill, values.dtype).at[index].set(row, mode="drop"))(
+        target, values
+    )

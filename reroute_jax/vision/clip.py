@@ -1,6 +1,6 @@
 """CLIP vision transformer and LLaVA's projector.
 
-Letters: I images, P patch side, n patches, C = n + 1 slots (the class token stands first), D width, N heads, H head dim.
+Letters: I images, P patch side, n patches, C = n + 1 slots (class token first), D width, N heads, H head dim.
 """
 
 from __future__ import annotations

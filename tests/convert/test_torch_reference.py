@@ -214,6 +214,27 @@ def test_vector_7_nuwa_high_counts(keep, top_n, high):
     assert int((merged == features[anchors]).all(dim=1).sum()) == high
 
 
+def test_nuwa_candidates_are_the_best_of_each_region():
+    """One region holds the four largest values; the anchor at the threshold itself counts as high."""
+    metric = torch.tensor([9.0, 8, 1, 2, 7, 6, 3, 4, 0.4, 0.3, 0.2, 0.1, 0.8, 0.7, 0.6, 0.5])
+    merged, anchors = nuwa_stage_one(
+        metric, torch.eye(16), torch.ones(16, 2), columns=4, top_n=2, keep=5, radius=8**0.5
+    )
+    assert anchors.tolist() == [0, 1, 6, 7, 12]
+    # Index 0.55 * 4 = 2.2 of the sorted .8, 3, 4, 8, 9 is 4.8.
+    assert [int((row > 0).sum()) == 1 for row in merged] == [True, True, False, False, False]
+    _, odd = nuwa_stage_one(metric[:15], torch.eye(15), torch.ones(15, 2), columns=5, top_n=1, keep=9, radius=9)
+    assert odd.tolist() == [0, 4, 7, 10, 12, 14]
+    assert _high_anchors(21) == 10, "index 0.55 * 20 = 11 is the 12th of 21 values: it and the 9 above are high"
+
+
+def _high_anchors(keep):
+    """A 2 x 42 grid with one candidate a region."""
+    metric = torch.arange(84.0)
+    merged, _ = nuwa_stage_one(metric, torch.eye(84), torch.ones(84, 2), columns=42, top_n=1, keep=keep, radius=9)
+    return sum(int((row > 0).sum()) == 1 for row in merged)
+
+
 def test_vector_8_nuwa_positions():
     position = torch.tensor([0, 1, 2, 3, 4, 5, 30, 580, 581, 582, 583])
     visual = torch.tensor([-1] * 5 + [0, 25, 575] + [-1] * 3)
@@ -263,7 +284,11 @@ def test_decode_equals_a_longer_prefill(model, pixels, action):
     schedule = _schedule((1, 4), (0.3, 0.2), action, score="prior", prior="uniform")
     prior = np.stack([np.random.default_rng(d).permutation(VISUAL) for d in range(2)]).astype(np.float32)
     ids = random_ids(50, start=2)
-    decoded = run(model, ids, pixels, schedule, prior=prior, max_new_tokens=6).tokens
+    result = run(model, ids, pixels, schedule, prior=prior, max_new_tokens=6)
+    decoded, (first, second) = result.tokens, result.decisions
+    assert first.selected.tolist() == sorted(np.argsort(-prior[0])[:10])
+    candidates = first.selected if action == "delete" else np.arange(VISUAL)
+    assert second.selected.tolist() == sorted(candidates[np.argsort(-prior[1][candidates])[:7]])
     for step in range(6):
         prefilled = run(model, [*ids, *decoded[:step]], pixels, schedule, prior=prior)
         assert int(prefilled.logits.argmax()) == decoded[step]

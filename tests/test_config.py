@@ -1,0 +1,120 @@
+"""Configurations, and the wiring of the real sizes without their weights."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from reroute_jax.batching import make_batch
+from reroute_jax.config import ModelConfig
+from reroute_jax.decoder import prefill
+from reroute_jax.errors import RerouteError
+from reroute_jax.models.llava import Llava, encode_images
+from reroute_jax.params import named_parameters
+from reroute_jax.routing.methods import plan
+
+HUB_7B = {
+    "architectures": ["LlavaForConditionalGeneration"],
+    "image_token_index": 32000,
+    "model_type": "llava",
+    "pad_token_id": 32001,
+    "projector_hidden_act": "gelu",
+    "text_config": {
+        "_name_or_path": "lmsys/vicuna-7b-v1.5",
+        "architectures": ["LlamaForCausalLM"],
+        "max_position_embeddings": 4096,
+        "model_type": "llama",
+        "rms_norm_eps": 1e-05,
+        "vocab_size": 32064,
+    },
+    "vision_config": {
+        "hidden_size": 1024,
+        "image_size": 336,
+        "intermediate_size": 4096,
+        "model_type": "clip_vision_model",
+        "num_attention_heads": 16,
+        "num_hidden_layers": 24,
+        "patch_size": 14,
+        "projection_dim": 768,
+        "vocab_size": 32000,
+    },
+    "vision_feature_layer": -2,
+    "vision_feature_select_strategy": "default",
+    "vocab_size": 32064,
+}
+SIZES_13B = {"hidden_size": 5120, "intermediate_size": 13824, "num_attention_heads": 40, "num_hidden_layers": 40}
+
+
+def config_13b():
+    return {**HUB_7B, "text_config": {**HUB_7B["text_config"], **SIZES_13B, "num_key_value_heads": 40}}
+
+
+def test_sparse_hub_config():
+    config = ModelConfig.from_hf(HUB_7B)
+    text = config.decoder
+    assert (text.hidden_size, text.mlp_dim, text.num_layers, text.num_heads, text.num_kv_heads, text.head_dim) == (
+        4096,
+        11008,
+        32,
+        32,
+        32,
+        128,
+    )
+    assert (text.rope_theta, text.norm_eps, config.feature_layer, config.vision.grid) == (10000.0, 1e-5, 23, (24, 24))
+    assert (config.image_token, config.eos_tokens, config.pad_token) == (32000, (2,), 32001)
+
+
+def test_without_a_pad_token_the_end_token_pads():
+    assert ModelConfig.from_hf({k: v for k, v in HUB_7B.items() if k != "pad_token_id"}).pad_token == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "telling"),
+    [
+        ({"model_type": "blip"}, "unknown architecture 'blip'"),
+        ({"model_type": None}, "unknown architecture None"),
+        ({"vision_feature_select_strategy": "full"}, "vision_feature_select_strategy"),
+        ({"vision_feature_layer": [-2, -5]}, "vision_feature_layer"),
+        ({"text_config": {"model_type": "mistral"}}, "text_config.model_type"),
+        ({"text_config": {"model_type": "llama", "rope_scaling": {"rope_type": "linear", "factor": 2.0}}}, "rope_type"),
+        ({"text_config": {"model_type": "llama", "attention_bias": True}}, "attention_bias"),
+        ({"text_config": 5}, "config.json cannot be read"),
+    ],
+)
+def test_refusals(change, telling):
+    with pytest.raises(RerouteError) as caught:
+        ModelConfig.from_hf({**HUB_7B, **change})
+    assert telling in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("hf", "billions"), [(HUB_7B, 7.063), (config_13b(), 13.351)], ids=["7b", "13b"])
+@pytest.mark.parametrize("route", [("fastv", "delete"), ("pdrop", "reroute"), ("nuwa", "reroute"), ("pool", "delete")])
+def test_full_size_wiring(hf, billions, route):
+    """The real shapes end to end, without memory."""
+    config = ModelConfig.from_hf(hf)
+    module = nnx.eval_shape(lambda: Llava(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16))
+    assert sum(value.size for value in named_parameters(module).values()) / 1e9 == pytest.approx(billions, abs=1e-3)
+    depth = config.num_layers
+    schedule = plan(route[0], num_layers=depth, visual=576, grid=(24, 24), budget=128, action=route[1])
+    rows = [np.r_[1:6, np.full(576, 32000), 100:140], np.r_[np.full(576, 32000), 7:20]]
+    batch = make_batch(rows, config, schedule)
+
+    def run(module, pixels):
+        features, anchors = encode_images(module, pixels, schedule.merge)
+        return features, prefill(module.decoder, batch.prompt, features, anchors, batch.plan, 16)
+
+    features, result = jax.eval_shape(run, module, jax.ShapeDtypeStruct((2, 3, 336, 336), jnp.float32))
+    assert features.shape == (2 * schedule.merged_count(576, (24, 24)), config.decoder.hidden_size)
+    assert result.logits.shape == (2, 32064) and result.logits.dtype == jnp.float32
+    per_layer = [keys.shape[2] for stage in result.cache.stages for keys in stage.keys]
+    merged = schedule.merged_count(576, (24, 24))
+    kept = [merged if s.cap is None else s.cap for s in batch.plan.stages for _ in range(s.lo, s.hi)]
+    assert per_layer == [batch.prompt.text_slots + count + 16 for count in kept]
+
+
+def test_every_parameter_names_its_axes():
+    config = ModelConfig.from_hf(HUB_7B)
+    module = nnx.eval_shape(lambda: Llava(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16))
+    for path, leaf in nnx.to_flat_state(nnx.state(module)):
+        assert len(leaf.axes) == leaf.get_value().ndim, path
