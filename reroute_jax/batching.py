@@ -69,7 +69,8 @@ def make_batch(rows: Sequence[np.ndarray], config: ModelConfig, schedule: Schedu
     batch, slots = len(rows), text + most * merged
     ids, positions = np.zeros((batch, slots), np.int32), np.zeros((batch, slots), np.int32)
     valid, feature = np.zeros((batch, slots), bool), np.full((batch, slots), -1, np.int32)
-    visual_positions = np.zeros((batch, most * patches), np.int32)
+    # Never empty, so that a batch without images runs the same program.
+    visual_positions = np.zeros((batch, max(most, 1) * patches), np.int32)
     seen = np.zeros((batch, config.decoder.vocab_size), bool)
     first_image = np.concatenate([[0], np.cumsum(images)[:-1]]).astype(np.int32)
     for b, row in enumerate(rows):
@@ -88,7 +89,7 @@ def make_batch(rows: Sequence[np.ndarray], config: ModelConfig, schedule: Schedu
         first_feature=first_image * patches,
         visual_positions=visual_positions,
         keep=routed.keep_counts([count * merged for count in images]),
-        prior=_prior(routed, rows, images, grid, most * patches),
+        prior=_prior(routed, rows, images, grid),
         next_position=np.array([len(row) for row in rows], np.int32),
         text_slots=text,
     )
@@ -113,7 +114,8 @@ def _layout(row: np.ndarray, image_token: int, patches: int, merged: int, featur
     return row[keep], np.flatnonzero(keep), np.where(is_image, within, -1)[keep]
 
 
-def _prior(schedule: Schedule, rows, images, grid: tuple[int, int], width: int) -> np.ndarray:
+def _prior(schedule: Schedule, rows, images, grid: tuple[int, int]) -> np.ndarray:
+    width = max(1, *images) * grid[0] * grid[1]
     if schedule.prior is None:
         return np.zeros((0, len(rows), width), np.float32)
     prior = np.zeros((len(schedule.decisions), len(rows), width), np.float32)

@@ -160,7 +160,7 @@ class DecoderLayer(nnx.Module):
         mask: Bool[Array, "#B T T"],
         keys: Float[Array, "B K T H"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B K T H"], Float[Array, "B K T H"]]:
-        """Run the layer on whole rows; returns the new rows, keys and values. `keys`: this layer's, if known already."""
+        """Run the layer on whole rows; returns the new rows, keys and values. `keys`: this layer's, if known."""
         with jax.named_scope("attention"):
             normed = self.attn_norm(x)
             q = rotate(self.attn.q(normed), rope)

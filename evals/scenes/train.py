@@ -217,7 +217,7 @@ def run_phase(phase: Phase, total: int, out: Path) -> dict:
     begun = time.monotonic()
     for step, batch in batches(phase, first):
         bypass = random_bypass(step, config.num_layers, phase.rows) if phase.name == "bypass" else nothing
-        state, logs = update(state, batch, *(() if phase.name == "vision" else (bypass,)))
+        state, _ = update(state, batch, *(() if phase.name == "vision" else (bypass,)))
         bar.update()
         done = step + 1
         if done % SAVE_EVERY == 0 or done == phase.stop:

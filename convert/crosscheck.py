@@ -1,0 +1,291 @@
+"""`python -m convert.crosscheck SRC`: the same inputs through PyTorch and through JAX, compared number by number.
+
+Without --method or --preset the checkpoint runs on all tokens and PyTorch's side is transformers itself. With one, the
+routed run is compared too, with an eager PyTorch implementation of the method's rules (`torch_reference.py`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+from transformers import AutoImageProcessor, AutoTokenizer
+
+import reroute_jax
+from convert.source import Source, open_source
+from evals.prompts import rec
+from evals.routes import SWITCHES, budget
+from evals.scenes.data import refcoco_rows
+from reroute_jax.batching import make_batch
+from reroute_jax.config import ModelConfig
+from reroute_jax.decoder import forward
+from reroute_jax.engine import Model
+from reroute_jax.errors import RerouteError
+from reroute_jax.models.llava import chat_prompt, encode_images, expand_image_tokens
+from reroute_jax.positions import rope_tables
+from reroute_jax.routing.methods import METHODS, plan
+from reroute_jax.routing.plan import ACTIONS, Schedule
+from reroute_jax.routing.presets import preset
+
+if TYPE_CHECKING:
+    from convert.torch_reference import Reference
+
+# Of fp32 arithmetic, relative to a row's root mean square where that is above 1.
+FEATURES = LAYER = SCORES = 1e-5
+LOGITS = 1e-4
+TEXT_ONLY = "Name three colours."
+
+
+@dataclass(frozen=True)
+class Line:
+    """One compared quantity. `found` is a largest difference, or with `of` a number of unequal entries among `of`."""
+
+    quantity: str
+    found: float
+    allowed: float = 0
+    of: int = 0
+
+    @property
+    def passes(self) -> bool:
+        return self.found <= self.allowed  # False for nan
+
+    def merge(self, other: Line) -> Line:
+        found = self.found + other.found if self.of else float(np.fmax(self.found, other.found))
+        if np.isnan(self.found + other.found):
+            found = float("nan")
+        return Line(self.quantity, found, self.allowed, self.of + other.of)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """ids: `[S]`, image tokens expanded. pixels: `[1, 3, h, w]` fp32, or None for a text-only prompt."""
+
+    ids: np.ndarray
+    pixels: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class Plain:
+    """One unrouted run in transformers. hidden: `[L, S, D]`, each layer's input; logits: `[S, vocab]`, all positions."""
+
+    features: np.ndarray | None
+    hidden: np.ndarray
+    logits: np.ndarray
+    tokens: np.ndarray
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command. Returns 0, 1 for a difference beyond tolerance, 2 after one line on bad input."""
+    args = _parser().parse_args(argv)
+    try:
+        lines = crosscheck(args)
+    except RerouteError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(table(lines))
+    failed = [line.quantity for line in lines if not line.passes]
+    print(f"\n{len(failed)} of {len(lines)} quantities differ" if failed else "\nPyTorch and JAX agree")
+    return 1 if failed else 0
+
+
+def crosscheck(args: argparse.Namespace) -> list[Line]:
+    """All comparisons, one line a quantity over all prompts. One framework's weights are in memory at a time.
+
+    Raises RerouteError without PyTorch, and for a checkpoint or a method that cannot be used.
+    """
+    if importlib.util.find_spec("torch") is None:
+        raise RerouteError("a cross-check needs PyTorch, which is not installed: pip install -e '.[torch]'")
+    source = open_source(args.src)
+    if source.manifest is not None:
+        raise RerouteError(f"{args.src} is a converted checkpoint: give the Hugging Face one, it is converted here")
+    config = ModelConfig.from_hf(source.config)
+    schedule = _schedule(args, config)
+    prompts = _prompts(source, config, args.prompts)
+    expected = _in_torch(source, config, prompts, schedule, args.max_new_tokens)
+    model = reroute_jax.load(args.src, dtype="float32")
+    lines = []
+    with jax.default_matmul_precision("highest"):
+        for prompt, (plain, routed) in zip(tqdm(prompts, desc="JAX", unit="prompt"), expected, strict=True):
+            lines += _compare_plain(model, prompt, plain)
+            if routed is not None:
+                lines += _compare_routed(model, prompt, routed, schedule, args.max_new_tokens)
+    return merge(lines)
+
+
+def merge(lines: Sequence[Line]) -> list[Line]:
+    """Lines of one quantity become one, in order of first appearance."""
+    order = list(dict.fromkeys(line.quantity for line in lines))
+    merged = []
+    for _, group in groupby(sorted(lines, key=lambda line: order.index(line.quantity)), key=lambda line: line.quantity):
+        first, *others = group
+        for other in others:
+            first = first.merge(other)
+        merged.append(first)
+    return merged
+
+
+def table(lines: Sequence[Line]) -> str:
+    width = max(len(line.quantity) for line in lines)
+    rows = [f"{'':{width}}  {'difference':>16}  {'allowed':>8}"]
+    for line in lines:
+        found = f"{line.found:.0f} of {line.of}" if line.of else f"{line.found:.1e}"
+        allowed = "0" if line.of else f"{line.allowed:.0e}"
+        rows.append(f"{line.quantity:{width}}  {found:>16}  {allowed:>8}  {'ok' if line.passes else 'DIFFERENT'}")
+    return "\n".join(rows)
+
+
+# --- Inputs -----------------------------------------------------------------------------------------------------------
+
+
+def _prompts(source: Source, config: ModelConfig, count: int) -> list[Prompt]:
+    """`count` rendered scenes with a referring question each, and a prompt without an image."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.folder)
+        processor = AutoImageProcessor.from_pretrained(source.folder, backend="pil")
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise RerouteError(f"{source.name} needs a tokenizer and an image processor beside its weights: {reason}") from None
+    grid = config.vision.grid
+
+    def ids(text: str, images: int) -> np.ndarray:
+        short = tokenizer(chat_prompt(text, images))["input_ids"]
+        return np.array(expand_image_tokens(short, config.image_token, grid[0] * grid[1]))
+
+    scenes = [
+        Prompt(ids(rec(row["answer"][0], "full"), 1), processor(images=row["image"], return_tensors="np")["pixel_values"])
+        for row in refcoco_rows("test", count)
+    ]
+    return [*scenes, Prompt(ids(TEXT_ONLY, 0), None)]
+
+
+def _schedule(args: argparse.Namespace, config: ModelConfig) -> Schedule | None:
+    chosen = {name: value for name in SWITCHES if (value := getattr(args, name)) is not None}
+    asked = [name for name in ("budget", "action") if getattr(args, name) is not None] + list(chosen)
+    if args.preset is not None:
+        if args.method is not None or asked:
+            raise RerouteError("--preset fixes the whole schedule, leave out --method and what belongs to it")
+        return preset(args.preset, config.num_layers)
+    if args.method is None:
+        if asked:
+            raise RerouteError(f"--{asked[0].replace('_', '-')} belongs to a --method, name one")
+        return None
+    grid = config.vision.grid
+    return plan(
+        args.method,
+        num_layers=config.num_layers,
+        visual=grid[0] * grid[1],
+        grid=grid,
+        budget=128 if args.budget is None else args.budget,
+        action=args.action or "reroute",
+        **chosen,
+    )
+
+
+# --- PyTorch ----------------------------------------------------------------------------------------------------------
+
+
+def _in_torch(
+    source: Source, config: ModelConfig, prompts: Sequence[Prompt], schedule: Schedule | None, max_new: int
+) -> list[tuple[Plain, Reference | None]]:
+    import torch
+    from transformers import GenerationConfig, LlavaForConditionalGeneration
+
+    from convert.torch_reference import run
+
+    model = LlavaForConditionalGeneration.from_pretrained(source.folder, dtype=torch.float32).eval()
+    model.generation_config = GenerationConfig(
+        do_sample=False, max_new_tokens=max_new, eos_token_id=list(config.eos_tokens), pad_token_id=config.pad_token
+    )
+    results = []
+    for prompt in tqdm(prompts, desc="PyTorch", unit="prompt"):
+        routed = None
+        if schedule is not None:
+            prior = make_batch([prompt.ids], config, schedule).prompt.prior[:, 0]
+            routed = run(
+                model,
+                prompt.ids,
+                prompt.pixels,
+                schedule,
+                prior=prior,
+                max_new_tokens=max_new,
+                eos_tokens=config.eos_tokens,
+            )
+        results.append((_transformers(model, prompt), routed))
+    return results
+
+
+def _transformers(model, prompt: Prompt) -> Plain:
+    import torch
+
+    ids = torch.tensor(prompt.ids)[None]
+    pixels = None if prompt.pixels is None else torch.tensor(prompt.pixels)
+    with torch.no_grad():
+        out = model(input_ids=ids, pixel_values=pixels, output_hidden_states=True)
+        tokens = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixels)
+        features = None if pixels is None else model.get_image_features(pixels).pooler_output[0].numpy()
+    hidden = np.stack([state[0].numpy() for state in out.hidden_states[:-1]])
+    return Plain(features, hidden, out.logits[0].numpy(), tokens[0, ids.shape[1] :].numpy())
+
+
+# --- JAX, and the differences -----------------------------------------------------------------------------------------
+
+
+@jax.jit
+def _layer(layer, x, rope, mask):
+    return layer.prefill(x, rope, mask)[0]
+
+
+@jax.jit
+def _all_logits(decoder, x, rope, mask):
+    return decoder.logits(forward(decoder, x, rope, mask))
+
+
+def _compare_plain(model: Model, prompt: Prompt, expected: Plain) -> Iterator[Line]:
+    decoder = model.module.decoder
+    if prompt.pixels is not None:
+        features, _ = encode_images(model.module, jnp.asarray(prompt.pixels), None)
+        yield _real("image features", features, expected.features, FEATURES)
+    text = prompt.ids != model.config.image_token
+    embeds = decoder.embed(jnp.asarray(prompt.ids[text])[None])[0]
+    yield _real("text embeddings", embeds, expected.hidden[0][text], 0)
+    length = len(prompt.ids)
+    rope = rope_tables(jnp.arange(length)[None], decoder.config)
+    mask = jnp.tril(jnp.ones((1, length, length), bool))
+    for number, (x, after) in enumerate(zip(expected.hidden[:-1], expected.hidden[1:], strict=True)):
+        output = _layer(decoder.layers[number], jnp.asarray(x)[None], rope, mask)[0]
+        yield _real(f"layer {number} on the same input", output, after, LAYER)
+    logits = _all_logits(decoder, jnp.asarray(expected.hidden[0])[None], rope, mask)[0]
+    yield _real("logits, all positions", logits, expected.logits, LOGITS)
+    yield from _compare_answer(model, prompt, None, expected.logits[-1], expected.tokens, "")
+
+
+def _compare_routed(
+    model: Model, prompt: Prompt, expected: Reference, schedule: Schedule, max_new: int
+) -> Iterator[Line]:
+    prefix = f"{schedule.label}: "
+    result = model.prefill(
+        input_ids=prompt.ids[None], pixel_values=prompt.pixels, schedule=schedule, trace=True
+    )
+    if prompt.pixels is not None and schedule.merge is not None:
+        features, _ = encode_images(model.module, jnp.asarray(prompt.pixels), schedule.merge)
+        yield _real(prefix + "merged image features", features, expected.features, FEATURES)
+    if expected.anchors is not None:
+        yield _selection(prefix + "anchors", result.trace.anchors[0], expected.anchors)
+    for number, decision in enumerate(expected.decisions):
+        where = f"{prefix}layer {decision.layer}: "
+        yield _selection(where + "selected", result.trace.selected[number][0], decision.selected)
+        candidates = np.isfinite(decision.scores)
+        yield _selection(where + "candidates", np.flatnonzero(np.isfinite(result.trace.scores[number][0])), np.flatnonzero(candidates))
+        yield _real(where + "scores", result.trace.scores[number][0][candidates], decision.scores[candidates], SCORES)
+    lengths = np.array([len(ran) for ran in expected.ran])
+    yield Line(prefix + "keys cached per layer", int((result.trace.kv_tokens[0] != lengths).sum()), of=len(lengths))
+    yield from _compare_answer(model, prompt, schedule, expected.logits, np.array(expected.tokens), prefix)
