@@ -22,6 +22,7 @@ from transformers import AutoImageProcessor, AutoTokenizer
 
 import reroute_jax
 from convert.source import Source, open_source
+from evals.cli import positive
 from evals.prompts import rec
 from evals.routes import SWITCHES, budget
 from evals.scenes.data import refcoco_rows
@@ -75,7 +76,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Plain:
-    """One unrouted run in transformers. hidden: `[L, S, D]`, each layer's input; logits: `[S, vocab]`, all positions."""
+    """An unrouted run in transformers. hidden: `[L, S, D]`, each layer's input; logits: `[S, vocab]`, all positions."""
 
     features: np.ndarray | None
     hidden: np.ndarray
@@ -115,7 +116,7 @@ def crosscheck(args: argparse.Namespace) -> list[Line]:
     lines = []
     with jax.default_matmul_precision("highest"):
         for prompt, (plain, routed) in zip(tqdm(prompts, desc="JAX", unit="prompt"), expected, strict=True):
-            lines += _compare_plain(model, prompt, plain)
+            lines += _compare_plain(model, prompt, plain, args.max_new_tokens)
             if routed is not None:
                 lines += _compare_routed(model, prompt, routed, schedule, args.max_new_tokens)
     return merge(lines)
@@ -153,7 +154,9 @@ def _prompts(source: Source, config: ModelConfig, count: int) -> list[Prompt]:
         processor = AutoImageProcessor.from_pretrained(source.folder, backend="pil")
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise RerouteError(f"{source.name} needs a tokenizer and an image processor beside its weights: {reason}") from None
+        raise RerouteError(
+            f"{source.name} needs a tokenizer and an image processor beside its weights: {reason}"
+        ) from None
     grid = config.vision.grid
 
     def ids(text: str, images: int) -> np.ndarray:
@@ -161,7 +164,9 @@ def _prompts(source: Source, config: ModelConfig, count: int) -> list[Prompt]:
         return np.array(expand_image_tokens(short, config.image_token, grid[0] * grid[1]))
 
     scenes = [
-        Prompt(ids(rec(row["answer"][0], "full"), 1), processor(images=row["image"], return_tensors="np")["pixel_values"])
+        Prompt(
+            ids(rec(row["answer"][0], "full"), 1), processor(images=row["image"], return_tensors="np")["pixel_values"]
+        )
         for row in refcoco_rows("test", count)
     ]
     return [*scenes, Prompt(ids(TEXT_ONLY, 0), None)]
@@ -227,11 +232,11 @@ def _transformers(model, prompt: Prompt) -> Plain:
     import torch
 
     ids = torch.tensor(prompt.ids)[None]
-    pixels = None if prompt.pixels is None else torch.tensor(prompt.pixels)
+    image = {} if prompt.pixels is None else {"pixel_values": torch.tensor(prompt.pixels)}
     with torch.no_grad():
-        out = model(input_ids=ids, pixel_values=pixels, output_hidden_states=True)
-        tokens = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixels)
-        features = None if pixels is None else model.get_image_features(pixels).pooler_output[0].numpy()
+        out = model(input_ids=ids, output_hidden_states=True, **image)
+        tokens = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **image)
+        features = model.get_image_features(**image).pooler_output[0].numpy() if image else None
     hidden = np.stack([state[0].numpy() for state in out.hidden_states[:-1]])
     return Plain(features, hidden, out.logits[0].numpy(), tokens[0, ids.shape[1] :].numpy())
 
@@ -249,7 +254,7 @@ def _all_logits(decoder, x, rope, mask):
     return decoder.logits(forward(decoder, x, rope, mask))
 
 
-def _compare_plain(model: Model, prompt: Prompt, expected: Plain) -> Iterator[Line]:
+def _compare_plain(model: Model, prompt: Prompt, expected: Plain, max_new: int) -> Iterator[Line]:
     decoder = model.module.decoder
     if prompt.pixels is not None:
         features, _ = encode_images(model.module, jnp.asarray(prompt.pixels), None)
@@ -265,16 +270,16 @@ def _compare_plain(model: Model, prompt: Prompt, expected: Plain) -> Iterator[Li
         yield _real(f"layer {number} on the same input", output, after, LAYER)
     logits = _all_logits(decoder, jnp.asarray(expected.hidden[0])[None], rope, mask)[0]
     yield _real("logits, all positions", logits, expected.logits, LOGITS)
-    yield from _compare_answer(model, prompt, None, expected.logits[-1], expected.tokens, "")
+    result = model.prefill(input_ids=prompt.ids[None], pixel_values=prompt.pixels)
+    yield _real("logits, last position", result.logits, expected.logits[-1:], LOGITS)
+    yield _tokens("greedy tokens", model, prompt, None, expected.tokens, max_new)
 
 
 def _compare_routed(
     model: Model, prompt: Prompt, expected: Reference, schedule: Schedule, max_new: int
 ) -> Iterator[Line]:
     prefix = f"{schedule.label}: "
-    result = model.prefill(
-        input_ids=prompt.ids[None], pixel_values=prompt.pixels, schedule=schedule, trace=True
-    )
+    result = model.prefill(input_ids=prompt.ids[None], pixel_values=prompt.pixels, schedule=schedule, trace=True)
     if prompt.pixels is not None and schedule.merge is not None:
         features, _ = encode_images(model.module, jnp.asarray(prompt.pixels), schedule.merge)
         yield _real(prefix + "merged image features", features, expected.features, FEATURES)
@@ -283,9 +288,56 @@ def _compare_routed(
     for number, decision in enumerate(expected.decisions):
         where = f"{prefix}layer {decision.layer}: "
         yield _selection(where + "selected", result.trace.selected[number][0], decision.selected)
-        candidates = np.isfinite(decision.scores)
-        yield _selection(where + "candidates", np.flatnonzero(np.isfinite(result.trace.scores[number][0])), np.flatnonzero(candidates))
-        yield _real(where + "scores", result.trace.scores[number][0][candidates], decision.scores[candidates], SCORES)
+        scores, wanted = result.trace.scores[number][0], np.isfinite(decision.scores)
+        yield _selection(where + "candidates", np.flatnonzero(np.isfinite(scores)), np.flatnonzero(wanted))
+        yield _real(where + "scores", scores[None, wanted], decision.scores[None, wanted], SCORES)
     lengths = np.array([len(ran) for ran in expected.ran])
     yield Line(prefix + "keys cached per layer", int((result.trace.kv_tokens[0] != lengths).sum()), of=len(lengths))
-    yield from _compare_answer(model, prompt, schedule, expected.logits, np.array(expected.tokens), prefix)
+    yield _real(prefix + "logits, last position", result.logits, expected.logits[None], LOGITS)
+    yield _tokens(prefix + "greedy tokens", model, prompt, schedule, np.array(expected.tokens), max_new)
+
+
+def _real(quantity: str, found, expected: np.ndarray, allowed: float) -> Line:
+    """Largest difference between two `[rows, width]` arrays; a row of large numbers may differ by more."""
+    scale = np.sqrt(np.mean(np.square(expected, dtype=np.float64), axis=-1, keepdims=True))
+    return Line(quantity, float(np.max(np.abs(np.asarray(found) - expected) / np.maximum(scale, 1))), allowed)
+
+
+def _selection(quantity: str, found: np.ndarray, expected: np.ndarray) -> Line:
+    """Indices in one of two sets only; `found` may be padded with -1."""
+    found = found[found >= 0]
+    missing, surplus = np.setdiff1d(expected, found), np.setdiff1d(found, expected)
+    return Line(quantity, max(len(missing), len(surplus)), of=len(expected))
+
+
+def _tokens(
+    quantity: str, model: Model, prompt: Prompt, schedule: Schedule | None, expected: np.ndarray, max_new: int
+) -> Line:
+    """`expected` ends with a stop token or after `max_new` tokens."""
+    found = model.generate_ids(
+        input_ids=prompt.ids[None],
+        pixel_values=prompt.pixels,
+        schedule=schedule,
+        max_new_tokens=max_new,
+        eos_token_id=model.config.eos_tokens,
+    )[0]
+    padded = np.pad(expected, (0, max_new - len(expected)), constant_values=model.config.pad_token)
+    return Line(quantity, int((found != padded).sum()), of=max_new)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m convert.crosscheck", description=__doc__)
+    parser.add_argument("src", metavar="SRC", help="hub id (owner/model) or checkpoint folder with safetensors")
+    parser.add_argument("--method", choices=tuple(METHODS), help="compare a routed run as well")
+    parser.add_argument("--budget", type=budget, help="192, 128, 64 or a share such as 0.15 or 1/9 (default: 128)")
+    parser.add_argument("--action", choices=ACTIONS, help="default: reroute")
+    for name, (choices, text) in SWITCHES.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", choices=choices, help=text)
+    parser.add_argument("--preset", help="a released configuration by its name, instead of method, action and budget")
+    parser.add_argument("--prompts", type=positive, default=2, help="rendered scenes to ask about (default: 2)")
+    parser.add_argument("--max-new-tokens", type=positive, default=32, help="length of an answer (default: 32)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

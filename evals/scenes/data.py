@@ -1,6 +1,6 @@
 """Scenes as rows of a dataset: referring expressions with RefCOCO's columns, questions with a VQA set's."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,10 +17,12 @@ CAPTION_QUESTION = "Describe the marked object."  # RefCOCO's `question` column 
 EVERY = 1000  # more questions of a kind than a scene has
 
 
-def training_scene(seed: int) -> tuple[UInt8[np.ndarray, "height width 3"], Scene, list[Question]]:
-    """Image, scene and up to `TRAINING_QUESTIONS` questions of each kind; use seeds from `scene_seed("train", i)`."""
+def training_scene(
+    seed: int, per_kind: Mapping[str, int] = TRAINING_QUESTIONS
+) -> tuple[UInt8[np.ndarray, "height width 3"], Scene, list[Question]]:
+    """Image, scene and up to `per_kind` questions of each kind; use seeds from `scene_seed("train", i)`."""
     scene = sample_scene(seed)
-    return render(scene, seed), scene, questions(scene, stream(2, seed), TRAINING_QUESTIONS)
+    return render(scene, seed), scene, questions(scene, stream(2, seed), per_kind)
 
 
 def refcoco_rows(split: str, count: int, start: int = 0) -> Iterator[dict[str, Any]]:

@@ -99,7 +99,7 @@ def answer_loss(
         prefix, x = shared_prefix_layer(layer, prefix, x, ropes, runs, asked)
         if number in POINTER_LAYERS:
             head = POINTER_LAYERS.index(number)
-            pointers.append(_pointer(heads.asking[head], heads.asked[head], prefix[:, PREFIX - patches :], x, batch))
+            pointers.append(_pointer(heads.asking[head], heads.asked[head], prefix, x, batch))
     logits = decoder.logits(x).reshape(scenes, asked, slots, -1)
     losses = _cross_entropy(logits, soft[batch.label]) * batch.weight
     return losses.sum() / batch.weight.sum(), sum(pointers), logits.argmax(-1)
@@ -132,13 +132,17 @@ def shared_prefix_layer(layer: DecoderLayer, prefix, x, ropes: tuple[Rope, Rope]
     return jnp.where(runs[..., None], passed, prefix), x
 
 
-def _pointer(asking: Linear, asked: Linear, patches, x, batch: Packed) -> Float[Array, ""]:
-    """Cross-entropy of the last prompt token's match against the patches of the object it asks for."""
+def _pointer(asking: Linear, asked: Linear, prefix, x, batch: Packed) -> Float[Array, ""]:
+    """Cross-entropy of the last prompt token's match against the patches of the objects the question is about, or
+    against the first token of all where it is about none."""
     questions = jnp.take_along_axis(x.reshape(*batch.ids.shape, -1), batch.ask[..., None, None], axis=2)[:, :, 0]
-    logits = jnp.einsum("RQD,RPD->RQP", asking(questions), asked(patches)) / x.shape[-1] ** 0.5
-    wanted = (batch.patch_thing[:, None] == batch.target[..., None]).astype(jnp.float32)
+    places = jnp.concatenate([prefix[:, :1], prefix[:, PREFIX - batch.patch_thing.shape[1] :]], axis=1)
+    logits = jnp.einsum("RQD,RPD->RQP", asking(questions), asked(places)) / x.shape[-1] ** 0.5
+    objects = batch.subjects.shape[-1]
+    shown = jnp.concatenate([jnp.full_like(batch.patch_thing[:, :1], objects - 1), batch.patch_thing], axis=1)
+    wanted = jnp.einsum("RQO,RPO->RQP", batch.subjects.astype(jnp.float32), jax.nn.one_hot(shown, objects))
     wanted = wanted / jnp.maximum(wanted.sum(-1, keepdims=True), 1)
-    return _mean(_cross_entropy(logits, wanted), batch.target >= 0)
+    return _mean(_cross_entropy(logits, wanted), batch.weight.sum(axis=-1) > 0)
 
 
 def _cross_entropy(logits, wanted):

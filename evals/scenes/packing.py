@@ -6,13 +6,14 @@ the prefix and itself, at the positions it would have alone.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from typing import NamedTuple
 
 import numpy as np
 
 from evals.scenes.data import training_scene
-from evals.scenes.questions import REFERRING, Question, words
+from evals.scenes.questions import PLURALS, REFERRING, SIDES, Question, words
 from evals.scenes.spec import GRID, PATCH
 from evals.scenes.tokenizer import BINS, COORDINATE_FORMS, FORMAT_PHRASE, REC_PHRASE, VQA_PHRASE, vocabulary
 from evals.scenes.world import COLOURS, SHAPES, SIZES, Scene, scene_seed, stream
@@ -28,6 +29,7 @@ class Packed(NamedTuple):
 
     label: token to predict at a slot, -1 where none; weight: its share of the question's loss.
     ask: slot of the last prompt token. target: object a referring question asks for, -1 for other questions.
+    subjects: objects a question is about; the last column stands for none, as where something is not there.
     patch_thing: object that covers a patch's centre, -1 for background. boxes: x1, y1, x2, y2 in [0, 1].
     """
 
@@ -37,6 +39,7 @@ class Packed(NamedTuple):
     weight: np.ndarray  # float32 [R, Q, W]
     ask: np.ndarray  # int32 [R, Q]
     target: np.ndarray  # int32 [R, Q]
+    subjects: np.ndarray  # bool [R, Q, O + 1]
     patch_thing: np.ndarray  # int32 [R, 64]
     boxes: np.ndarray  # float32 [R, O, 4]
     attributes: np.ndarray  # int32 [R, O, 3] shape, colour, size
@@ -60,9 +63,9 @@ def corners(scene: Scene, thing: int) -> tuple[float, float, float, float]:
     return x / scene.width, y / scene.height, (x + width) / scene.width, (y + height) / scene.height
 
 
-def pack(split: str, start: int, scenes: int) -> Packed:
-    """Scenes start .. start + scenes - 1 of a split as one batch."""
-    packed = [_pack_scene(scene_seed(split, index)) for index in range(start, start + scenes)]
+def pack(split: str, start: int, scenes: int, per_kind: Mapping[str, int]) -> Packed:
+    """Scenes start .. start + scenes - 1 of a split as one batch, with up to `per_kind` questions of each kind."""
+    packed = [_pack_scene(scene_seed(split, index), per_kind) for index in range(start, start + scenes)]
     return Packed(*(np.stack(field) for field in zip(*packed, strict=True)))
 
 
@@ -70,12 +73,13 @@ def prefix_ids() -> np.ndarray:
     return np.array([_vocab()["<s>"], _vocab()["USER:"], *[_vocab()["<image>"]] * (GRID * GRID)], np.int32)
 
 
-def _pack_scene(seed: int) -> tuple[np.ndarray, ...]:
+def _pack_scene(seed: int, per_kind: Mapping[str, int]) -> tuple[np.ndarray, ...]:
     vocab, rng = _vocab(), stream(5, seed)
-    image, scene, asked = training_scene(seed)
+    image, scene, asked = training_scene(seed, per_kind)
     ids = np.full((QUESTIONS, SLOTS), vocab["<pad>"], np.int32)
     label, weight = np.full((QUESTIONS, SLOTS), -1, np.int32), np.zeros((QUESTIONS, SLOTS), np.float32)
     ask, target = np.zeros(QUESTIONS, np.int32), np.full(QUESTIONS, -1, np.int32)
+    subjects = np.zeros((QUESTIONS, MAX_THINGS + 1), bool)
     number = 0
     for question in (asked[index] for index in rng.permutation(len(asked))):
         prompt = _prompt_ids(question, rng)
@@ -88,8 +92,22 @@ def _pack_scene(seed: int) -> tuple[np.ndarray, ...]:
         label[number, ask[number] : stop] = answer
         weight[number, ask[number] : stop] = 1 / len(answer)
         target[number] = -1 if question.target is None else question.target
+        about = _subjects(scene, question)
+        subjects[number, about or [MAX_THINGS]] = True
         number += 1
-    return image, ids, label, weight, ask, target, *_dense_targets(scene)
+    return image, ids, label, weight, ask, target, subjects, *_dense_targets(scene)
+
+
+def _subjects(scene: Scene, question: Question) -> list[int]:
+    """The objects that the question's first phrase fits (before "left of" and the like)."""
+    if question.target is not None:
+        return [question.target]
+    sides = {side.split()[0] for side in SIDES}
+    asked = words(question.text)
+    phrase = asked[: next((at for at, word in enumerate(asked) if word in sides), len(asked))]
+    singular = {plural: word for word, plural in PLURALS.items()}
+    named = {singular.get(word, word) for word in phrase} & {*SHAPES, *COLOURS, *SIZES}
+    return [i for i, thing in enumerate(scene.things) if named <= {thing.shape, thing.colour, thing.size}]
 
 
 def _prompt_ids(question: Question, rng: np.random.Generator) -> list[int]:

@@ -3,7 +3,7 @@
 Four phases, each resumable, each ending in a saved state:
 
     vision   tower, projector and word embeddings on dense targets
-    joint    everything, first two thirds of the question-answering steps
+    joint    everything, first two thirds of the question-answering steps; from 45% on with more yes/no questions
     plain    the last third -> checkpoint scenes-llava
     bypass   the last third again, in which random visual tokens skip random layers -> scenes-llava-bypass
 
@@ -31,6 +31,7 @@ from flax import nnx
 from optax.contrib import MuonDimensionNumbers, muon
 from tqdm import tqdm
 
+from evals.scenes.data import TRAINING_QUESTIONS
 from evals.scenes.export import export
 from evals.scenes.losses import AuxiliaryHeads, Targets, answer_loss, dense_loss, vision_states
 from evals.scenes.packing import Packed, coordinate_starts, pack, soft_labels
@@ -44,6 +45,8 @@ SEED = 0
 SAVE_EVERY = 250
 VALIDATION_SCENES = 64
 STILL = 0.08  # learning rate of tower, projector and dense heads after the vision phase, relative to the rest
+EARLY_MIX = TRAINING_QUESTIONS
+LATE_MIX = {"attribute": 2, "place": 2, "relation": 2, "yesno": 8, "colour": 1, "count": 1}
 DENSE_SHARE, POINTER_SHARE = 0.4, 0.25
 BYPASS_SHARE = 0.65  # of the rows of a bypass step; segments of 1 to 3 layers keep 15 to 90% of the visual tokens
 
@@ -149,14 +152,20 @@ def random_bypass(step: int, layers: int, rows: int) -> np.ndarray:
     return bypass
 
 
-def batches(phase: Phase, first: int) -> Iterator[tuple[int, Packed]]:
+def mix(phase: Phase, step: int, total: int) -> dict[str, int]:
+    """Questions of each kind a scene is packed with. Boxes are learned first; yes/no takes longest."""
+    return EARLY_MIX if phase.name == "vision" or step < 0.45 * total else LATE_MIX
+
+
+def batches(phase: Phase, first: int, total: int) -> Iterator[tuple[int, Packed]]:
     """Numbered batches from step `first` on, packed ahead of time in another process."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         ahead = {}
         for step in range(first, phase.stop):
             for future in range(step, min(step + 12, phase.stop)):
                 if future not in ahead:
-                    ahead[future] = pool.submit(pack, "train", future * phase.rows, phase.rows)
+                    asked = mix(phase, future, total)
+                    ahead[future] = pool.submit(pack, "train", future * phase.rows, phase.rows, asked)
             yield step, ahead.pop(step).result()
 
 
@@ -209,13 +218,13 @@ def run_phase(phase: Phase, total: int, out: Path) -> dict:
         return {"params": optax.apply_updates(state["params"], updates), "solver": solved}, logs
 
     evaluate = jax.jit(loss)
-    validation = pack("val", 0, VALIDATION_SCENES)
+    validation = pack("val", 0, VALIDATION_SCENES, EARLY_MIX)
     nothing = np.zeros((config.num_layers, phase.rows, GRID * GRID), bool)
     none_validation = np.zeros((config.num_layers, VALIDATION_SCENES, GRID * GRID), bool)
     curve = (out / "curve.jsonl").open("a")
     bar = tqdm(total=phase.stop, initial=first, desc=phase.name, unit="step", mininterval=5)
     begun = time.monotonic()
-    for step, batch in batches(phase, first):
+    for step, batch in batches(phase, first, total):
         bypass = random_bypass(step, config.num_layers, phase.rows) if phase.name == "bypass" else nothing
         state, _ = update(state, batch, *(() if phase.name == "vision" else (bypass,)))
         bar.update()
