@@ -244,6 +244,9 @@ def _transformers(model, prompt: Prompt) -> Plain:
 # --- JAX, and the differences -----------------------------------------------------------------------------------------
 
 
+_encode = jax.jit(encode_images, static_argnames="merge")
+
+
 @jax.jit
 def _layer(layer, x, rope, mask):
     return layer.prefill(x, rope, mask)[0]
@@ -257,7 +260,7 @@ def _all_logits(decoder, x, rope, mask):
 def _compare_plain(model: Model, prompt: Prompt, expected: Plain, max_new: int) -> Iterator[Line]:
     decoder = model.module.decoder
     if prompt.pixels is not None:
-        features, _ = encode_images(model.module, jnp.asarray(prompt.pixels), None)
+        features, _ = _encode(model.module, jnp.asarray(prompt.pixels), None)
         yield _real("image features", features, expected.features, FEATURES)
     text = prompt.ids != model.config.image_token
     embeds = decoder.embed(jnp.asarray(prompt.ids[text])[None])[0]
@@ -281,7 +284,7 @@ def _compare_routed(
     prefix = f"{schedule.label}: "
     result = model.prefill(input_ids=prompt.ids[None], pixel_values=prompt.pixels, schedule=schedule, trace=True)
     if prompt.pixels is not None and schedule.merge is not None:
-        features, _ = encode_images(model.module, jnp.asarray(prompt.pixels), schedule.merge)
+        features, _ = _encode(model.module, jnp.asarray(prompt.pixels), schedule.merge)
         yield _real(prefix + "merged image features", features, expected.features, FEATURES)
     if expected.anchors is not None:
         yield _selection(prefix + "anchors", result.trace.anchors[0], expected.anchors)

@@ -10,6 +10,7 @@ from convert import llava
 from convert.table import Table
 from reroute_jax.config import ModelConfig
 from reroute_jax.models.llava import Llava
+from reroute_jax.params import named_parameters
 
 _TABLES = {"llava": llava.table}
 _MODELS = {"llava": Llava}
@@ -23,5 +24,4 @@ def table_of(config: ModelConfig) -> Table:
 def abstract_params(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """Every parameter of the model as dotted path -> shape; nothing is allocated."""
     model = nnx.eval_shape(lambda: _MODELS[config.family](config, rngs=nnx.Rngs(0), dtype=jnp.float32))
-    state = nnx.to_flat_state(nnx.state(model, nnx.Param))
-    return {".".join(map(str, path)): jax.ShapeDtypeStruct(value.shape, value.dtype) for path, value in state}
+    return named_parameters(model)

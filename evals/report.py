@@ -77,20 +77,30 @@ def mean_cost(schedule: Schedule, model: Answerer, records: Sequence[Record]) ->
 
 
 def render(summary: Mapping[str, Any]) -> str:
-    """The tables of a summary, as text."""
-    names = list(summary["runs"][FULL]["metrics"])
-    header = ["", *(name.removeprefix("refcoco_") for name in names)]
-    rows = [[run, *(f"{v['metrics'][name]:.4f}" for name in names)] for run, v in summary["runs"].items()]
-    for run, values in summary["runs"].items():
-        if "retention_percent" in values:
-            rows += _interval_rows(f"{run}, % of {FULL}", values["retention_percent"], names, "{:.1f}")
-    for contrast, values in summary["differences"].items():
-        rows += _interval_rows(contrast, values, names, "{:+.4f}")
-    return f"{table(header, rows)}\n\n{_cost_table(summary['runs'])}\n{COST_NOTE}"
+    """The tables of a summary, as text: means, retention, differences, cost."""
+    runs = summary["runs"]
+    names = list(runs[FULL]["metrics"])
+    columns = [name.removeprefix("refcoco_") for name in names]
+    kept = {run: values["retention_percent"] for run, values in runs.items() if run != FULL}
+    tables = [
+        table(["mean", *columns], [[run, *(f"{v['metrics'][n]:.4f}" for n in names)] for run, v in runs.items()]),
+        _interval_table([f"% of {FULL}", *columns], kept, "{:.1f}", 1),
+        _interval_table(["difference x 100", *columns], summary["differences"], "{:+.1f}", 100),
+        f"{_cost_table(runs)}\n{COST_NOTE}",
+    ]
+    return "\n\n".join(text for text in tables if text)
 
 
 def _cost_table(runs: Mapping[str, Any]) -> str:
-    header = ["per question", "visual tokens/layer", "nominal", "TFLOPs", "2-matrix form", "scoring adds", "KV bytes"]
+    header = [
+        "cost per question",
+        "visual tokens/layer",
+        "nominal",
+        "TFLOPs",
+        "2-matrix form",
+        "scoring adds",
+        "KV bytes",
+    ]
     rows = []
     for run, values in runs.items():
         cost = values["cost"]
@@ -109,13 +119,19 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-def _interval_rows(title: str, values: Mapping[str, Any], names: Sequence[str], form: str) -> list[list[str]]:
-    def bounds(low: float | None, high: float | None) -> str:
-        return "n/a" if low is None or high is None else f"{form.format(low)}..{form.format(high)}"
+def _interval_table(header: Sequence[str], estimates: Mapping[str, Any], form: str, scale: float) -> str:
+    """Two lines per estimate, itself and its interval; nothing without estimates."""
 
-    estimates = ["n/a" if values[name]["value"] is None else form.format(values[name]["value"]) for name in names]
-    intervals = [bounds(values[name]["low"], values[name]["high"]) for name in names]
-    return [[title, *estimates], [f"  {CONFIDENCE:.0%} interval", *intervals]]
+    def cell(*values: float | None) -> str:
+        return "n/a" if None in values else "..".join(form.format(scale * value) for value in values)
+
+    rows = []
+    for title, found in estimates.items():
+        rows.append([title, *(cell(metric["value"]) for metric in found.values())])
+        rows.append(
+            [f"  {CONFIDENCE:.0%} interval", *(cell(metric["low"], metric["high"]) for metric in found.values())]
+        )
+    return table(header, rows) if rows else ""
 
 
 def _named(names: Sequence[str], intervals: Sequence[Interval]) -> dict[str, dict[str, float | None]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, LlavaConfig
 
 from reroute_jax.errors import RerouteError
@@ -76,7 +77,7 @@ class ModelConfig:
             raise RerouteError(f"unknown architecture {family!r} in config.json: expected model_type 'llava'")
         try:
             hf = AutoConfig.for_model(**config)
-        except (AttributeError, KeyError, TypeError, ValueError) as problem:
+        except (AttributeError, KeyError, TypeError, ValueError, StrictDataclassError) as problem:
             reason = " ".join(str(problem).split())
             raise RerouteError(f"config.json cannot be read ({reason}): restore it from the original") from problem
         return _from_llava(hf)

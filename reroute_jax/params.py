@@ -10,7 +10,7 @@ from flax import nnx
 from reroute_jax.errors import RerouteError
 
 
-def named_parameters(module: nnx.Module) -> dict[str, jax.Array]:
+def named_parameters(module: nnx.Module) -> dict[str, jax.Array | jax.ShapeDtypeStruct]:
     """Every parameter by its dotted path (abstract values for a module from `nnx.eval_shape`)."""
     return {_dotted(path): leaf.get_value() for path, leaf in nnx.to_flat_state(nnx.state(module))}
 

@@ -88,8 +88,14 @@ def test_refusals(change, telling):
     assert telling in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("hf", "billions"), [(HUB_7B, 7.063), (config_13b(), 13.351)], ids=["7b", "13b"])
-@pytest.mark.parametrize("route", [("fastv", "delete"), ("pdrop", "reroute"), ("nuwa", "reroute"), ("pool", "delete")])
+@pytest.mark.parametrize(
+    ("hf", "billions", "route"),
+    [
+        pytest.param(HUB_7B, 7.063, ("pdrop", "reroute"), id="7b-pdrop"),
+        pytest.param(HUB_7B, 7.063, ("nuwa", "delete"), id="7b-nuwa"),
+        pytest.param(config_13b(), 13.351, ("nuwa", "reroute"), id="13b-nuwa"),
+    ],
+)
 def test_full_size_wiring(hf, billions, route):
     """The real shapes end to end, without memory."""
     config = ModelConfig.from_hf(hf)
@@ -100,17 +106,19 @@ def test_full_size_wiring(hf, billions, route):
     rows = [np.r_[1:6, np.full(576, 32000), 100:140], np.r_[np.full(576, 32000), 7:20]]
     batch = make_batch(rows, config, schedule)
 
-    def run(module, pixels):
+    def run(module, prompt, pixels):
         features, anchors = encode_images(module, pixels, schedule.merge)
-        return features, prefill(module.decoder, batch.prompt, features, anchors, batch.plan, 16)
+        result = prefill(module.decoder, prompt, features, anchors, batch.plan, 16)
+        return features, result.logits, [keys for stage in result.cache.stages for keys in stage.keys]
 
-    features, result = jax.eval_shape(run, module, jax.ShapeDtypeStruct((2, 3, 336, 336), jnp.float32))
+    features, logits, keys = jax.eval_shape(
+        run, module, batch.prompt, jax.ShapeDtypeStruct((2, 3, 336, 336), jnp.float32)
+    )
     assert features.shape == (2 * schedule.merged_count(576, (24, 24)), config.decoder.hidden_size)
-    assert result.logits.shape == (2, 32064) and result.logits.dtype == jnp.float32
-    per_layer = [keys.shape[2] for stage in result.cache.stages for keys in stage.keys]
+    assert logits.shape == (2, 32064) and logits.dtype == jnp.float32
     merged = schedule.merged_count(576, (24, 24))
     kept = [merged if s.cap is None else s.cap for s in batch.plan.stages for _ in range(s.lo, s.hi)]
-    assert per_layer == [batch.prompt.text_slots + count + 16 for count in kept]
+    assert [layer.shape[2] for layer in keys] == [batch.prompt.text_slots + count + 16 for count in kept]
 
 
 def test_every_parameter_names_its_axes():

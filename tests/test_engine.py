@@ -8,7 +8,6 @@ from PIL import Image
 import reroute_jax
 from reroute_jax import engine
 from reroute_jax.batching import TEXT_BUCKETS, make_batch
-from reroute_jax.cache import KVCache
 from reroute_jax.decoder import prefill
 from reroute_jax.errors import RerouteError
 from reroute_jax.routing.plan import Schedule
@@ -66,15 +65,12 @@ def test_cache_of_each_stage_has_its_own_length():
     schedule = Schedule.from_decisions((2, 4, 6), (0.3, 0.3, 0.15), 8, "reroute")
     batch = make_batch([random_ids(52, start=3)], model.config, schedule)
     features, anchors = jax.ShapeDtypeStruct((36, 64), np.float32), jax.ShapeDtypeStruct((36,), np.int32)
-    run = jax.eval_shape(
-        lambda module, prompt, f, a: prefill(module.decoder, prompt, f, a, batch.plan, 5),
-        model.module,
-        batch.prompt,
-        features,
-        anchors,
-    )
-    cache: KVCache = run.cache
-    lengths = [keys.shape for stage in cache.stages for keys in stage.keys]
+
+    def keys(module, prompt, features, anchors):
+        cache = prefill(module.decoder, prompt, features, anchors, batch.plan, 5).cache
+        return [layer for stage in cache.stages for layer in stage.keys]
+
+    lengths = [layer.shape for layer in jax.eval_shape(keys, model.module, batch.prompt, features, anchors)]
     assert lengths == [(1, 2, 16 + kept + 5, 16) for kept in (36, 36, 10, 10, 10, 10, 5, 5)]
 
 

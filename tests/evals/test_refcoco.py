@@ -7,6 +7,7 @@ import pytest
 from evals import refcoco, scenes_vqa
 from evals.boxes import REC_METRICS
 from evals.cli import CHECKPOINTS, load_model
+from evals.data import rec_source
 from tests.evals.stub import StubModel
 from tests.evals.test_data import encoded, photo, row, write
 
@@ -50,7 +51,7 @@ def test_default_command_reports_both_runs(capsys: pytest.CaptureFixture, tmp_pa
     run("--out", tmp_path / "o")
     table = capsys.readouterr().out
     assert "IoU  ACC@0.1  ACC@0.3  ACC@0.5  ACC@0.7  ACC@0.9  Center_ACC" in table
-    for line in ("full ", "nuwa-reroute-128 ", "nuwa-reroute-128, % of full ", "  95% interval ", "KV bytes"):
+    for line in ("\nfull  ", "\n% of full  ", "\nnuwa-reroute-128  ", "\n  95% interval  ", "KV bytes"):
         assert line in table
     assert {file.name for file in (tmp_path / "o").iterdir()} == {
         "full.jsonl",
@@ -76,11 +77,17 @@ def test_default_command_reports_both_runs(capsys: pytest.CaptureFixture, tmp_pa
 
 
 def test_metrics_are_the_means_of_the_lines(tmp_path: Path) -> None:
-    run("--out", tmp_path)
-    for name, values in summary(tmp_path)["runs"].items():
+    run("--out", tmp_path, limit=50)
+    runs = summary(tmp_path)["runs"]
+    for name, values in runs.items():
         lines = [json.loads(line)["metrics"] for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
         for metric in REC_METRICS:
             assert values["metrics"][metric] == pytest.approx(np.mean([line[metric] for line in lines]))
+    full, routed = (values["metrics"]["refcoco_IoU"] for values in runs.values())
+    assert routed != full
+    kept = runs["nuwa-reroute-128"]["retention_percent"]["refcoco_IoU"]
+    assert kept["value"] == pytest.approx(100 * routed / full)
+    assert kept["low"] < kept["value"] < kept["high"]
 
 
 def test_cost_is_that_of_the_schedule(tmp_path: Path, stub: StubModel) -> None:
@@ -116,7 +123,12 @@ def test_compare_gives_paired_differences(tmp_path: Path, capsys: pytest.Capture
         delta = values["refcoco_IoU"]
         assert delta["value"] == pytest.approx(means[first] - means[second])
         assert delta["low"] < delta["value"] < delta["high"]
-    assert f"{pdrop[2]} minus {pdrop[1]}" in capsys.readouterr().out
+    delta = found["differences"][f"{pdrop[2]} minus {pdrop[1]}"]["refcoco_IoU"]
+    table = capsys.readouterr().out
+    assert "\ndifference x 100 " in table
+    first, second = table.split(f"\n{pdrop[2]} minus {pdrop[1]} ")[1].splitlines()[:2]
+    assert first.split()[0] == f"{100 * delta['value']:+.1f}"
+    assert second.split()[2] == f"{100 * delta['low']:+.1f}..{100 * delta['high']:+.1f}"
 
 
 def test_compare_gives_each_action_its_own_switches(tmp_path: Path) -> None:
@@ -190,6 +202,15 @@ def test_parquet_data_with_all_options(tmp_path: Path, stub: StubModel) -> None:
     write(tmp_path / "d" / "testA-00000-of-00001.parquet", rows)
     arguments = ["--data", tmp_path / "d", "--split", "testA", "--method", "none", "--out", out, *options]
     assert refcoco.main([str(argument) for argument in arguments]) == 2  # the data changed under the same name
+
+
+def test_score_reads_boxes_in_the_asked_format(tmp_path: Path) -> None:
+    source = rec_source(str(write(tmp_path / "x.parquet", [row("q", encoded(photo(), "PNG"), ["a"])])), None)
+    task = refcoco.make_task(source, None, "short", "pixel", 2, 8)
+    scored = task.score("[8, 8, 32, 24]", next(task.docs(0)))
+    assert scored["parsed"] == (8, 8, 32, 24)
+    assert scored["box"] == (8 / 96, 8 / 64, 32 / 96, 24 / 64)
+    assert scored["metrics"]["refcoco_IoU"] == pytest.approx(1, abs=1e-6)
 
 
 def test_real_data_gets_the_references_answer_length(tmp_path: Path, stub: StubModel) -> None:

@@ -1,0 +1,127 @@
+"""The cross-check as a user runs it: agreement, a difference it must notice, and bad input."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import convert.crosscheck as crosscheck
+from convert.crosscheck import Line, main, merge, table
+from tests.tiny import tiny_llava
+
+FAST = ["--prompts", "1", "--max-new-tokens", "3"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return tiny_llava(tmp_path_factory.mktemp("tiny"), kv_heads=2, layers=4, vision_layers=3)
+
+
+def test_frameworks_agree_without_and_with_routing(checkpoint, capsys):
+    assert main([str(checkpoint), *FAST, "--method", "nuwa", "--budget", "2/9"]) == 0
+    out = capsys.readouterr().out
+    for quantity in (
+        "image features",
+        "layer 0 on the same input",
+        "layer 2 on the same input",
+        "logits, all positions",
+    ):
+        assert f"\n{quantity} " in out
+    routed = "nuwa reroute 0.2222: "
+    for quantity in ("anchors", "layer 2: selected", "layer 3: scores", "keys cached per layer", "greedy tokens"):
+        assert f"\n{routed}{quantity} " in out
+    assert "0 of 2 " in out and "DIFFERENT" not in out and out.endswith("PyTorch and JAX agree\n")
+
+
+def test_a_wrong_weight_is_noticed_where_it_is(checkpoint, tmp_path, capsys, monkeypatch):
+    """JAX gets a checkpoint with one changed tensor: only what depends on it may differ."""
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    for file in checkpoint.iterdir():
+        (damaged / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(damaged / "model.safetensors")
+    name = "language_model.model.layers.1.self_attn.k_proj.weight"
+    tensors[name] = tensors[name] * np.float32(1.01)
+    save_file(tensors, damaged / "model.safetensors")
+    load = crosscheck.reroute_jax.load
+    monkeypatch.setattr(crosscheck.reroute_jax, "load", lambda src, dtype: load(damaged, dtype))
+    assert main([str(checkpoint), *FAST]) == 1
+    rows = dict(
+        line.rsplit("  ", 1) for line in capsys.readouterr().out.splitlines() if line.endswith(("ok", "DIFFERENT"))
+    )
+    verdict = {quantity.split("  ")[0]: result for quantity, result in rows.items()}
+    assert verdict["layer 1 on the same input"] == verdict["logits, last position"] == "DIFFERENT"
+    assert (
+        verdict["image features"]
+        == verdict["layer 0 on the same input"]
+        == verdict["layer 2 on the same input"]
+        == "ok"
+    )
+
+
+def test_a_wrong_selection_is_noticed(checkpoint, capsys, monkeypatch):
+    """The reference decides with another rule than the plan's: selections, not the plain model, differ."""
+    monkeypatch.setattr("convert.torch_reference.select", lambda scores, count: (-scores).argsort()[1 : count + 1])
+    assert main([str(checkpoint), *FAST, "--method", "fastv", "--budget", "1/2", "--action", "delete"]) == 1
+    out = capsys.readouterr().out
+    different = [line.split("  ")[0] for line in out.splitlines() if line.endswith("DIFFERENT")]
+    assert "fastv delete 0.5: layer 2: selected" in different or "fastv delete 0.5: layer 1: selected" in different
+    assert all(quantity.startswith("fastv delete 0.5: ") for quantity in different)
+
+
+def test_lines_of_several_prompts_become_one():
+    real = [Line("logits", 1e-6, 1e-4), Line("tokens", 0, of=32), Line("logits", 3e-6, 1e-4), Line("tokens", 2, of=32)]
+    assert merge(real) == [Line("logits", 3e-6, 1e-4), Line("tokens", 2, of=64)]
+    assert [line.passes for line in merge(real)] == [True, False]
+    assert table(merge(real)).splitlines()[2].split() == ["tokens", "2", "of", "64", "0", "DIFFERENT"]
+
+
+def test_not_a_number_never_passes():
+    lines = [Line("logits", float("nan"), 1e-4), Line("logits", 0, 1e-4)]
+    assert not merge(lines)[0].passes and not merge(lines[::-1])[0].passes
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--budget", "64"], "--budget belongs to a --method"),
+        (["--preset", "llava15_fastv_K3_avg64"], "for 32 decoder layers and the model has 4"),
+        (["--preset", "llava15_fastv_K3_avg64", "--method", "fastv"], "--preset fixes the whole schedule"),
+        (["--method", "fastv", "--budget", "0.01"], "leaves fewer than one"),
+    ],
+)
+def test_bad_arguments_give_one_line(checkpoint, capsys, arguments, said):
+    assert main([str(checkpoint), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and said in error and error.count("\n") == 1
+
+
+def test_a_checkpoint_without_tokenizer_gives_one_line(checkpoint, tmp_path, capsys):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((checkpoint / name).read_bytes())
+    assert main([str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "tokenizer and an image processor" in error and error.count("\n") == 1
+
+
+def test_a_converted_checkpoint_is_refused(checkpoint, tmp_path, capsys):
+    out = tmp_path / "converted"
+    from convert.__main__ import main as convert
+
+    assert convert([str(checkpoint), str(out)]) == 0
+    capsys.readouterr()
+    assert main([str(out)]) == 2
+    assert "give the Hugging Face one" in capsys.readouterr().err
+
+
+def test_without_torch_one_line_names_the_extra():
+    code = "import sys; sys.modules['torch'] = None; from convert.crosscheck import main; sys.exit(main(['anything']))"
+    root = Path(__file__).parents[2]
+    result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert (
+        result.stderr.splitlines()[-1].startswith("error: a cross-check needs PyTorch") and "[torch]" in result.stderr
+    )
