@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import jax
@@ -82,6 +82,20 @@ class Model:
         rows, cols = self.config.vision.grid
         return rows * cols
 
+    @property
+    def dtype(self) -> str:
+        """Of the parameters, the activations and the KV cache."""
+        return self.module.decoder.embed.table.dtype.name
+
+    @cached_property
+    def tokenizer(self):
+        return _from_folder(AutoTokenizer.from_pretrained, self.folder)
+
+    @cached_property
+    def image_processor(self):
+        # Without a name transformers takes torchvision where it is installed, and pixels change with it.
+        return _from_folder(partial(AutoImageProcessor.from_pretrained, backend="pil"), self.folder)
+
     def plan(self, method: str, *, budget=None, action: str = "reroute", **switches) -> Schedule:
         """Schedule of a method for this model; `routing.methods.plan` explains the arguments."""
         return methods.plan(
@@ -95,13 +109,21 @@ class Model:
         )
 
     def prefill(
-        self, *, input_ids, pixel_values=None, attention_mask=None, schedule: Schedule | None = None, trace=False
+        self,
+        *,
+        input_ids,
+        pixel_values=None,
+        attention_mask=None,
+        image_grid_thw=None,
+        schedule: Schedule | None = None,
+        trace: bool = False,
     ) -> PrefillResult:
         """Run prompts as the HF processor returns them: ids `[B, S]` with image tokens expanded, padded on either side,
-        pixels `[I, 3, h, w]` in order of appearance.
+        pixels `[I, 3, h, w]` in order of appearance. `image_grid_thw` is for families with images of varying size.
 
         Raises RerouteError where ids, mask, pixels and schedule do not fit each other or the model.
         """
+        _check_grid(image_grid_thw)
         batch, anchors, result = self._run(valid_rows(input_ids, attention_mask), pixel_values, schedule, 0)
         merged = schedule is not None and schedule.merge is not None
         found = _trace(batch, result, anchors if merged else None) if trace else None
@@ -113,6 +135,7 @@ class Model:
         input_ids,
         pixel_values=None,
         attention_mask=None,
+        image_grid_thw=None,
         schedule: Schedule | None = None,
         max_new_tokens: int,
         eos_token_id: int | Sequence[int] | None = None,
@@ -122,6 +145,7 @@ class Model:
         seed: int = 0,
     ) -> np.ndarray:
         """int32 `[B, max_new_tokens]`; a row ends at its first `eos_token_id` (None: never) and is padded behind it."""
+        _check_grid(image_grid_thw)
         eos = () if eos_token_id is None else tuple(np.atleast_1d(eos_token_id).tolist())
         sampling = Sampling(temperature, top_p, repetition_penalty, eos, self.config.pad_token)
         return self._generate(
@@ -146,28 +170,24 @@ class Model:
         """
         if batch_size < 1:
             raise RerouteError(f"batch_size is {batch_size}, expected at least 1")
-        tokenizer, processor = self._tokenizer(), self._image_processor()
         sampling = Sampling(temperature, top_p, repetition_penalty, self.config.eos_tokens, self.config.pad_token)
         answers = []
         for start in range(0, len(pairs), batch_size):
             chunk = list(pairs[start : start + batch_size])
             images = [_as_images(image) for image, _ in chunk]
-            rows = [
-                self.prompt_ids(text, len(group), tokenizer) for (_, text), group in zip(chunk, images, strict=True)
-            ]
+            rows = [self.prompt_ids(text, len(group)) for (_, text), group in zip(chunk, images, strict=True)]
             flat = [image for group in images for image in group]
-            pixels = processor(images=flat, return_tensors="np")["pixel_values"] if flat else None
+            pixels = self.image_processor(images=flat, return_tensors="np")["pixel_values"] if flat else None
             # A short last batch repeats a text row instead of compiling for its own size.
             padding = batch_size - len(rows) if len(pairs) > batch_size else 0
             rows += [np.array([self.config.eos_tokens[0]])] * padding
             tokens = self._generate(rows, pixels, schedule, max_new_tokens, sampling, seed)[: len(chunk)]
-            answers += [tokenizer.decode(_until(row, sampling.eos), skip_special_tokens=True) for row in tokens]
+            answers += [self.tokenizer.decode(_until(row, sampling.eos), skip_special_tokens=True) for row in tokens]
         return answers
 
-    def prompt_ids(self, text: str, images: int, tokenizer=None) -> np.ndarray:
+    def prompt_ids(self, text: str, images: int) -> np.ndarray:
         """Ids of the chat prompt of a question behind `images` images, image tokens expanded."""
-        tokenizer = tokenizer or self._tokenizer()
-        ids = tokenizer(llava.chat_prompt(text, images))["input_ids"]
+        ids = self.tokenizer(llava.chat_prompt(text, images))["input_ids"]
         return np.array(llava.expand_image_tokens(ids, self.config.image_token, self.visual_tokens))
 
     def _generate(self, rows, pixels, schedule, max_new: int, sampling: Sampling, seed: int) -> np.ndarray:
@@ -199,12 +219,20 @@ class Model:
         padded = np.pad(pixels, ((0, max(0, len(batch.images) - count)), (0, 0), (0, 0), (0, 0)))
         return _encode(self.module, padded, schedule.merge)
 
-    def _tokenizer(self):
-        return AutoTokenizer.from_pretrained(self.folder)
 
-    def _image_processor(self):
-        # Without a name transformers takes torchvision where it is installed, and pixels change with it.
-        return AutoImageProcessor.from_pretrained(self.folder, backend="pil")
+def _check_grid(image_grid_thw) -> None:
+    if image_grid_thw is not None:
+        raise RerouteError("image_grid_thw is given, but every LLaVA image has the same grid: leave it out")
+
+
+def _from_folder(read, folder: Path):
+    try:
+        return read(folder)
+    except (OSError, ValueError) as problem:
+        reason = " ".join(str(problem).split())
+        raise RerouteError(
+            f"{folder} lacks tokenizer or image processor files ({reason}): copy them there"
+        ) from problem
 
 
 def _trace(batch: Batch, result: Prefilled, anchors) -> Trace:

@@ -25,7 +25,7 @@ class Rope(NamedTuple):
 
 
 def parameter(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], dtype, fan_in: int) -> nnx.Param:
-    """A normally initialised weight with its logical axis names (read by `sharding.py`)."""
+    """A normally initialised weight with its logical axis names, one a dimension."""
     return nnx.Param(jax.random.normal(rngs.params(), shape, dtype) / math.sqrt(fan_in), axes=axes)
 
 

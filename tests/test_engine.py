@@ -44,7 +44,7 @@ def test_several_images_are_one_pool():
 
 def test_one_program_per_bucket():
     _, model = pair(4)
-    schedule = model.plan("fastv", budget=64)
+    schedule = model.plan("fastv", budget=128)
     functions = (engine._encode, engine._prefill, engine._decode)
     model.generate_ids(
         input_ids=random_ids(70)[None], pixel_values=random_pixels(1), schedule=schedule, max_new_tokens=3
@@ -134,6 +134,7 @@ def refusals():
             {"input_ids": ids[None], "pixel_values": pixels, "schedule": Schedule.from_decisions((3,), (0.5,), 32)},
             "32 layers",
         ),
+        "a grid": ({"input_ids": ids[None], "pixel_values": pixels, "image_grid_thw": [[1, 6, 6]]}, "image_grid_thw"),
         "a prompt beyond the last bucket": ({"input_ids": np.full((1, 5000), BOS)}, "at most 4096"),
     }
 
