@@ -178,8 +178,8 @@ class Model:
             rows = [self.prompt_ids(text, len(group)) for (_, text), group in zip(chunk, images, strict=True)]
             flat = [image for group in images for image in group]
             pixels = self.image_processor(images=flat, return_tensors="np")["pixel_values"] if flat else None
-            # A short last batch repeats a text row instead of compiling for its own size.
-            padding = batch_size - len(rows) if len(pairs) > batch_size else 0
+            # Rows of one token fill a short batch to a power of two, so that few sizes are compiled.
+            padding = min(batch_size, 1 << (len(rows) - 1).bit_length()) - len(rows)
             rows += [np.array([self.config.eos_tokens[0]])] * padding
             tokens = self._generate(rows, pixels, schedule, max_new_tokens, sampling, seed)[: len(chunk)]
             answers += [self.tokenizer.decode(_until(row, sampling.eos), skip_special_tokens=True) for row in tokens]
