@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -12,7 +13,11 @@ import reroute_jax
 from evals import prompts
 from evals.boxes import iou, parse_box
 from evals.data import rec_docs, rec_source
+from evals.scenes.data import TRAINING_QUESTIONS
+from evals.scenes.losses import pixels
+from evals.scenes.packing import pack
 from reroute_jax.models.llava import chat_prompt
+from reroute_jax.vision.clip import nuwa_inputs
 
 CHECKPOINTS = Path(evals.__file__).parent / "scenes" / "checkpoints"
 NAMES = ("scenes-llava", "scenes-llava-bypass")
@@ -52,3 +57,14 @@ def test_it_is_trained(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_it_is_small(name):
     assert sum(file.stat().st_size for file in (CHECKPOINTS / name).iterdir()) < 12e6
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_class_attention_falls_on_objects(name):
+    """Nuwa ranks patches by it. On objects: more attention a patch than on the background, over 50 scenes."""
+    model = reroute_jax.load(CHECKPOINTS / name, "float32")
+    packed = pack("val", 0, 50, TRAINING_QUESTIONS)
+    inputs = nuwa_inputs(model.module.vision, pixels(jnp.asarray(packed.images)), model.config.feature_layer)
+    on = packed.patch_thing >= 0
+    metric = np.asarray(inputs.metric)
+    assert metric[on].mean() > 1.5 * metric[~on].mean()
