@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -194,11 +194,7 @@ def _beside(row: dict[str, Any], folder: Path) -> Row:
 def _check_columns(schema: Any, file: Path) -> None:
     import pyarrow.types as t
 
-    missing = [column for column in REC_COLUMNS if column not in schema.names]
-    if missing:
-        raise RerouteError(
-            f"{file} lacks the column{'s'[: len(missing) > 1]} {', '.join(missing)}: it has {', '.join(schema.names)}"
-        )
+    _require_columns(schema.names, str(file))
 
     def a_list(kind: Any, of: Callable[[Any], bool]) -> bool:
         return (t.is_list(kind) or t.is_large_list(kind) or t.is_fixed_size_list(kind)) and of(kind.value_type)
@@ -234,12 +230,16 @@ def _hub(name: str, split: str) -> Source:
         raise
     except (OSError, ValueError) as error:
         raise RerouteError(f"data set {name} cannot be loaded ({str(error).splitlines()[0]})") from error
-    missing = [column for column in REC_COLUMNS if column not in table.column_names]
-    if missing:
-        raise RerouteError(f"{name} lacks the columns {', '.join(missing)}: it has {', '.join(table.column_names)}")
+    _require_columns(table.column_names, name)
     encoded = table.select_columns(list(REC_COLUMNS)).cast_column("image", datasets.Image(decode=False))
     count = sum(len(answer) for answer in encoded["answer"])
     return Source(f"{name} [{split}]", lambda: iter(encoded), _some(count, f"{name} [{split}]"))
+
+
+def _require_columns(names: Sequence[str], where: str) -> None:
+    missing = [column for column in REC_COLUMNS if column not in names]
+    if missing:
+        raise RerouteError(f"{where} lacks the columns {', '.join(missing)}: it has {', '.join(names)}")
 
 
 def _some(count: int, name: str) -> int:
