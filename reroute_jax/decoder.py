@@ -134,12 +134,13 @@ def prefill(
             chosen = select(scores, rows.eligible, stage.cap, prompt.keep[number])
             decisions.append(_decision(scores, chosen, rows, prompt))
             slots = compact_slots(chosen | (rows.valid & (rows.visual < 0)), prompt.text_slots + stage.cap)
-            keys = None if keys is None else gather_keys(keys, slots)
             if plan.monotonic:
                 rows = replace(rows, eligible=chosen)
             active = gather(rows, slots)
             if plan.position_mode == "renumber":
-                active = replace(active, rope=_consecutive(active.valid, decoder.config))
+                # The keys that scoring computed are rotated by the old positions.
+                active, keys = replace(active, rope=_consecutive(active.valid, decoder.config)), None
+            keys = None if keys is None else gather_keys(keys, slots)
         active, before_last, cached = _run_stage(decoder, stage, active, keys, max_new)
         compacted = plan.position_mode == "renumber" and stage.cap is not None
         next_position = active.last + 1 if compacted else prompt.next_position
