@@ -261,20 +261,20 @@ def _compare_plain(model: Model, prompt: Prompt, expected: Plain, max_new: int) 
     decoder = model.module.decoder
     if prompt.pixels is not None:
         features, _ = _encode(model.module, jnp.asarray(prompt.pixels), None)
-        yield _real("image features", features, expected.features, FEATURES)
+        yield difference("image features", features, expected.features, FEATURES)
     text = prompt.ids != model.config.image_token
     embeds = decoder.embed(jnp.asarray(prompt.ids[text])[None])[0]
-    yield _real("text embeddings", embeds, expected.hidden[0][text], 0)
+    yield difference("text embeddings", embeds, expected.hidden[0][text], 0)
     length = len(prompt.ids)
     rope = rope_tables(jnp.arange(length)[None], decoder.config)
     mask = jnp.tril(jnp.ones((1, length, length), bool))
     for number, (x, after) in enumerate(zip(expected.hidden[:-1], expected.hidden[1:], strict=True)):
         output = _layer(decoder.layers[number], jnp.asarray(x)[None], rope, mask)[0]
-        yield _real(f"layer {number} on the same input", output, after, LAYER)
+        yield difference(f"layer {number} on the same input", output, after, LAYER)
     logits = _all_logits(decoder, jnp.asarray(expected.hidden[0])[None], rope, mask)[0]
-    yield _real("logits, all positions", logits, expected.logits, LOGITS)
+    yield difference("logits, all positions", logits, expected.logits, LOGITS)
     result = model.prefill(input_ids=prompt.ids[None], pixel_values=prompt.pixels)
-    yield _real("logits, last position", result.logits, expected.logits[-1:], LOGITS)
+    yield difference("logits, last position", result.logits, expected.logits[-1:], LOGITS)
     yield _tokens("greedy tokens", model, prompt, None, expected.tokens, max_new)
 
 
@@ -285,28 +285,28 @@ def _compare_routed(
     result = model.prefill(input_ids=prompt.ids[None], pixel_values=prompt.pixels, schedule=schedule, trace=True)
     if prompt.pixels is not None and schedule.merge is not None:
         features, _ = _encode(model.module, jnp.asarray(prompt.pixels), schedule.merge)
-        yield _real(prefix + "merged image features", features, expected.features, FEATURES)
+        yield difference(prefix + "merged image features", features, expected.features, FEATURES)
     if expected.anchors is not None:
-        yield _selection(prefix + "anchors", result.trace.anchors[0], expected.anchors)
+        yield unequal(prefix + "anchors", result.trace.anchors[0], expected.anchors)
     for number, decision in enumerate(expected.decisions):
         where = f"{prefix}layer {decision.layer}: "
-        yield _selection(where + "selected", result.trace.selected[number][0], decision.selected)
+        yield unequal(where + "selected", result.trace.selected[number][0], decision.selected)
         scores, wanted = result.trace.scores[number][0], np.isfinite(decision.scores)
-        yield _selection(where + "candidates", np.flatnonzero(np.isfinite(scores)), np.flatnonzero(wanted))
-        yield _real(where + "scores", scores[None, wanted], decision.scores[None, wanted], SCORES)
+        yield unequal(where + "candidates", np.flatnonzero(np.isfinite(scores)), np.flatnonzero(wanted))
+        yield difference(where + "scores", scores[None, wanted], decision.scores[None, wanted], SCORES)
     lengths = np.array([len(ran) for ran in expected.ran])
     yield Line(prefix + "keys cached per layer", int((result.trace.kv_tokens[0] != lengths).sum()), of=len(lengths))
-    yield _real(prefix + "logits, last position", result.logits, expected.logits[None], LOGITS)
+    yield difference(prefix + "logits, last position", result.logits, expected.logits[None], LOGITS)
     yield _tokens(prefix + "greedy tokens", model, prompt, schedule, np.array(expected.tokens), max_new)
 
 
-def _real(quantity: str, found, expected: np.ndarray, allowed: float) -> Line:
+def difference(quantity: str, found, expected: np.ndarray, allowed: float) -> Line:
     """Largest difference between two `[rows, width]` arrays; a row of large numbers may differ by more."""
     scale = np.sqrt(np.mean(np.square(expected, dtype=np.float64), axis=-1, keepdims=True))
     return Line(quantity, float(np.max(np.abs(np.asarray(found) - expected) / np.maximum(scale, 1))), allowed)
 
 
-def _selection(quantity: str, found: np.ndarray, expected: np.ndarray) -> Line:
+def unequal(quantity: str, found: np.ndarray, expected: np.ndarray) -> Line:
     """Indices in one of two sets only; `found` may be padded with -1."""
     found = found[found >= 0]
     missing, surplus = np.setdiff1d(expected, found), np.setdiff1d(found, expected)

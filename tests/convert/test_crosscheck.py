@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import convert.crosscheck as crosscheck
-from convert.crosscheck import Line, main, merge, table
+from convert.crosscheck import Line, difference, main, merge, table, unequal
 from tests.tiny import tiny_llava
 
 FAST = ["--prompts", "1", "--max-new-tokens", "3"]
@@ -77,6 +77,22 @@ def test_lines_of_several_prompts_become_one():
     assert merge(real) == [Line("logits", 3e-6, 1e-4), Line("tokens", 2, of=64)]
     assert [line.passes for line in merge(real)] == [True, False]
     assert table(merge(real)).splitlines()[2].split() == ["tokens", "2", "of", "64", "0", "DIFFERENT"]
+
+
+def test_differences_are_relative_to_rows_of_large_numbers():
+    expected = np.array([[3.0, -3.0], [300.0, -300.0], [0.0, 0.5]])
+    for row, found in enumerate((2e-6, 2e-4, 1e-6)):
+        wrong = expected.copy()
+        wrong[row, 1] += found
+        line = difference("x", wrong, expected, 1e-5)
+        assert line.found == pytest.approx((2e-6 / 3, 2e-4 / 300, 1e-6)[row], rel=1e-3) and line.passes
+    assert not difference("x", expected + 1e-4, expected, 1e-5).passes
+
+
+def test_unequal_selections_are_counted():
+    assert unequal("x", np.array([1, 4, 9, -1]), np.array([1, 4, 9])).found == 0
+    assert unequal("x", np.array([1, 5, -1, -1]), np.array([1, 4, 9])) == Line("x", 2, of=3)
+    assert not unequal("x", np.array([1, 4, 9, 10]), np.array([1, 4, 9])).passes
 
 
 def test_not_a_number_never_passes():
