@@ -193,14 +193,6 @@ def test_a_tied_head_is_not_read():
         assert {a.path for a in match(llava.table(tied), given, target, "tiny")} == set(target)
 
 
-def test_attention_biases_follow_the_config():
-    biased = dataclasses.replace(CONFIG, decoder=dataclasses.replace(CONFIG.decoder, attention_bias=True))
-    shapes = hf_shapes(TABLE, {path: value.shape for path, value in abstract_params(biased).items()})
-    layer = "language_model.model.layers.0.self_attn."
-    assert {layer + f"{name}_proj.bias" for name in "qkv"} <= set(shapes) - set(HUB)
-    assert shapes[layer + "k_proj.bias"] == (CONFIG.decoder.num_kv_heads * CONFIG.decoder.head_dim,)
-
-
 def test_to_hf_inverts_every_rule_of_llava():
     params = {path: numbered(*shape) for path, shape in TARGET.items()}
     written = dict(to_hf(TABLE, params))

@@ -60,7 +60,6 @@ def decoder(num_layers):
         head_dim=4,
         rope_theta=1e4,
         norm_eps=1e-5,
-        attention_bias=False,
         tied_head=False,
     )
 
