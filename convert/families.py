@@ -6,14 +6,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from convert import llava
+from convert import llava, qwen2_5_vl
 from convert.table import Table
 from reroute_jax.config import ModelConfig
-from reroute_jax.models.llava import Llava
+from reroute_jax.models import FAMILIES
 from reroute_jax.params import named_parameters
 
-_TABLES = {"llava": llava.table}
-_MODELS = {"llava": Llava}
+_TABLES = {"llava": llava.table, "qwen2_5_vl": qwen2_5_vl.table}
 
 
 def table_of(config: ModelConfig) -> Table:
@@ -23,5 +22,5 @@ def table_of(config: ModelConfig) -> Table:
 
 def abstract_params(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """Every parameter of the model as dotted path -> shape; nothing is allocated."""
-    model = nnx.eval_shape(lambda: _MODELS[config.family](config, rngs=nnx.Rngs(0), dtype=jnp.float32))
-    return named_parameters(model)
+    build = FAMILIES[config.family].model
+    return named_parameters(nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0), dtype=jnp.float32)))

@@ -52,6 +52,22 @@ MERGE_HEADS = Op(
 )
 # [N*H] -> [N, H]
 HEADS_BIAS = Op("heads_bias", 2, lambda s: (s[0] * s[1],), lambda x, shape: x.reshape(shape), lambda y: y.reshape(-1))
+# Queries, keys and values in one: [3*N*H, D] -> [D, 3, N, H]
+FUSED_HEADS = Op(
+    "fused_heads",
+    4,
+    lambda s: (s[1] * s[2] * s[3], s[0]),
+    lambda x, shape: x.T.reshape(shape),
+    lambda y: y.reshape(y.shape[0], -1).T,
+)
+# [3*N*H] -> [3, N, H]
+FUSED_HEADS_BIAS = Op(
+    "fused_heads_bias",
+    3,
+    lambda s: (s[0] * s[1] * s[2],),
+    lambda x, shape: x.reshape(shape),
+    lambda y: y.reshape(-1),
+)
 # nn.Conv2d keeps OIHW; lax.conv is given HWIO.
 CONV = Op(
     "conv",
@@ -60,6 +76,17 @@ CONV = Op(
     lambda x, _: x.transpose(2, 3, 1, 0),
     lambda y: y.transpose(3, 2, 0, 1),
 )
+
+
+def patches(time: int, side: int) -> Op:
+    """nn.Conv3d over patches that do not overlap, [D, 3, time, side, side] -> [3*time*side*side, D]: a linear map."""
+    return Op(
+        "patches",
+        2,
+        lambda s: (s[1], 3, time, side, side),
+        lambda x, shape: x.reshape(shape[::-1]).T,
+        lambda y: y.T.reshape(-1, 3, time, side, side),
+    )
 
 
 @dataclass(frozen=True)

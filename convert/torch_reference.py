@@ -1,9 +1,10 @@
-"""Routed LLaVA in PyTorch, the slow and obvious way: one sample, eager, ragged. The yardstick of the JAX code.
+"""Routed models in PyTorch, the slow and obvious way: one sample, eager, ragged. The yardstick of the JAX code.
 
-Written from sections 2, 3, 4 and 6 of the method specification and from nothing else: deletion really removes rows,
+Written from sections 2 to 6 of the method specification and from nothing else: deletion really removes rows,
 reroute really leaves deferred rows out of every layer, and each layer's cache holds just the rows that ran. Layers are
 built of the transformers model's own norms, projections, MLPs and rotary tables; the loop, the attention and the
-routing are this file's.
+routing are this file's. What differs between the families, images and positions, is in `torch_llava.py` and
+`torch_qwen.py`.
 """
 
 from __future__ import annotations
@@ -14,17 +15,21 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import LlavaForConditionalGeneration
+from transformers import PreTrainedModel
 
-from convert.torch_nuwa import merge_image, project_image
+from convert import torch_llava, torch_qwen
+from convert.torch_nuwa import Image
 from reroute_jax.routing.plan import NuwaMerge, Schedule, Stage
+
+_FAMILIES = {"llava": torch_llava, "qwen2_5_vl": torch_qwen}
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Tokens in sequence order. hidden [T, D]; the rest int64 [T].
+    """Tokens in sequence order. hidden [T, D]; the rest int64.
 
-    position: rotary position; origin: index in the unpruned prompt; visual: original visual index, -1 for text.
+    position [C, T]: rotary positions, three channels with M-RoPE, else one; origin [T]: index in the unpruned prompt;
+    visual [T]: original visual index over the prompt's images, -1 for text and for images that are not routed.
     """
 
     hidden: Tensor
@@ -36,7 +41,7 @@ class Rows:
         return len(self.hidden)
 
     def take(self, index: Tensor) -> Rows:
-        return Rows(self.hidden[index], self.position[index], self.origin[index], self.visual[index])
+        return Rows(self.hidden[index], self.position[:, index], self.origin[index], self.visual[index])
 
 
 @dataclass(frozen=True)
@@ -63,8 +68,8 @@ class Walk:
 class Reference:
     """Everything comparable about one run. Arrays are numpy, real ones fp32.
 
-    features: [n, D] projected image features as the decoder gets them, None without an image.
-    anchors: original patch index of each of them after a Nuwa merge, else None.
+    features: [n, D] features of all images as the decoder gets them, None without an image.
+    anchors: original visual index of each of them after a Nuwa merge, else None.
     ran: per layer the rows cached in prefill, as indices into the unpruned prompt. hidden: their outputs.
     logits: [vocab] at the last prompt token; tokens: greedy continuation, the stop token included.
     """
@@ -80,11 +85,12 @@ class Reference:
 
 @torch.no_grad()
 def run(
-    model: LlavaForConditionalGeneration,
+    model: PreTrainedModel,
     input_ids: np.ndarray,
     pixel_values: np.ndarray | None = None,
     schedule: Schedule | None = None,
     *,
+    image_grid_thw: np.ndarray | None = None,
     prior: np.ndarray | None = None,
     max_new_tokens: int = 0,
     eos_tokens: Sequence[int] = (),
@@ -92,28 +98,38 @@ def run(
 ) -> Reference:
     """Prefill one unpadded prompt `input_ids [S]` under a schedule, then decode greedily.
 
-    pixel_values: `[3, H, W]` or `[1, 3, H, W]` of its one image, or None; without an image nothing is routed (9.4).
+    pixel_values: its images as the processor gives them, in order (LLaVA `[I, 3, H, W]`, Qwen `[P, values]`), or None;
+    without an image nothing is routed (9.4). image_grid_thw: `[I, 3]`, Qwen's patch grids.
     prior: fp32 [decisions, n] by original visual index, for stages with score="prior".
-    Raises ValueError if the image tokens of the prompt are not one run as long as the image's features.
+    Raises ValueError unless the prompt has one run of image tokens for each image, as long as its features.
     """
+    family = _FAMILIES[model.config.model_type]
     ids = torch.as_tensor(np.asarray(input_ids)).long()
     schedule = schedule or Schedule((Stage(0, len(model.model.language_model.layers)),), recover=False)
-    image = None if pixel_values is None else _image(model, pixel_values, schedule)
-    rows = _decoder_input(model, ids, image)
+    images = [] if pixel_values is None else family.images(model, pixel_values, image_grid_thw, schedule.merge)
+    runs = _image_runs(ids == model.config.image_token_id, [image.count for image in images])
+    positions, next_position = family.positions(model, ids, image_grid_thw)
+    rows = _decoder_input(model, ids, positions, images, runs, schedule.first_image_only)
+
+    def layer(number: int, rows: Rows) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        return run_layer(model, number, rows, _unseen(len(rows), number == schedule.bidirectional_layer))
 
     def score(stage: Stage, number: int, rows: Rows, before: Rows | None) -> Tensor:
         if stage.score == "prior":
             return torch.from_numpy(np.asarray(prior))[number][rows.visual.clamp(min=0)]
+        if stage.score == "previous_layer_last_three":
+            unseen = _unseen(len(before), stage.lo - 1 == schedule.bidirectional_layer)
+            return last_three(attention_weights(model, stage.lo - 1, before, unseen))
         if stage.score == "previous_layer":
             return last_token_score(model, stage.lo - 1, before)
         return last_token_score(model, stage.lo, rows)
 
-    visual = int((ids == model.config.image_token_index).sum())
-    rows, walk = route(rows, schedule, lambda layer, rows: run_layer(model, layer, rows), score, visual, len(ids))
+    visual = sum(image.count for image in images)
+    rows, walk = route(rows, schedule, layer, score, visual, next_position)
     logits = _head(model, rows.hidden[-1])
     return Reference(
-        features=None if image is None else image.features.float().numpy(),
-        anchors=image.index.numpy() if image and isinstance(schedule.merge, NuwaMerge) else None,
+        features=torch.cat([image.features for image in images]).float().numpy() if images else None,
+        anchors=_visual_index(images).numpy() if images and isinstance(schedule.merge, NuwaMerge) else None,
         decisions=walk.decisions,
         ran=walk.ran,
         hidden=[hidden.float().numpy() for hidden in walk.hidden],
@@ -155,9 +171,9 @@ def route(
             elif not schedule.recover:
                 rows = rows.take(active)
                 allowed, active = rows.visual >= 0, torch.arange(len(rows))
-        positions = rows.position[active]
+        positions = rows.position[:, active]
         if decides and schedule.position_mode == "renumber":
-            positions, next_position = torch.arange(len(active)), len(active)
+            positions, next_position = torch.arange(len(active)).expand_as(positions), len(active)
             rows = rows if schedule.recover else replace(rows, position=positions)
         for layer in range(stage.lo, stage.hi):
             before = replace(rows.take(active), position=positions)
@@ -188,6 +204,11 @@ def head_mean(logits: Tensor) -> Tensor:
     return torch.softmax(logits.float(), dim=-1).mean(dim=0)
 
 
+def last_three(weights: Tensor) -> Tensor:
+    """[T] fp32: of `[N, T, T]` the mean over the last three query rows, then the maximum over heads (5.4)."""
+    return weights[:, -3:].float().mean(dim=1).max(dim=0).values
+
+
 def _decision(stage: Stage, rows: Rows, scores: Tensor, chosen: Tensor, original: int) -> Decision:
     """Rewrite row indices as original visual indices; rows that are gone are no candidates either."""
     by_index, visual = np.full(original, -np.inf, np.float32), rows.visual >= 0
@@ -198,18 +219,29 @@ def _decision(stage: Stage, rows: Rows, scores: Tensor, chosen: Tensor, original
 # --- The decoder (transformers' modules, own loop) --------------------------------------------------------------------
 
 
-def last_token_score(model: LlavaForConditionalGeneration, layer: int, rows: Rows) -> Tensor:
+def last_token_score(model: PreTrainedModel, layer: int, rows: Rows) -> Tensor:
     """[T] fp32: attention of the last row to every row, by layer `layer`'s own norm and projections (2.1)."""
     q, k, _ = _project(model, layer, rows)
     scale = q.shape[-1] ** -0.5
     return head_mean((k.float() @ q[:, -1, :, None].float())[..., 0] * scale)
 
 
-def run_layer(model: LlavaForConditionalGeneration, layer: int, rows: Rows) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Outputs [T, D] of one layer, causal in sequence order, and its keys and values [N, T, H]."""
+def attention_weights(model: PreTrainedModel, layer: int, rows: Rows, unseen: Tensor) -> Tensor:
+    """[N, T, T] fp32: the whole attention map of one layer."""
+    q, k, _ = _project(model, layer, rows)
+    logits = (q.float() @ k.float().transpose(-1, -2)) * q.shape[-1] ** -0.5
+    return torch.softmax(logits.masked_fill(unseen, -torch.inf), dim=-1)
+
+
+def run_layer(model: PreTrainedModel, layer: int, rows: Rows, unseen: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Outputs [T, D] of one layer, and its keys and values [N, T, H]. `unseen [T, T]`: what a row may not attend to."""
     q, k, v = _project(model, layer, rows)
-    later = torch.ones(len(rows), len(rows), dtype=torch.bool).triu(1)
-    return _finish_layer(model, layer, rows.hidden, attend(q, k, v, later)), (k, v)
+    return _finish_layer(model, layer, rows.hidden, attend(q, k, v, unseen)), (k, v)
+
+
+def _unseen(count: int, bidirectional: bool) -> Tensor:
+    """Causal in sequence order, unless the layer is one that Nuwa's release leaves without a mask (5.4)."""
+    return torch.ones(count, count, dtype=torch.bool).triu(count if bidirectional else 1)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, unseen: Tensor | None = None) -> Tensor:
@@ -221,7 +253,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, unseen: Tensor | None = None) -> Ten
     return (weights @ v).transpose(0, 1).flatten(1)
 
 
-def _project(model: LlavaForConditionalGeneration, layer: int, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+def _project(model: PreTrainedModel, layer: int, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
     """Rotated q, rotated k and v, each [N, T, H]; key and value heads repeated to the query heads."""
     decoder = model.model.language_model
     attention, x = decoder.layers[layer].self_attn, decoder.layers[layer].input_layernorm(rows.hidden)
@@ -229,7 +261,10 @@ def _project(model: LlavaForConditionalGeneration, layer: int, rows: Rows) -> tu
         projection(x).unflatten(-1, (-1, attention.head_dim)).transpose(0, 1)
         for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
     ]
-    cos, sin = (table[0] for table in decoder.rotary_emb(x, rows.position[None]))
+    # Transformers' tables want [B, T], with M-RoPE [3, B, T].
+    has_channels = "mrope_section" in decoder.config.rope_parameters
+    position = rows.position.expand(3, -1)[:, None] if has_channels else rows.position
+    cos, sin = (table[0] for table in decoder.rotary_emb(x, position))
     q, k, v = _rotate(heads[0], cos, sin), _rotate(heads[1], cos, sin), heads[2]
     repeats = len(q) // len(k)
     return q, k.repeat_interleave(repeats, dim=0), v.repeat_interleave(repeats, dim=0)
@@ -240,18 +275,18 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
-def _finish_layer(model: LlavaForConditionalGeneration, layer: int, x: Tensor, attended: Tensor) -> Tensor:
+def _finish_layer(model: PreTrainedModel, layer: int, x: Tensor, attended: Tensor) -> Tensor:
     module = model.model.language_model.layers[layer]
     x = x + module.self_attn.o_proj(attended)
     return x + module.mlp(module.post_attention_layernorm(x))
 
 
-def _head(model: LlavaForConditionalGeneration, hidden: Tensor) -> Tensor:
+def _head(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     return model.lm_head(model.model.language_model.norm(hidden)).float()
 
 
 def _decode(
-    model: LlavaForConditionalGeneration,
+    model: PreTrainedModel,
     ids: Tensor,
     logits: Tensor,
     walk: Walk,
@@ -270,7 +305,7 @@ def _decode(
         x = model.model.language_model.embed_tokens(torch.tensor([token]))
         for layer, start in enumerate(walk.next_position):
             position = torch.tensor([start + len(tokens) - 1])
-            q, *new = _project(model, layer, Rows(x, position, position, position))
+            q, *new = _project(model, layer, Rows(x, position[None], position, position))
             keys, values = cache[layer] = tuple(torch.cat(pair, dim=1) for pair in zip(cache[layer], new, strict=True))
             x = _finish_layer(model, layer, x, attend(q, keys, values))
         logits = _head(model, x[0])
@@ -287,36 +322,40 @@ def penalised(logits: Tensor, seen: set[int], penalty: float) -> Tensor:
 # --- The prompt -------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Image:
-    """features [n, D] as the decoder gets them, and the original patch index [n] that gives each its position."""
-
-    features: Tensor
-    index: Tensor
-
-
-def _image(model: LlavaForConditionalGeneration, pixel_values: np.ndarray, schedule: Schedule) -> Image:
-    pixels = torch.as_tensor(np.asarray(pixel_values)).to(model.dtype).reshape(1, 3, *np.shape(pixel_values)[-2:])
-    if schedule.merge is not None:
-        return Image(*merge_image(model, pixels, schedule.merge))
-    features = project_image(model, pixels)
-    return Image(features, torch.arange(len(features)))
+def _image_runs(is_image: Tensor, counts: Sequence[int]) -> Sequence[Tensor]:
+    """Indices of each image's tokens in the prompt."""
+    places = is_image.nonzero()[:, 0]
+    runs = places.split(list(counts)) if counts and len(places) == sum(counts) else ()
+    if len(places) != sum(counts) or any((run.diff() != 1).any() for run in runs):
+        raise ValueError(f"expected runs of {counts} image tokens in the prompt, found {len(places)} image tokens")
+    return runs
 
 
-def _decoder_input(model: LlavaForConditionalGeneration, ids: Tensor, image: Image | None) -> Rows:
-    """Rows at the decoder input, at their positions in the unpruned prompt (4.5)."""
-    origin, visual = torch.arange(len(ids)), torch.full((len(ids),), -1)
-    is_image = ids == model.config.image_token_index
-    start, count = int(is_image.int().argmax()), int(is_image.sum())
-    vision = model.config.vision_config
-    expected = 0 if image is None else (vision.image_size // vision.patch_size) ** 2
-    if count != expected or not is_image[start : start + count].all():
-        raise ValueError(f"expected one run of {expected} image tokens in the prompt, found {count} image tokens")
-    rows = Rows(model.model.language_model.embed_tokens(ids), origin, origin, visual)
-    if image is None:
-        return rows
-    rows = rows.take(torch.cat((origin[:start], start + image.index, origin[start + count :])))
-    end = start + len(image.index)
-    rows.hidden[start:end] = image.features.to(rows.hidden.dtype)
-    rows.visual[start:end] = image.index
-    return rows
+def _decoder_input(
+    model: PreTrainedModel,
+    ids: Tensor,
+    positions: Tensor,
+    images: Sequence[Image],
+    runs: Sequence[Tensor],
+    first_image_only: bool,
+) -> Rows:
+    """Rows at the decoder input, at their positions in the unpruned prompt (4.5, 5.5)."""
+    hidden, visual = model.model.language_model.embed_tokens(ids), torch.full((len(ids),), -1)
+    kept = ids != model.config.image_token_id
+    for number, (image, run, first) in enumerate(zip(images, runs, _firsts(images), strict=True)):
+        left = run[image.index]
+        kept[left] = True
+        hidden[left] = image.features.to(hidden.dtype)
+        if number == 0 or not first_image_only:
+            visual[left] = first + image.index
+    return Rows(hidden, positions, torch.arange(len(ids)), visual).take(kept.nonzero()[:, 0])
+
+
+def _visual_index(images: Sequence[Image]) -> Tensor:
+    """Original visual index, over all images of the prompt, of each token that is left."""
+    return torch.cat([first + image.index for image, first in zip(images, _firsts(images), strict=True)])
+
+
+def _firsts(images: Sequence[Image]) -> list[int]:
+    """Of each image, how many visual tokens stand before it."""
+    return [sum(image.count for image in images[:number]) for number in range(len(images))]

@@ -12,9 +12,13 @@ from reroute_jax.errors import RerouteError
 Box = tuple[float, float, float, float]
 
 COORD_FORMATS = ("normalized", "pixel", "scale_1000")
-COORD_FORMAT_OF_FAMILY = {"llava": "normalized"}  # what the reference runs each model family with
+COORD_FORMAT_OF_FAMILY = {
+    "llava": "normalized",
+    "qwen2_5_vl": "pixel",
+}  # what the reference runs each model family with
 THRESHOLDS = (0.1, 0.3, 0.5, 0.7, 0.9)
 REC_METRICS = ("refcoco_IoU", *(f"refcoco_ACC@{t}" for t in THRESHOLDS), "refcoco_Center_ACC")
+RESIZED = "_resized"  # a metric with pixels divided by the size that the model saw, not by the stored image's
 
 NULL_BOX: Box = (0.0, 0.0, 0.0, 0.0)
 _NUMBER = r"\s*(-?\d+(?:\.\d+)?)"
@@ -36,7 +40,7 @@ def parse_box(text: str) -> Box:
 
 
 def normalise_box(box: Sequence[float], coord_format: str, size: tuple[int, int]) -> Box:
-    """Box in fractions of the image; `size` is the stored image's (width, height) in pixels.
+    """Box in fractions of the image; `size` is (width, height) in pixels of the frame that the box is taken to be in.
 
     A box without any value above 1 is taken as normalised in every format; nothing is clipped or reordered. Raises
     RerouteError for a format not in COORD_FORMATS.

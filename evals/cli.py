@@ -19,22 +19,13 @@ from evals.runner import SUMMARY_FILE, Answerer, Task, answer, fingerprint, open
 from reroute_jax.errors import RerouteError
 
 CHECKPOINTS = Path(__file__).parent / "scenes" / "checkpoints"
-EMBEDDED = ("scenes-llava", "scenes-llava-bypass")
+EMBEDDED = ("scenes-llava", "scenes-llava-bypass", "scenes-qwen")
 CAVEATS = {
     "scenes-llava-bypass": "the last third of this checkpoint's training bypassed random visual tokens, which is close "
     "to rerouting: its numbers are no evidence for a training-free claim",
 }
 DTYPES = ("float32", "bfloat16", "float16")
 PACKAGES = ("jax", "jaxlib", "flax", "transformers", "tokenizers", "numpy", "pillow")
-# Choices of the reference's protocol that are built in.
-PARITY = {
-    "image_backend": "pil",
-    "llava_image_mode": "crop",
-    "vicuna_system": False,
-    "float32_truth": True,
-    "coord_frame": "original",
-    "repetition_penalty": 1.0,
-}
 
 INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 BAD_INPUT = 2
@@ -120,7 +111,7 @@ def run_benchmark(
         "max_new_tokens": task.max_new_tokens,
         "batch_size": args.batch_size,
         "seed": args.seed,
-        **PARITY,
+        **_protocol(model),
         "runs": routes.settings,
     }
     folder = args.out or _default_folder(everything)
@@ -139,6 +130,20 @@ def _model_settings(name: str, model: Answerer) -> dict[str, Any]:
     """What identifies the model: a local folder counts with its content, not by its name alone."""
     path = CHECKPOINTS / name if name in EMBEDDED else Path(name).expanduser()
     return {"model": name, "model_files": fingerprint(path) if path.exists() else None, "dtype": str(model.dtype)}
+
+
+def _protocol(model: Answerer) -> dict[str, Any]:
+    """Choices of the reference's protocol that are built in, or made by the model."""
+    shared = {
+        "image_backend": "pil",
+        "float32_truth": True,
+        "coord_frame": "original",
+        "repetition_penalty": model.config.repetition_penalty,
+    }
+    if model.config.family == "llava":
+        return shared | {"llava_image_mode": "crop", "vicuna_system": False}
+    limits = [model.image_processor.size[edge] for edge in ("shortest_edge", "longest_edge")]
+    return shared | {"image_resizes": 2, "pixel_limits": limits, "mrope_compat": model.config.mrope_compat}
 
 
 def _default_folder(settings: Mapping[str, Any]) -> Path:

@@ -51,13 +51,14 @@ class Source:
     count: int | None
 
 
-def rec_source(data: str, split: str | None) -> Source:
+def rec_source(data: str, split: str | None, family: str = "llava") -> Source:
     """The split of a data set with RefCOCO's columns: `scenes`, a local parquet file or folder, or a hub id.
 
-    split None: test for the scenes, val otherwise. Raises RerouteError naming what is missing.
+    split None: test for the scenes, val otherwise. family: of the model, for which the scenes are drawn. Raises
+    RerouteError naming what is missing.
     """
     if data == SCENES:
-        return _scenes(split or "test")
+        return _scenes(split or "test", family)
     path = Path(data).expanduser()
     if path.is_file():
         if split is not None:
@@ -141,12 +142,12 @@ def _prepare(image: Image.Image, jpeg_roundtrips: int) -> Image.Image:
     return image.convert("RGB")
 
 
-def _scenes(split: str) -> Source:
+def _scenes(split: str, family: str) -> Source:
     from evals.scenes.data import refcoco_rows
 
     endless = 10**9
-    next(refcoco_rows(split, 1))  # an unknown split is refused here, before a model is loaded
-    return Source(f"{SCENES} [{split}]", lambda: refcoco_rows(split, endless), None)
+    next(refcoco_rows(split, 1, family=family))  # an unknown split is refused here, before a model is loaded
+    return Source(f"{SCENES} [{split}]", lambda: refcoco_rows(split, endless, family=family), None)
 
 
 def _split_files(folder: Path, split: str) -> list[Path]:

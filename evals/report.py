@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from evals.boxes import RESIZED
 from evals.metrics import CONFIDENCE, Interval, Resampler, difference, matrix, means, retention
 from evals.routes import FULL, Routes
 from evals.runner import Answerer, Record
@@ -16,6 +17,10 @@ from reroute_jax.routing.cost import Account, account
 from reroute_jax.routing.plan import Schedule
 
 TERA = 1e12
+RESIZED_NOTE = (
+    "Above, pixels are divided by the stored image's size, as the reference does. Below (metrics named ..."
+    f"{RESIZED}), by the size\nthat the model saw and answers in:"
+)
 COST_NOTE = (
     "TFLOPs: multiply-accumulates of the prefill, text included, as the papers count them (three-matrix MLP; the "
     "2-matrix form\nis FastV's); the scoring of the decisions is in neither. KV bytes: after the prefill."
@@ -77,18 +82,26 @@ def mean_cost(schedule: Schedule, model: Answerer, records: Sequence[Record]) ->
 
 
 def render(summary: Mapping[str, Any]) -> str:
-    """The tables of a summary, as text: means, retention, differences, cost."""
-    runs = summary["runs"]
-    names = list(runs[FULL]["metrics"])
-    columns = [name.removeprefix("refcoco_") for name in names]
-    kept = {run: values["retention_percent"] for run, values in runs.items() if run != FULL}
-    tables = [
-        table(["mean", *columns], [[run, *(f"{v['metrics'][n]:.4f}" for n in names)] for run, v in runs.items()]),
-        _interval_table([f"% of {FULL}", *columns], kept, "{:.1f}", 1),
-        _interval_table(["difference x 100", *columns], summary["differences"], "{:+.1f}", 100),
-        f"{_cost_table(runs)}\n{COST_NOTE}",
-    ]
+    """The tables of a summary, as text: means, retention, differences, and cost. Metrics of boxes in the frame that the
+    model saw get tables of their own."""
+    names = list(summary["runs"][FULL]["metrics"])
+    resized = [name for name in names if name.endswith(RESIZED)]
+    tables = _metric_tables(summary, [name for name in names if name not in resized])
+    if resized:
+        tables += [RESIZED_NOTE, *_metric_tables(summary, resized)]
+    tables.append(f"{_cost_table(summary['runs'])}\n{COST_NOTE}")
     return "\n\n".join(text for text in tables if text)
+
+
+def _metric_tables(summary: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    runs = summary["runs"]
+    columns = [name.removeprefix("refcoco_").removesuffix(RESIZED) for name in names]
+    kept = {run: values["retention_percent"] for run, values in runs.items() if run != FULL}
+    return [
+        table(["mean", *columns], [[run, *(f"{v['metrics'][n]:.4f}" for n in names)] for run, v in runs.items()]),
+        _interval_table([f"% of {FULL}", *columns], kept, names, "{:.1f}", 1),
+        _interval_table(["difference x 100", *columns], summary["differences"], names, "{:+.1f}", 100),
+    ]
 
 
 def _cost_table(runs: Mapping[str, Any]) -> str:
@@ -119,18 +132,19 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-def _interval_table(header: Sequence[str], estimates: Mapping[str, Any], form: str, scale: float) -> str:
-    """Two lines per estimate, itself and its interval; nothing without estimates."""
+def _interval_table(
+    header: Sequence[str], estimates: Mapping[str, Any], names: Sequence[str], form: str, scale: float
+) -> str:
+    """Two lines per estimate, itself and its interval, for the metrics in `names`; nothing without estimates."""
 
     def cell(*values: float | None) -> str:
         return "n/a" if None in values else "..".join(form.format(scale * value) for value in values)
 
     rows = []
     for title, found in estimates.items():
-        rows.append([title, *(cell(metric["value"]) for metric in found.values())])
-        rows.append(
-            [f"  {CONFIDENCE:.0%} interval", *(cell(metric["low"], metric["high"]) for metric in found.values())]
-        )
+        metrics = [found[name] for name in names]
+        rows.append([title, *(cell(metric["value"]) for metric in metrics)])
+        rows.append([f"  {CONFIDENCE:.0%} interval", *(cell(metric["low"], metric["high"]) for metric in metrics)])
     return table(header, rows) if rows else ""
 
 

@@ -31,10 +31,15 @@ class Answerer(Protocol):
 
     config: ModelConfig
     dtype: str
+    image_processor: Any
 
     def plan(self, method: str, **arguments: Any) -> Schedule: ...
 
-    def prompt_ids(self, text: str, images: int) -> Sequence[int]: ...
+    def prompt_ids(self, text: str, grids: Sequence[tuple[int, int]]) -> Sequence[int]: ...
+
+    def visual_grid(self, image: Image.Image) -> tuple[int, int]: ...
+
+    def model_size(self, image: Image.Image) -> tuple[int, int]: ...
 
     def generate(
         self, pairs: Sequence[tuple[Image.Image, str]], *, schedule: Schedule, max_new_tokens: int, batch_size: int
@@ -117,7 +122,7 @@ def _answer_batch(model: Answerer, task: Task, run: Run, batch: Sequence[Doc], b
     prompts = [task.prompt(doc) for doc in batch]
     pairs = [(doc.image, prompt) for doc, prompt in zip(batch, prompts, strict=True)]
     texts = model.generate(pairs, schedule=run.schedule, max_new_tokens=task.max_new_tokens, batch_size=batch_size)
-    rows, cols = model.config.vision.grid
+    grids = [model.visual_grid(doc.image) for doc in batch]
     return [
         {
             "task": task.name,
@@ -126,11 +131,12 @@ def _answer_batch(model: Answerer, task: Task, run: Run, batch: Sequence[Doc], b
             "prompt": prompt,
             "text": text,
             "image_size": list(doc.size),
+            "model_size": list(model.model_size(doc.image)),
             "visual_grid": [rows, cols],
-            "text_tokens": len(model.prompt_ids(prompt, 1)) - rows * cols,
+            "text_tokens": len(model.prompt_ids(prompt, [(rows, cols)])) - rows * cols,
             **task.score(text.strip(), doc),
         }
-        for doc, prompt, text in zip(batch, prompts, texts, strict=True)
+        for doc, prompt, text, (rows, cols) in zip(batch, prompts, texts, grids, strict=True)
     ]
 
 

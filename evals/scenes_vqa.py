@@ -26,11 +26,11 @@ def score(text: str, doc: Doc) -> Record:
     return {"truth": doc.truth, "metrics": {"exact_match": hit, f"exact_match_{doc.category}": hit}}
 
 
-def make_task(split: str, total: int, max_new: int) -> Task:
-    """The first `total` questions of a split; the kinds take turns."""
+def make_task(split: str, total: int, max_new: int, family: str = "llava") -> Task:
+    """The first `total` questions of a split, about scenes drawn for a model family; the kinds take turns."""
 
     def docs(start: int):
-        return vqa_docs(vqa_rows(split, total - start, VQA, start), f"{SCENES} [{split}]", start)
+        return vqa_docs(vqa_rows(split, total - start, VQA, start, family), f"{SCENES} [{split}]", start)
 
     return Task(NAME, docs, total, lambda doc: prompts.single_word(doc.text), score, max_new)
 
@@ -45,9 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> None:
     check_routes(args)
-    task = make_task(args.split, args.limit or LIMIT, args.max_new_tokens or MAX_NEW_TOKENS)
-    next(task.docs(0))  # an unknown split is refused before the model is loaded
-    run_benchmark(args, load_model(args.model, args.dtype), task, METRICS, {"data": f"{SCENES} [{args.split}]"})
+    next(vqa_rows(args.split, 1))  # an unknown split is refused before the model is loaded
+    model = load_model(args.model, args.dtype)
+    task = make_task(args.split, args.limit or LIMIT, args.max_new_tokens or MAX_NEW_TOKENS, model.config.family)
+    run_benchmark(args, model, task, METRICS, {"data": f"{SCENES} [{args.split}]"})
 
 
 if __name__ == "__main__":

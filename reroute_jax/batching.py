@@ -1,7 +1,7 @@
 """From token ids to the padded arrays of a `Prompt`, on the host.
 
-Every row of a batch gets the same number of slots: a bucket for its text, and the visual tokens of the row that has
-most. Shapes then come from a short ladder, and a program is compiled once for each.
+Every row of a batch gets the same number of slots: a bucket for its text, and one for its visual tokens. Shapes then
+come from short ladders, and a program is compiled once for each.
 """
 
 from __future__ import annotations
@@ -12,23 +12,31 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from reroute_jax.buckets import TEXT_BUCKETS, bucket
 from reroute_jax.config import ModelConfig
 from reroute_jax.decoder import Prompt
 from reroute_jax.errors import RerouteError
+from reroute_jax.models import FAMILIES
+from reroute_jax.models.family import Grid
 from reroute_jax.routing.plan import RoutingPlan, Schedule
 from reroute_jax.routing.prior import prior_scores
-
-TEXT_BUCKETS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """images: of each row. seen: `[B, vocab]`, tokens of each row's prompt. plan: static, for these shapes."""
+    """seen: `[B, vocab]`, tokens of each row's prompt. plan: static, for these shapes."""
 
     prompt: Prompt
     plan: RoutingPlan
-    images: tuple[int, ...]
     seen: np.ndarray
+
+
+@dataclass(frozen=True)
+class Row:
+    """One prompt: its token ids with every image expanded, and the (rows, columns) of its images in order."""
+
+    ids: np.ndarray
+    grids: tuple[Grid, ...]
 
 
 def valid_rows(input_ids, attention_mask) -> list[np.ndarray]:
@@ -49,81 +57,128 @@ def valid_rows(input_ids, attention_mask) -> list[np.ndarray]:
     return rows
 
 
-def text_bucket(longest: int) -> int:
-    """The smallest bucket that holds `longest` text tokens."""
-    for size in TEXT_BUCKETS:
-        if longest <= size:
-            return size
-    raise RerouteError(f"a prompt has {longest} text tokens: expected at most {TEXT_BUCKETS[-1]}")
+def split_images(ids: Sequence[np.ndarray], grids: Sequence[Grid], config: ModelConfig) -> list[Row]:
+    """The rows with their images, which stand in `grids` in order of appearance.
+
+    Raises RerouteError where image tokens and images do not fit.
+    """
+    rows, used = [], 0
+    for number, row in enumerate(ids):
+        found, needed, first = int((row == config.image_token).sum()), 0, used
+        while needed < found and used < len(grids):
+            needed += grids[used][0] * grids[used][1]
+            used += 1
+        if needed < found:
+            raise RerouteError(
+                f"row {number} has {found} image tokens and the images left for it fill {needed}: give one image for "
+                "every placeholder, and one image token for every visual token, as the HF processor does"
+            )
+        if needed > found:
+            raise RerouteError(
+                f"row {number} has {found} image tokens and its images have {needed} visual tokens: expand each "
+                "placeholder to the visual tokens of its image, as the HF processor does"
+            )
+        rows.append(Row(row, tuple(grids[first:used])))
+    if used < len(grids):
+        raise RerouteError(f"there are {len(grids)} images and the prompts have places for {used}: leave out the rest")
+    return rows
 
 
-def make_batch(rows: Sequence[np.ndarray], config: ModelConfig, schedule: Schedule) -> Batch:
+def make_batch(rows: Sequence[Row], config: ModelConfig, schedule: Schedule) -> Batch:
     """Arrays for rows of token ids in which every image stands as its full number of placeholder tokens."""
     schedule.check_depth(config.num_layers)
-    grid = config.vision.grid
-    patches = grid[0] * grid[1]
-    images = [_images(row, number, config.image_token, patches) for number, row in enumerate(rows)]
-    merged = schedule.merged_count(patches, grid)
-    text = text_bucket(max(len(row) - count * patches for row, count in zip(rows, images, strict=True)))
-    most = max(images)
-    batch, slots = len(rows), text + most * merged
-    ids, positions = np.zeros((batch, slots), np.int32), np.zeros((batch, slots), np.int32)
+    family = FAMILIES[config.family]
+    laid = [_lay_out(row, config, schedule) for row in rows]
+    original = [[r * c for r, c in row.grids] for row in rows]
+    text = bucket(max(int((~one.routed).sum()) for one in laid), TEXT_BUCKETS, "a prompt, in text tokens,")
+    routed = family.token_bucket(max(int(one.routed.sum()) for one in laid))
+    # A batch without images has one slot, which nothing reads.
+    visual = family.token_bucket(max(1, *(sum(sizes) for sizes in original)))
+    per_image = token_slots([grid for row in rows for grid in row.grids], config, schedule)
+    batch, slots, channels = len(rows), text + routed, laid[0].positions.shape[:-1]
+    ids, positions = np.zeros((batch, slots), np.int32), np.zeros((*channels, batch, slots), np.int32)
     valid, feature = np.zeros((batch, slots), bool), np.full((batch, slots), -1, np.int32)
-    # Never empty, so that a batch without images runs the same program.
-    visual_positions = np.zeros((batch, max(most, 1) * patches), np.int32)
-    seen = np.zeros((batch, config.decoder.vocab_size), bool)
-    first_image = np.concatenate([[0], np.cumsum(images)[:-1]]).astype(np.int32)
-    for b, row in enumerate(rows):
-        layout = _layout(row, config.image_token, patches, merged, int(first_image[b]) * merged)
-        filled = slice(0, len(layout[0]))
-        ids[b, filled], positions[b, filled], feature[b, filled] = layout
+    chosen_among, seen = np.zeros((batch, slots), bool), np.zeros((batch, config.decoder.vocab_size), bool)
+    visual_positions = np.zeros((*channels, batch, visual), np.int32)
+    first_image = np.cumsum([0, *(len(sizes) for sizes in original)])
+    first_feature = np.cumsum([0, *(sum(sizes) for sizes in original)])
+    for b, (row, one) in enumerate(zip(rows, laid, strict=True)):
+        filled = slice(0, len(one.ids))
+        ids[b, filled], positions[..., b, filled], chosen_among[b, filled] = one.ids, one.positions, one.routed
         valid[b, filled] = True
-        visual_positions[b, : images[b] * patches] = np.flatnonzero(row == config.image_token)
-        seen[b, row] = True
-    routed = schedule if most else Schedule.from_decisions((), (), config.num_layers)
+        is_image = one.image >= 0
+        feature[b, filled] = np.where(is_image, (first_image[b] + one.image) * per_image + one.within, -1)
+        visual_positions[..., b, : one.visual_positions.shape[-1]] = one.visual_positions
+        seen[b, row.ids] = True
+    scheduled = schedule if routed else Schedule.from_decisions((), (), config.num_layers)
     prompt = Prompt(
         ids=ids,
         positions=positions,
         valid=valid,
         feature=feature,
-        first_feature=first_image * patches,
+        routed=chosen_among,
+        first_feature=first_feature[:-1].astype(np.int32),
         visual_positions=visual_positions,
-        keep=routed.keep_counts([count * merged for count in images]),
-        prior=_prior(routed, rows, images, grid),
-        next_position=np.array([len(row) for row in rows], np.int32),
+        keep=scheduled.keep_counts([int(one.routed.sum()) for one in laid]),
+        prior=_prior(scheduled, rows, visual),
+        next_position=np.array([one.next_position for one in laid], np.int32),
         text_slots=text,
     )
-    return Batch(prompt, routed.resolve(most * merged), tuple(images), seen)
+    return Batch(prompt, scheduled.resolve(routed), seen)
 
 
-def _images(row: np.ndarray, number: int, image_token: int, patches: int) -> int:
-    found = int((row == image_token).sum())
-    if found % patches:
-        raise RerouteError(
-            f"row {number} has {found} image tokens: expected a multiple of {patches}, as the HF processor expands them"
-        )
-    return found // patches
+def token_slots(grids: Sequence[Grid], config: ModelConfig, schedule: Schedule) -> int:
+    """Features that `encode_images` returns for each image of a batch with these grids."""
+    if not grids:
+        return 0
+    slots = FAMILIES[config.family].token_bucket(max(rows * cols for rows, cols in grids))
+    return slots if schedule.merge is None else schedule.merge.cap(slots)
 
 
-def _layout(row: np.ndarray, image_token: int, patches: int, merged: int, feature: int):
-    """(ids, positions, features) of a row's slots: each run of `patches` image tokens shrinks to `merged` slots."""
-    is_image = row == image_token
-    ordinal = np.cumsum(is_image) - 1
-    keep = ~is_image | (ordinal % patches < merged)
-    within = feature + ordinal // patches * merged + ordinal % patches
-    return row[keep], np.flatnonzero(keep), np.where(is_image, within, -1)[keep]
+@dataclass(frozen=True)
+class _Layout:
+    """A row's slots after a merge. image, within: of which image, and which of its tokens, -1 and 0 for text."""
+
+    ids: np.ndarray
+    positions: np.ndarray
+    image: np.ndarray
+    within: np.ndarray
+    routed: np.ndarray
+    visual_positions: np.ndarray
+    next_position: int
 
 
-def _prior(schedule: Schedule, rows, images, grid: tuple[int, int]) -> np.ndarray:
-    width = max(1, *images) * grid[0] * grid[1]
+def _lay_out(row: Row, config: ModelConfig, schedule: Schedule) -> _Layout:
+    """Each image's run of placeholder tokens shrinks to as many slots as the merge leaves of it."""
+    is_image = row.ids == config.image_token
+    positions, next_position = FAMILIES[config.family].positions(row.ids, row.grids, config)
+    sizes = np.array([rows * cols for rows, cols in row.grids], int)
+    left = np.array([schedule.merged_count(rows * cols, (rows, cols)) for rows, cols in row.grids], int)
+    image, within = np.full(len(row.ids), -1), np.zeros(len(row.ids), int)
+    image[is_image] = np.repeat(np.arange(len(sizes)), sizes)
+    within[is_image] = np.concatenate([np.arange(size) for size in sizes] or [[]])
+    keep = ~is_image
+    keep[is_image] = within[is_image] < left[image[is_image]]
+    routed = image == 0 if schedule.first_image_only else is_image
+    return _Layout(
+        row.ids[keep],
+        positions[..., keep],
+        image[keep],
+        within[keep],
+        routed[keep],
+        positions[..., is_image],
+        next_position,
+    )
+
+
+def _prior(schedule: Schedule, rows: Sequence[Row], visual: int) -> np.ndarray:
     if schedule.prior is None:
-        return np.zeros((0, len(rows), width), np.float32)
-    prior = np.zeros((len(schedule.decisions), len(rows), width), np.float32)
-    for b, (row, count) in enumerate(zip(rows, images, strict=True)):
-        if count:
-            stacked = (count * grid[0], grid[1])
-            size = stacked[0] * stacked[1]
+        return np.zeros((0, len(rows), visual), np.float32)
+    prior = np.zeros((len(schedule.decisions), len(rows), visual), np.float32)
+    for b, row in enumerate(rows):
+        grids = row.grids[:1] if schedule.first_image_only else row.grids
+        if grids:
             # A row's own bytes seed its draw, so that it does not depend on the batch.
-            row_seed = zlib.crc32(np.ascontiguousarray(row, dtype=np.int64).tobytes())
-            prior[:, b, :size] = prior_scores(schedule, size, stacked, row_seed)
+            row_seed = zlib.crc32(np.ascontiguousarray(row.ids, dtype=np.int64).tobytes())
+            prior[:, b, : sum(r * c for r, c in grids)] = prior_scores(schedule, grids, row_seed)
     return prior

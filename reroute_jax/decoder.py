@@ -60,22 +60,24 @@ class Decoder(nnx.Module):
 class Prompt:
     """A right-padded batch as the host prepares it. `n` is the largest original visual count of a row.
 
-    ids: token ids; positions: rotary positions in the unpruned prompt.
+    ids: token ids; positions: rotary positions in the unpruned prompt, three of each with M-RoPE.
     feature: for a visual slot the row of the flattened image features it reads, else -1.
+    routed: visual slots that decisions choose among; others run like text.
     first_feature: index of the row's first visual token among the original features of the batch.
     visual_positions: rotary positions of the row's original visual tokens.
     keep: per decision and row, how many visual tokens to select.
     prior: per decision and row, host-made scores by original visual index (controls); zero decisions when unused.
     next_position: position of the first generated token.
-    text_slots: static; no row has more text tokens.
+    text_slots: static; no row has more tokens that are not routed.
     """
 
     ids: Int[AnyArray, "B T"]
-    positions: Int[AnyArray, "B T"]
+    positions: Int[AnyArray, "*channels B T"]
     valid: Bool[AnyArray, "B T"]
     feature: Int[AnyArray, "B T"]
+    routed: Bool[AnyArray, "B T"]
     first_feature: Int[AnyArray, " B"]
-    visual_positions: Int[AnyArray, "B n"]
+    visual_positions: Int[AnyArray, "*channels B n"]
     keep: Int[AnyArray, "J B"]
     prior: Float[AnyArray, "P B n"]
     next_position: Int[AnyArray, " B"]
@@ -130,7 +132,7 @@ def prefill(
             active, slots, keys = rows, None, None
         else:
             number = len(decisions)
-            scores, keys = _scores(decoder, stage, rows, before_last, prompt.prior, number)
+            scores, keys = _scores(decoder, stage, rows, before_last, prompt.prior, number, plan)
             chosen = select(scores, rows.eligible, stage.cap, prompt.keep[number])
             decisions.append(_decision(scores, chosen, rows, prompt))
             slots = compact_slots(chosen | (rows.valid & (rows.visual < 0)), prompt.text_slots + stage.cap)
@@ -141,7 +143,7 @@ def prefill(
                 # The keys that scoring computed are rotated by the old positions.
                 active, keys = replace(active, rope=_consecutive(active.valid, decoder.config)), None
             keys = None if keys is None else gather_keys(keys, slots)
-        active, before_last, cached = _run_stage(decoder, stage, active, keys, max_new)
+        active, before_last, cached = _run_stage(decoder, stage, active, keys, max_new, plan)
         compacted = plan.position_mode == "renumber" and stage.cap is not None
         next_position = active.last + 1 if compacted else prompt.next_position
         stages.append(StageCache(*cached, valid=active.valid, next_position=next_position))
@@ -173,31 +175,49 @@ def _prompt_rows(decoder: Decoder, prompt: Prompt, features, anchors) -> Rows:
     index = jnp.where(visual, anchors[prompt.feature] - prompt.first_feature[:, None], -1)
     embeds = decoder.embed(jnp.where(visual, 0, prompt.ids))
     hidden = jnp.where(visual[..., None], features[prompt.feature].astype(embeds.dtype), embeds)
-    positions = jnp.where(visual, take_rows(prompt.visual_positions, index), prompt.positions)
-    return Rows(hidden, rope_tables(positions, decoder.config), index, prompt.valid, eligible=visual)
+    # A merge decides on the device which original tokens, and so which positions, stand in the visual slots.
+    of_visual = jnp.where(visual, index, 0)
+    of_visual = jnp.broadcast_to(of_visual, prompt.positions.shape)
+    positions = jnp.where(visual, jnp.take_along_axis(prompt.visual_positions, of_visual, axis=-1), prompt.positions)
+    rope = rope_tables(positions, decoder.config)
+    return Rows(hidden, rope, jnp.where(prompt.routed, index, -1), prompt.valid, eligible=prompt.routed)
 
 
 def _scores(
-    decoder: Decoder, stage: StagePlan, rows: Rows, before_last, prior: Float[Array, "P B n"], number: int
+    decoder: Decoder,
+    stage: StagePlan,
+    rows: Rows,
+    before_last,
+    prior: Float[Array, "P B n"],
+    number: int,
+    plan: RoutingPlan,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B K T H"] | None]:
     """Scores of all rows, and the keys of layer `stage.lo` where scoring computed them."""
     if stage.score == "prior":
         return take_rows(prior[number], jnp.where(rows.visual < 0, prior.shape[-1], rows.visual)), None
-    if stage.score == "previous_layer":
-        scores, _ = decoder.layers[stage.lo - 1].last_token_scores(before_last, rows.rope, rows.valid, rows.last)
-        return scores, None
-    return decoder.layers[stage.lo].last_token_scores(rows.hidden, rows.rope, rows.valid, rows.last)
+    own = stage.score == "last_token"
+    layer, hidden = (stage.lo, rows.hidden) if own else (stage.lo - 1, before_last)
+    # Nuwa's Qwen release reads the last three tokens and the head that attends most (5.4).
+    three = stage.score == "previous_layer_last_three"
+    queries = jnp.maximum(rows.last[:, None] - (jnp.arange(2, -1, -1) if three else jnp.zeros(1, jnp.int32)), 0)
+    seen = jnp.arange(rows.valid.shape[1]) <= queries[..., None]
+    mask = rows.valid[:, None] & (seen | (layer == plan.bidirectional_layer))
+    probabilities, keys = decoder.layers[layer].probabilities(hidden, rows.rope, queries, mask)
+    scores = probabilities.mean(axis=2).max(axis=1) if three else probabilities.mean(axis=(1, 2))
+    return scores, keys if own else None
 
 
-def _run_stage(decoder: Decoder, stage: StagePlan, rows: Rows, keys, max_new: int):
+def _run_stage(decoder: Decoder, stage: StagePlan, rows: Rows, keys, max_new: int, plan: RoutingPlan):
     """Run layers [lo, hi); returns the rows, the input of the last layer, and cached (keys, values) per layer."""
     x, slots = rows.hidden, rows.valid.shape[1]
     causal = jnp.tril(jnp.ones((1, slots, slots), bool))
+    everything = jnp.broadcast_to(rows.valid[:, None], (len(x), slots, slots))
     cached_keys, cached_values, before_last = [], [], x
     with jax.named_scope(f"layers_{stage.lo}_{stage.hi}"):
         for number in range(stage.lo, stage.hi):
             before_last = x
-            x, k, v = decoder.layers[number].prefill(x, rows.rope, causal, keys if number == stage.lo else None)
+            mask = everything if number == plan.bidirectional_layer else causal
+            x, k, v = decoder.layers[number].prefill(x, rows.rope, mask, keys if number == stage.lo else None)
             cached_keys.append(with_room(k, max_new))
             cached_values.append(with_room(v, max_new))
     return replace(rows, hidden=x), before_last, (tuple(cached_keys), tuple(cached_values))

@@ -5,42 +5,48 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from PIL import Image
-from transformers import AutoImageProcessor, AutoTokenizer
+from transformers import AutoTokenizer
 
 from reroute_jax import decoder as walker
-from reroute_jax.batching import Batch, make_batch, valid_rows
+from reroute_jax.batching import Batch, make_batch, split_images, valid_rows
+from reroute_jax.compilation import compiled
 from reroute_jax.config import ModelConfig
 from reroute_jax.decoder import Prefilled
 from reroute_jax.errors import RerouteError
 from reroute_jax.generation import Sampling, decode
 from reroute_jax.images import open_image
-from reroute_jax.models import llava
+from reroute_jax.models import FAMILIES
+from reroute_jax.models.family import Family
 from reroute_jax.routing import methods
+from reroute_jax.routing.merge import merge_arrays
 from reroute_jax.routing.plan import Schedule
 
 log = logging.getLogger("reroute_jax")
 
 
-@partial(jax.jit, static_argnames="merge")
-def _encode(module, pixels, merge):
-    log.info("compiling encode_images for pixels %s", pixels.shape)
-    return llava.encode_images(module, pixels, merge)
+@compiled(static_argnames="merge")
+def _encode(module, pixels, arrays, first, merge):
+    """Features of all images in one row of slots, and the index of each among the batch's original visual tokens."""
+    features, anchors = FAMILIES[module.config.family].encode_images(module, pixels, arrays, merge)
+    log.info("compiling encode_images for %d images of %d tokens", *features.shape[:2])
+    return features.reshape(-1, features.shape[-1]), (anchors + first[:, None]).reshape(-1)
 
 
-@partial(jax.jit, static_argnames=("plan", "max_new"))
+@compiled(static_argnames=("plan", "max_new"))
 def _prefill(decoder, prompt, features, anchors, plan, max_new) -> Prefilled:
     log.info("compiling prefill for ids %s, %d stages", prompt.ids.shape, len(plan.stages))
     return walker.prefill(decoder, prompt, features, anchors, plan, max_new)
 
 
-@partial(jax.jit, static_argnames=("sampling", "max_new"), donate_argnames="cache")
+@compiled(static_argnames=("sampling", "max_new"), donate_argnames="cache")
 def _decode(decoder, logits, cache, seen, key, sampling, max_new):
     log.info("compiling decode for logits %s, %d new tokens", logits.shape, max_new)
     return decode(decoder, logits, cache, seen, key, sampling, max_new)
@@ -73,14 +79,12 @@ class Model:
     """A loaded checkpoint. `module` holds the parameters; nothing here changes after loading."""
 
     config: ModelConfig
-    module: llava.Llava
+    module: nnx.Module
     folder: Path
 
     @property
-    def visual_tokens(self) -> int:
-        """Visual tokens of one image."""
-        rows, cols = self.config.vision.grid
-        return rows * cols
+    def family(self) -> Family:
+        return FAMILIES[self.config.family]
 
     @property
     def dtype(self) -> str:
@@ -93,16 +97,30 @@ class Model:
 
     @cached_property
     def image_processor(self):
-        # Without a name transformers takes torchvision where it is installed, and pixels change with it.
-        return _from_folder(partial(AutoImageProcessor.from_pretrained, backend="pil"), self.folder)
+        return _from_folder(self.family.image_processor, self.folder)
+
+    @property
+    def reference_grid(self) -> tuple[int, int]:
+        """(rows, columns) of the visual tokens that methods are planned for."""
+        return self.family.typical_grid(self.config, lambda: self.image_processor)
+
+    def visual_grid(self, image: Image.Image) -> tuple[int, int]:
+        """(rows, columns) of an image's visual tokens."""
+        return self.family.visual_grid(image.size, self.config, self.image_processor)
+
+    def model_size(self, image: Image.Image) -> tuple[int, int]:
+        """(width, height) in pixels of the image that the model sees."""
+        return self.family.model_size(image.size, self.image_processor)
 
     def plan(self, method: str, *, budget=None, action: str = "reroute", **switches) -> Schedule:
         """Schedule of a method for this model; `routing.methods.plan` explains the arguments."""
+        rows, cols = self.reference_grid
         return methods.plan(
             method,
             num_layers=self.config.num_layers,
-            visual=self.visual_tokens,
-            grid=self.config.vision.grid,
+            visual=rows * cols,
+            grid=(rows, cols),
+            family=self.config.family,
             budget=budget,
             action=action,
             **switches,
@@ -119,12 +137,12 @@ class Model:
         trace: bool = False,
     ) -> PrefillResult:
         """Run prompts as the HF processor returns them: ids `[B, S]` with image tokens expanded, padded on either side,
-        pixels `[I, 3, h, w]` in order of appearance. `image_grid_thw` is for families with images of varying size.
+        pixels in order of appearance: `[I, 3, h, w]`, or patches of varying images with `image_grid_thw` `[I, 3]`.
 
         Raises RerouteError where ids, mask, pixels and schedule do not fit each other or the model.
         """
-        _check_grid(image_grid_thw)
-        batch, anchors, result = self._run(valid_rows(input_ids, attention_mask), pixel_values, schedule, 0)
+        rows = valid_rows(input_ids, attention_mask)
+        batch, anchors, result = self._run(rows, pixel_values, image_grid_thw, schedule, 0)
         merged = schedule is not None and schedule.merge is not None
         found = _trace(batch, result, anchors if merged else None) if trace else None
         return PrefillResult(np.asarray(result.logits), found)
@@ -145,12 +163,10 @@ class Model:
         seed: int = 0,
     ) -> np.ndarray:
         """int32 `[B, max_new_tokens]`; a row ends at its first `eos_token_id` (None: never) and is padded behind it."""
-        _check_grid(image_grid_thw)
         eos = () if eos_token_id is None else tuple(np.atleast_1d(eos_token_id).tolist())
         sampling = Sampling(temperature, top_p, repetition_penalty, eos, self.config.pad_token)
-        return self._generate(
-            valid_rows(input_ids, attention_mask), pixel_values, schedule, max_new_tokens, sampling, seed
-        )
+        rows = valid_rows(input_ids, attention_mask)
+        return self._generate(rows, pixel_values, image_grid_thw, schedule, max_new_tokens, sampling, seed)
 
     def generate(
         self,
@@ -159,70 +175,69 @@ class Model:
         schedule: Schedule | None = None,
         max_new_tokens: int = 64,
         batch_size: int = 8,
-        repetition_penalty: float = 1.0,
+        repetition_penalty: float | None = None,
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
     ) -> list[str]:
         """Answers to (image, question) pairs, in order. An image is a PIL image, a path, a list of them, or None.
 
-        Raises RerouteError for an image that cannot be read, naming it.
+        repetition_penalty: None takes what the family generates with. Raises RerouteError for an image that cannot be
+        read, naming it.
         """
         if batch_size < 1:
             raise RerouteError(f"batch_size is {batch_size}, expected at least 1")
-        sampling = Sampling(temperature, top_p, repetition_penalty, self.config.eos_tokens, self.config.pad_token)
+        penalty = self.config.repetition_penalty if repetition_penalty is None else repetition_penalty
+        sampling = Sampling(temperature, top_p, penalty, self.config.eos_tokens, self.config.pad_token)
         answers = []
         for start in range(0, len(pairs), batch_size):
             chunk = list(pairs[start : start + batch_size])
             images = [_as_images(image) for image, _ in chunk]
-            rows = [self.prompt_ids(text, len(group)) for (_, text), group in zip(chunk, images, strict=True)]
+            rows = [
+                self.prompt_ids(text, [self.visual_grid(image) for image in group])
+                for (_, text), group in zip(chunk, images, strict=True)
+            ]
             flat = [image for group in images for image in group]
-            pixels = self.image_processor(images=flat, return_tensors="np")["pixel_values"] if flat else None
+            pixels, grids = self.family.preprocess(flat, self.image_processor) if flat else (None, None)
             # Rows of one token fill a short batch to a power of two, so that few sizes are compiled.
             padding = min(batch_size, 1 << (len(rows) - 1).bit_length()) - len(rows)
             rows += [np.array([self.config.eos_tokens[0]])] * padding
-            tokens = self._generate(rows, pixels, schedule, max_new_tokens, sampling, seed)[: len(chunk)]
+            tokens = self._generate(rows, pixels, grids, schedule, max_new_tokens, sampling, seed)[: len(chunk)]
             answers += [self.tokenizer.decode(_until(row, sampling.eos), skip_special_tokens=True) for row in tokens]
         return answers
 
-    def prompt_ids(self, text: str, images: int) -> np.ndarray:
-        """Ids of the chat prompt of a question behind `images` images, image tokens expanded."""
-        ids = self.tokenizer(llava.chat_prompt(text, images))["input_ids"]
-        return np.array(llava.expand_image_tokens(ids, self.config.image_token, self.visual_tokens))
+    def prompt_ids(self, text: str, grids: Sequence[tuple[int, int]]) -> np.ndarray:
+        """Ids of the chat prompt of a question behind images of these grids, image tokens expanded."""
+        return self.family.prompt_ids(text, grids, self.tokenizer, self.config)
 
-    def _generate(self, rows, pixels, schedule, max_new: int, sampling: Sampling, seed: int) -> np.ndarray:
+    def _generate(self, ids, pixels, grids, schedule, max_new: int, sampling: Sampling, seed: int) -> np.ndarray:
         if max_new < 1:
             raise RerouteError(f"max_new_tokens is {max_new}, expected at least 1")
-        batch, _, result = self._run(rows, pixels, schedule, max_new)
+        batch, _, result = self._run(ids, pixels, grids, schedule, max_new)
         key = jax.random.key(seed)
         tokens, _ = _decode(self.module.decoder, result.logits, result.cache, batch.seen, key, sampling, max_new)
         return np.asarray(tokens)
 
-    def _run(self, rows, pixels, schedule: Schedule | None, max_new: int):
+    def _run(self, ids, pixels, grids, schedule: Schedule | None, max_new: int):
         schedule = schedule or Schedule.from_decisions((), (), self.config.num_layers)
-        batch = make_batch(rows, self.config, schedule)
-        features, anchors = self._features(pixels, batch, schedule)
+        grids = self.family.image_grids(pixels, grids, self.config)
+        batch = make_batch(split_images(ids, grids, self.config), self.config, schedule)
+        features, anchors = self._features(pixels, grids, len(ids), schedule)
         result = _prefill(self.module.decoder, batch.prompt, features, anchors, batch.plan, max_new)
         return batch, anchors, result
 
-    def _features(self, pixels, batch: Batch, schedule: Schedule):
-        count = 0 if pixels is None else len(pixels)
-        if count != sum(batch.images):
-            raise RerouteError(f"the prompts have places for {sum(batch.images)} images and pixel_values hold {count}")
-        if count == 0:
+    def _features(self, pixels, grids, rows: int, schedule: Schedule):
+        if not grids:
             width = self.config.decoder.hidden_size
             return jnp.zeros((1, width)), jnp.zeros(1, jnp.int32)
-        pixels, side = np.asarray(pixels, np.float32), self.config.vision.image_size
-        if pixels.shape[1:] != (3, side, side):
-            raise RerouteError(f"pixel_values are {list(pixels.shape)}: expected [{count}, 3, {side}, {side}]")
         # Rows without an image must not change the shape that is compiled for.
-        padded = np.pad(pixels, ((0, max(0, len(batch.images) - count)), (0, 0), (0, 0), (0, 0)))
-        return _encode(self.module, padded, schedule.merge)
-
-
-def _check_grid(image_grid_thw) -> None:
-    if image_grid_thw is not None:
-        raise RerouteError("image_grid_thw is given, but every LLaVA image has the same grid: leave it out")
+        images = max(len(grids), rows)
+        sizes = [row * col for row, col in grids]
+        first = np.zeros(images, np.int32)
+        first[: len(sizes)] = np.cumsum([0, *sizes[:-1]])
+        arrays = merge_arrays(schedule.merge, grids, images, self.family.token_bucket(max(sizes)))
+        packed = self.family.pack(pixels, grids, self.config, images)
+        return _encode(self.module, packed, arrays, first, schedule.merge)
 
 
 def _from_folder(read, folder: Path):
@@ -242,7 +257,7 @@ def _trace(batch: Batch, result: Prefilled, anchors) -> Trace:
     if anchors is not None:
         prompt = batch.prompt
         of_slot = np.asarray(anchors)[prompt.feature] - prompt.first_feature[:, None]
-        kept = np.zeros(prompt.visual_positions.shape, bool)
+        kept = np.zeros(prompt.visual_positions.shape[-2:], bool)
         row, slot = np.nonzero(prompt.feature >= 0)
         kept[row, of_slot[row, slot]] = True
         kept = _indices(kept)

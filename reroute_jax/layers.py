@@ -107,12 +107,12 @@ def attention(
     return jnp.einsum("BKGTS,BKSH->BKGTH", weights, v).reshape(q.shape)
 
 
-def last_query_probabilities(
-    q: Float[Array, "B N 1 H"], k: Float[Array, "B K S H"], valid: Bool[Array, "B S"]
-) -> Float[Array, "B S"]:
-    """Attention of one query over all valid keys, fp32, averaged over query heads after the softmax."""
-    probabilities = jax.nn.softmax(_masked_logits(q, k, valid[:, None]), axis=-1)
-    return probabilities.mean(axis=(1, 2, 3))
+def query_probabilities(
+    q: Float[Array, "B N Q H"], k: Float[Array, "B K S H"], mask: Bool[Array, "B Q S"]
+) -> Float[Array, "B N Q S"]:
+    """Attention of a few queries over all keys, fp32."""
+    probabilities = jax.nn.softmax(_masked_logits(q, k, mask), axis=-1)
+    return probabilities.reshape(q.shape[:3] + k.shape[2:3])
 
 
 def _masked_logits(q, k, mask) -> Float[Array, "B K G T S"]:
@@ -126,16 +126,15 @@ class Attention(nnx.Module):
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype):
         width, dim = config.hidden_size, config.head_dim
         keep = {"rngs": rngs, "dtype": dtype}
-        self.q = HeadProjection(width, config.num_heads, dim, "heads", bias=False, **keep)
-        self.k = HeadProjection(width, config.num_kv_heads, dim, "kv_heads", bias=False, **keep)
-        self.v = HeadProjection(width, config.num_kv_heads, dim, "kv_heads", bias=False, **keep)
+        self.q = HeadProjection(width, config.num_heads, dim, "heads", bias=config.qkv_bias, **keep)
+        self.k = HeadProjection(width, config.num_kv_heads, dim, "kv_heads", bias=config.qkv_bias, **keep)
+        self.v = HeadProjection(width, config.num_kv_heads, dim, "kv_heads", bias=config.qkv_bias, **keep)
         self.o = OutputProjection(config.num_heads, dim, width, bias=False, **keep)
 
 
 class GatedMLP(nnx.Module):
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype):
-        width, inner = config.hidden_size, config.mlp_dim
-        keep = {"bias": False, "rngs": rngs, "dtype": dtype}
+    def __init__(self, width: int, inner: int, *, bias: bool, rngs: nnx.Rngs, dtype):
+        keep = {"bias": bias, "rngs": rngs, "dtype": dtype}
         self.gate = Linear(width, inner, ("embed", "mlp"), **keep)
         self.up = Linear(width, inner, ("embed", "mlp"), **keep)
         self.down = Linear(inner, width, ("mlp", "embed"), **keep)
@@ -151,7 +150,7 @@ class DecoderLayer(nnx.Module):
         self.attn_norm = RMSNorm(config.hidden_size, config.norm_eps, dtype=dtype)
         self.attn = Attention(config, rngs=rngs, dtype=dtype)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, dtype=dtype)
-        self.mlp = GatedMLP(config, rngs=rngs, dtype=dtype)
+        self.mlp = GatedMLP(config.hidden_size, config.mlp_dim, bias=False, rngs=rngs, dtype=dtype)
 
     def prefill(
         self,
@@ -188,16 +187,16 @@ class DecoderLayer(nnx.Module):
             x = x + self.attn.o(attention(q, keys, values, visible[:, None]))
         return self._mlp_residual(x), keys, values
 
-    def last_token_scores(
-        self, x: Float[Array, "B T D"], rope: Rope, valid: Bool[Array, "B T"], last: Int[Array, " B"]
-    ) -> tuple[Float[Array, "B T"], Float[Array, "B K T H"]]:
-        """Head-averaged attention of each row's last token over its valid rows, and the keys this took."""
+    def probabilities(
+        self, x: Float[Array, "B T D"], rope: Rope, queries: Int[Array, "B Q"], mask: Bool[Array, "B Q T"]
+    ) -> tuple[Float[Array, "B N Q T"], Float[Array, "B K T H"]]:
+        """Attention of the rows at slots `queries` over all rows, and the keys this took."""
         with jax.named_scope("scoring"):
             normed = self.attn_norm(x)
             k = rotate(self.attn.k(normed), rope)
-            at_last = Rope(*(take_rows(table, last[:, None]) for table in rope))
-            q = rotate(self.attn.q(take_rows(normed, last[:, None])), at_last)
-            return last_query_probabilities(q, k, valid), k
+            at_queries = Rope(*(take_rows(table, queries) for table in rope))
+            q = rotate(self.attn.q(take_rows(normed, queries)), at_queries)
+            return query_probabilities(q, k, mask), k
 
     def _mlp_residual(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         with jax.named_scope("mlp"):

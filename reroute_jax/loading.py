@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -12,21 +13,24 @@ from convert.families import abstract_params, table_of
 from convert.source import open_source
 from reroute_jax.config import ModelConfig
 from reroute_jax.engine import Model
-from reroute_jax.models.llava import Llava
+from reroute_jax.models import FAMILIES
 from reroute_jax.params import with_parameters
 from reroute_jax.routing.plan import one_of
 
 
-def load(path: str | Path, dtype: str | None = None) -> Model:
+def load(path: str | Path, dtype: str | None = None, mrope_compat: str | None = None) -> Model:
     """Load a hub id, a Hugging Face folder (converted on the fly) or a converted folder.
 
-    dtype: "float32", "bfloat16" or "float16"; None keeps the stored one. Raises RerouteError for a checkpoint that is
-    absent, damaged, of an unknown architecture, or does not fit its config.json.
+    dtype: "float32", "bfloat16" or "float16"; None keeps the stored one. mrope_compat: "hf-5.4" for the rotary
+    positions that transformers 5.4 gave to Qwen2.5-VL's images, to compare with numbers made with it (`mrope.py`).
+    Raises RerouteError for a checkpoint that is absent, damaged, of an unknown architecture, or does not fit its
+    config.json.
     """
     if dtype is not None:
         one_of("dtype", dtype, tuple(FLOATS))
     source = open_source(path)
-    config = ModelConfig.from_hf(source.config)
+    config = replace(ModelConfig.from_hf(source.config), mrope_compat=mrope_compat)
     params = load_params(source, abstract_params(config), table_of(config), dtype)
-    empty = nnx.eval_shape(lambda: Llava(config, rngs=nnx.Rngs(0), dtype=jnp.float32))
+    build = FAMILIES[config.family].model
+    empty = nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0), dtype=jnp.float32))
     return Model(config, with_parameters(empty, params), source.folder)

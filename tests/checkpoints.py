@@ -6,10 +6,11 @@ from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
 
-from transformers import LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration, Qwen2_5_VLForConditionalGeneration
 
 import reroute_jax
 from reroute_jax.engine import Model
+from tests import tiny_qwen
 from tests.tiny import load_torch, tiny_llava
 
 
@@ -18,3 +19,11 @@ def pair(kv_heads: int) -> tuple[LlavaForConditionalGeneration, Model]:
     """MHA with 4 KV heads, GQA with 2; 8 decoder layers, 36 visual tokens."""
     folder = tiny_llava(Path(mkdtemp()) / f"kv{kv_heads}", kv_heads=kv_heads, seed=kv_heads)
     return load_torch(folder), reroute_jax.load(folder, "float32")
+
+
+@cache
+def qwen_pair(tied: bool = False) -> tuple[Qwen2_5_VLForConditionalGeneration, Model]:
+    """GQA with 2 KV heads of 4, 8 decoder layers. With a tied head it is in transformers 5's spelling, else the hub's."""
+    spelling = "v5" if tied else "hub"
+    folder = tiny_qwen.tiny_qwen(Path(mkdtemp()) / spelling, spelling=spelling, tied=tied, seed=5)
+    return tiny_qwen.load_torch(folder), reroute_jax.load(folder, "float32")

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from reroute_jax.batching import make_batch
+from reroute_jax.batching import Row, make_batch
 from reroute_jax.config import ModelConfig
 from reroute_jax.decoder import prefill
 from reroute_jax.errors import RerouteError
 from reroute_jax.models.llava import Llava, encode_images
 from reroute_jax.params import named_parameters
+from reroute_jax.routing.merge import merge_arrays
 from reroute_jax.routing.methods import plan
 
 HUB_7B = {
@@ -61,7 +62,12 @@ def test_sparse_hub_config():
         32,
         128,
     )
-    assert (text.rope_theta, text.norm_eps, config.feature_layer, config.vision.grid) == (10000.0, 1e-5, 23, (24, 24))
+    assert (text.rope_theta, text.norm_eps, config.vision.feature_layer, config.vision.grid) == (
+        10000.0,
+        1e-5,
+        23,
+        (24, 24),
+    )
     assert (config.image_token, config.eos_tokens, config.pad_token) == (32000, (2,), 32001)
 
 
@@ -103,11 +109,14 @@ def test_full_size_wiring(hf, billions, route):
     assert sum(value.size for value in named_parameters(module).values()) / 1e9 == pytest.approx(billions, abs=1e-3)
     depth = config.num_layers
     schedule = plan(route[0], num_layers=depth, visual=576, grid=(24, 24), budget=128, action=route[1])
-    rows = [np.r_[1:6, np.full(576, 32000), 100:140], np.r_[np.full(576, 32000), 7:20]]
+    ids = [np.r_[1:6, np.full(576, 32000), 100:140], np.r_[np.full(576, 32000), 7:20]]
+    rows = [Row(one, ((24, 24),)) for one in ids]
     batch = make_batch(rows, config, schedule)
 
+    arrays = merge_arrays(schedule.merge, [(24, 24)] * 2, 2, 576)
+
     def run(module, prompt, pixels):
-        features, anchors = encode_images(module, pixels, schedule.merge)
+        features, anchors = (x.reshape(-1, *x.shape[2:]) for x in encode_images(module, pixels, arrays, schedule.merge))
         result = prefill(module.decoder, prompt, features, anchors, batch.plan, 16)
         return features, result.logits, [keys for stage in result.cache.stages for keys in stage.keys]
 

@@ -7,7 +7,8 @@ from PIL import Image
 
 import reroute_jax
 from reroute_jax import engine
-from reroute_jax.batching import TEXT_BUCKETS, make_batch
+from reroute_jax.batching import Row, make_batch
+from reroute_jax.buckets import TEXT_BUCKETS
 from reroute_jax.decoder import prefill
 from reroute_jax.errors import RerouteError
 from reroute_jax.routing.plan import Schedule
@@ -49,21 +50,21 @@ def test_one_program_per_bucket():
     model.generate_ids(
         input_ids=random_ids(70)[None], pixel_values=random_pixels(1), schedule=schedule, max_new_tokens=3
     )
-    before = [function._cache_size() for function in functions]
+    before = [function.jitted()._cache_size() for function in functions]
     for length in (72, 75, 80):
         ids, pixels = random_ids(length, seed=length)[None], random_pixels(1, seed=length)
         model.generate_ids(input_ids=ids, pixel_values=pixels, schedule=schedule, max_new_tokens=3)
-    assert [function._cache_size() for function in functions] == before
+    assert [function.jitted()._cache_size() for function in functions] == before
     ids = random_ids(36 + TEXT_BUCKETS[4], start=2)[None]
     model.generate_ids(input_ids=ids, pixel_values=random_pixels(1), schedule=schedule, max_new_tokens=3)
-    assert engine._prefill._cache_size() == before[1] + 1
+    assert engine._prefill.jitted()._cache_size() == before[1] + 1
 
 
 def test_cache_of_each_stage_has_its_own_length():
     """Section 8.3: text slots + kept visual tokens + room for new ones, and not a slot more."""
     _, model = pair(2)
     schedule = Schedule.from_decisions((2, 4, 6), (0.3, 0.3, 0.15), 8, "reroute")
-    batch = make_batch([random_ids(52, start=3)], model.config, schedule)
+    batch = make_batch([Row(random_ids(52, start=3), ((6, 6),))], model.config, schedule)
     features, anchors = jax.ShapeDtypeStruct((36, 64), np.float32), jax.ShapeDtypeStruct((36,), np.int32)
 
     def keys(module, prompt, features, anchors):
@@ -121,8 +122,14 @@ def refusals():
     ids, pixels = random_ids(60), random_pixels(1)
     return {
         "a partial image": ({"input_ids": ids[None, :20], "pixel_values": pixels}, "image tokens"),
-        "pixels without a place": ({"input_ids": random_ids(9, start=None)[None], "pixel_values": pixels}, "0 images"),
-        "a place without pixels": ({"input_ids": ids[None]}, "1 images and pixel_values hold 0"),
+        "pixels without a place": (
+            {"input_ids": random_ids(9, start=None)[None], "pixel_values": pixels},
+            "there are 1 images and the prompts have places for 0",
+        ),
+        "a place without pixels": (
+            {"input_ids": ids[None]},
+            "row 0 has 36 image tokens and the images left for it fill 0",
+        ),
         "pixels of another size": ({"input_ids": ids[None], "pixel_values": pixels[:, :, :70, :70]}, "expected [1, 3,"),
         "ids of one dimension": ({"input_ids": ids, "pixel_values": pixels}, "[B, S]"),
         "a mask of another shape": (

@@ -8,11 +8,17 @@ import torch
 from reroute_jax.decoder import forward
 from reroute_jax.models.llava import encode_images
 from reroute_jax.positions import rope_tables
+from reroute_jax.routing.merge import merge_arrays
 from tests.checkpoints import pair
 from tests.tiny import random_ids, random_pixels
 
 LENGTH = 340
 HEADS = [pytest.param(4, id="mha"), pytest.param(2, id="gqa")]
+
+
+def encoded(model, pixels):
+    arrays = merge_arrays(None, [model.config.vision.grid] * len(pixels), len(pixels), 36)
+    return encode_images(model.module, jnp.asarray(pixels), arrays, None)
 
 
 @pytest.mark.parametrize("kv_heads", HEADS)
@@ -21,10 +27,10 @@ def test_image_features(kv_heads):
     pixels = random_pixels(2)
     with torch.no_grad():
         found = theirs.model.get_image_features(torch.from_numpy(pixels)).pooler_output
-    features, anchors = encode_images(ours.module, jnp.asarray(pixels), None)
-    expected = torch.cat(list(found)).numpy()
+    features, anchors = encoded(ours, pixels)
+    expected = torch.stack(list(found)).numpy()
     np.testing.assert_allclose(np.asarray(features), expected, atol=1e-5)
-    np.testing.assert_array_equal(anchors, np.arange(72))
+    np.testing.assert_array_equal(anchors, np.tile(np.arange(36), (2, 1)))
 
 
 @pytest.mark.parametrize("start", [0, 5])
@@ -35,8 +41,8 @@ def test_all_position_logits(kv_heads, start):
     with torch.no_grad():
         expected = theirs(input_ids=torch.from_numpy(ids), pixel_values=torch.from_numpy(pixels)).logits.numpy()
     decoder = ours.module.decoder
-    features, _ = encode_images(ours.module, jnp.asarray(pixels), None)
-    x = decoder.embed(jnp.asarray(ids)).at[0, start : start + 36].set(features)
+    features, _ = encoded(ours, pixels)
+    x = decoder.embed(jnp.asarray(ids)).at[0, start : start + 36].set(features[0])
     rope = rope_tables(jnp.arange(LENGTH)[None], ours.config.decoder)
     found = decoder.logits(forward(decoder, x, rope, jnp.tril(jnp.ones((1, LENGTH, LENGTH), bool))))
     np.testing.assert_allclose(np.asarray(found), expected, atol=1e-4)

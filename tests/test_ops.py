@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from reroute_jax.layers import Rope, last_query_probabilities
+from reroute_jax.layers import Rope, query_probabilities
 from reroute_jax.routing.ops import Rows, compact_slots, gather, scatter, select
 
 
@@ -14,7 +14,7 @@ def test_vector_2_scores():
     logits = np.array([[0, 1, 2, 0, 1, 0], [1, 0, 0, 3, 0, 1]], np.float32)
     # One head dimension, one query of 1 per head: the key itself is the logit.
     q, k = jnp.ones((1, 2, 1, 1)), jnp.asarray(logits)[None, :, :, None]
-    scores = last_query_probabilities(q, k, jnp.ones((1, 6), bool))
+    scores = query_probabilities(q, k, jnp.ones((1, 1, 6), bool)).mean(axis=(1, 2))
     np.testing.assert_allclose(scores[0], [0.079247, 0.103413, 0.250983, 0.383699, 0.103413, 0.079247], atol=1e-6)
     visual = jnp.array([[False, True, True, True, True, False]])
     for keep, wanted in ((2, [2, 3]), (3, [1, 2, 3])):
@@ -25,10 +25,10 @@ def test_vector_2_scores():
 def test_padded_keys_take_no_probability():
     q = jax.random.normal(jax.random.key(0), (1, 4, 1, 8))
     k = jax.random.normal(jax.random.key(1), (1, 2, 7, 8))
-    short = last_query_probabilities(q, k[:, :, :5], jnp.ones((1, 5), bool))
-    padded = last_query_probabilities(q, k, jnp.arange(7)[None] < 5)
-    np.testing.assert_allclose(padded[0, :5], short[0], atol=1e-6)
-    assert (padded[0, 5:] == 0).all()
+    short = query_probabilities(q, k[:, :, :5], jnp.ones((1, 1, 5), bool))
+    padded = query_probabilities(q, k, jnp.arange(7)[None, None] < 5)
+    np.testing.assert_allclose(padded[..., :5], short, atol=1e-6)
+    assert (padded[..., 5:] == 0).all()
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -51,7 +51,7 @@ def schedules(model):
 def reference(model, torch_model, ids, pixels, schedule, **more):
     prior = None
     if schedule.prior is not None and pixels is not None:
-        prior = prior_scores(schedule, 36, GRID, zlib.crc32(ids.astype(np.int64).tobytes()))
+        prior = prior_scores(schedule, [GRID], zlib.crc32(ids.astype(np.int64).tobytes()))
     return run(torch_model, ids, pixels, schedule, prior=prior, **more)
 
 
@@ -68,7 +68,7 @@ def test_equals_the_reference(kv_heads, name):
     lengths, starts = (320, 300, 80), (6, 0, None)
     rows = [random_ids(size, start=at, seed=k) for k, (size, at) in enumerate(zip(lengths, starts, strict=True))]
     pixels = random_pixels(2, seed=4)
-    images = [pixels[0], pixels[1], None]
+    images = [pixels[:1], pixels[1:], None]
     expected = [
         reference(model, torch_model, ids, image, schedule, max_new_tokens=12)
         for ids, image in zip(rows, images, strict=True)
@@ -106,7 +106,7 @@ def test_anchors_are_the_references(kv_heads):
     torch_model, model = pair(kv_heads)
     schedule = model.plan("nuwa", budget=BUDGET, action="delete")
     ids, pixels = random_ids(300, start=3), random_pixels(1, seed=6)
-    wanted = reference(model, torch_model, ids, pixels[0], schedule)
+    wanted = reference(model, torch_model, ids, pixels, schedule)
     trace = model.prefill(input_ids=ids[None], pixel_values=pixels, schedule=schedule, trace=True).trace
     np.testing.assert_array_equal(trace.anchors[0], wanted.anchors)
     assert set(trace.selected[0][0]) <= set(trace.anchors[0])

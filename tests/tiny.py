@@ -20,6 +20,7 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
@@ -90,11 +91,11 @@ def tiny_llava(
     folder.mkdir(parents=True, exist_ok=True)
     config = _config(kv_heads, layers, hidden, heads, image_size, patch, vision_layers, tied)
     model = LlavaForConditionalGeneration(config)
-    _strengthen(model, np.random.default_rng(seed))
+    strengthen(model, np.random.default_rng(seed))
     tensors = {_spell(key, spelling): value.to(dtype).contiguous() for key, value in model.state_dict().items()}
     if tied:
         del tensors[_spell("lm_head.weight", spelling)]
-    _write_shards(folder, tensors, shards)
+    write_shards(folder, tensors, shards)
     written = _hub_config(config) if spelling == "hub" else config.to_dict()
     written["torch_dtype" if spelling == "hub" else "dtype"] = str(dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(written, indent=2))
@@ -191,10 +192,11 @@ def _hub_config(config: LlavaConfig) -> dict:
     }
 
 
-def _strengthen(model: LlavaForConditionalGeneration, rng: np.random.Generator) -> None:
+def strengthen(model: PreTrainedModel, rng: np.random.Generator) -> None:
+    """Random weights of the kind this file's head describes, the same for the same names and shapes."""
     for name, parameter in sorted(model.named_parameters()):
         value = rng.normal(size=tuple(parameter.shape))
-        if "norm" in name:
+        if "norm" in name or "ln_q" in name:
             value = 0.15 * value + ("weight" in name)
         elif name.endswith("bias"):
             value *= 0.3
@@ -208,7 +210,7 @@ def _strengthen(model: LlavaForConditionalGeneration, rng: np.random.Generator) 
 
 def _gain(name: str) -> float:
     """Queries and keys get a larger gain: with normalised inputs the attention logits' deviation is its square."""
-    if "q_proj" in name or "k_proj" in name:
+    if "q_proj" in name or "k_proj" in name or "attn.qkv" in name:
         return 1.7
     return 3.0 if "lm_head" in name else 1.0
 
@@ -220,7 +222,8 @@ def _spell(key: str, spelling: str) -> str:
     return key
 
 
-def _write_shards(folder: Path, tensors: dict[str, torch.Tensor], shards: int) -> None:
+def write_shards(folder: Path, tensors: dict[str, torch.Tensor], shards: int) -> None:
+    """Safetensors in one file, or in several that mix all parts of the model, with an index."""
     if shards == 1:
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         return

@@ -9,7 +9,7 @@ from PIL import Image
 
 from evals.scenes.questions import REFERRING, VQA, Question, questions
 from evals.scenes.render import render
-from evals.scenes.world import Scene, outline, sample_scene, scene_seed, stream
+from evals.scenes.world import Scene, family_scene, outline, scene_seed, stream
 from reroute_jax.errors import RerouteError
 
 TRAINING_QUESTIONS = {"attribute": 4, "place": 4, "relation": 4, "yesno": 6, "colour": 2, "count": 2}
@@ -18,23 +18,25 @@ EVERY = 1000  # more questions of a kind than a scene has
 
 
 def training_scene(
-    seed: int, per_kind: Mapping[str, int] = TRAINING_QUESTIONS
+    seed: int, per_kind: Mapping[str, int] = TRAINING_QUESTIONS, family: str = "llava"
 ) -> tuple[UInt8[np.ndarray, "height width 3"], Scene, list[Question]]:
     """Image, scene and up to `per_kind` questions of each kind; use seeds from `scene_seed("train", i)`."""
-    scene = sample_scene(seed)
+    scene = family_scene(seed, family)
     return render(scene, seed), scene, questions(scene, stream(2, seed), per_kind)
 
 
-def refcoco_rows(split: str, count: int, start: int = 0) -> Iterator[dict[str, Any]]:
+def refcoco_rows(split: str, count: int, start: int = 0, family: str = "llava") -> Iterator[dict[str, Any]]:
     """Rows of scenes start .. start + count - 1, one target object each, with the columns of lmms-lab/RefCOCO.
+
+    family: whose canvas the scenes are on; the same index is another scene for another family.
 
     question_id str, image (RGB PIL image, never compressed), question str (unused), answer (1 to 3 expressions of
     different kinds for the target), segmentation (polygon x0, y0, x1, y1, ... in pixels), bbox (x, y, width, height as
-    floats, pixels), iscrowd int, file_name str. Raises RerouteError for an unknown split or index.
+    floats, pixels), iscrowd int, file_name str. Raises RerouteError for an unknown split, index or family.
     """
     for index in range(start, start + count):
         seed = scene_seed(split, index)
-        scene, rng = sample_scene(seed), stream(3, seed)
+        scene, rng = family_scene(seed, family), stream(3, seed)
         target, expressions = _refer(scene, rng)
         thing = scene.things[target]
         yield {
@@ -49,18 +51,20 @@ def refcoco_rows(split: str, count: int, start: int = 0) -> Iterator[dict[str, A
         }
 
 
-def vqa_rows(split: str, count: int, kinds: Sequence[str] = VQA, start: int = 0) -> Iterator[dict[str, Any]]:
+def vqa_rows(
+    split: str, count: int, kinds: Sequence[str] = VQA, start: int = 0, family: str = "llava"
+) -> Iterator[dict[str, Any]]:
     """Rows of scenes start .. start + count - 1, one question each; the kinds take turns, and so do yes and no.
 
     Columns: question_id, image (RGB PIL image), question, answer (lower case), category (the kind). Raises
-    RerouteError for an unknown split, index or kind.
+    RerouteError for an unknown split, index, kind or family.
     """
     unknown = [kind for kind in kinds if kind not in VQA]
     if unknown or not kinds:
         raise RerouteError(f"unknown question kinds {unknown}: expected some of {', '.join(VQA)}")
     for index in range(start, start + count):
         seed = scene_seed(split, index)
-        scene, kind = sample_scene(seed), kinds[index % len(kinds)]
+        scene, kind = family_scene(seed, family), kinds[index % len(kinds)]
         question = _ask(scene, stream(4, seed), kind, wanted=("yes", "no")[index // len(kinds) % 2])
         yield {
             "question_id": f"{split}_{index}",

@@ -1,19 +1,31 @@
-"""Shape of the embedded models, as the HF configuration they are saved with."""
+"""Shapes of the embedded models, as the HF configurations they are saved with."""
 
 from __future__ import annotations
 
 from evals.scenes.tokenizer import vocabulary
-from evals.scenes.world import CANVAS
+from evals.scenes.world import CANVAS, GRIDS, TOKEN
 from reroute_jax.config import ModelConfig
 
-PATCH = 14
-GRID = CANVAS // PATCH
+GRID = CANVAS // TOKEN
+IMAGE_SLOTS = {"llava": GRID * GRID, "qwen2_5_vl": max(rows * cols for rows, cols in GRIDS)}  # visual tokens at most
+# Real Qwen2.5-VL has 1,000,000 for grids of 20 and more a side. M-RoPE gives columns the slowest third of the
+# frequencies; at this base their angles still differ by a radian over 12 columns.
+QWEN_ROPE_THETA = 50.0
 
 
-def hf_config() -> dict:
-    """`config.json` of the embedded LLaVA: 64 visual tokens, a tower of 5 blocks (the last one unread by LLaVA, but
-    read by Nuwa's similarity), 12 decoder layers, 3.5 M parameters."""
-    vocab = vocabulary()
+def hf_config(family: str = "llava") -> dict:
+    """`config.json` of an embedded model."""
+    return _HF_CONFIGS[family]()
+
+
+def model_config(family: str = "llava") -> ModelConfig:
+    return ModelConfig.from_hf(hf_config(family))
+
+
+def _llava() -> dict:
+    """64 visual tokens, a tower of 5 blocks (the last one unread by LLaVA, but read by Nuwa's similarity), 12 decoder
+    layers, 3.5 M parameters."""
+    vocab = vocabulary("llava")
     return {
         "architectures": ["LlavaForConditionalGeneration"],
         "model_type": "llava",
@@ -32,18 +44,13 @@ def hf_config() -> dict:
             "num_hidden_layers": 5,
             "num_attention_heads": 4,
             "image_size": CANVAS,
-            "patch_size": PATCH,
+            "patch_size": TOKEN,
             "projection_dim": 128,
         },
         "text_config": {
             "model_type": "llama",
-            "vocab_size": len(vocab),
-            "hidden_size": 128,
-            "intermediate_size": 352,
-            "num_hidden_layers": 12,
-            "num_attention_heads": 4,
+            **_decoder(len(vocab)),
             "num_key_value_heads": 4,
-            "max_position_embeddings": 512,
             "rms_norm_eps": 1e-5,
             "rope_theta": 10000.0,
             "bos_token_id": vocab["<s>"],
@@ -53,5 +60,63 @@ def hf_config() -> dict:
     }
 
 
-def model_config() -> ModelConfig:
-    return ModelConfig.from_hf(hf_config())
+def _qwen() -> dict:
+    """48 to 80 visual tokens of 14 pixels (4 patches of 7), a tower of 4 blocks that attend in windows of 4x4 tokens
+    and, in blocks 1 and 3, everywhere, 12 decoder layers, 4 query and 2 KV heads."""
+    vocab = vocabulary("qwen2_5_vl")
+    return {
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+        "model_type": "qwen2_5_vl",
+        "dtype": "float16",
+        "image_token_id": vocab["<|image_pad|>"],
+        "video_token_id": vocab["<|video_pad|>"],
+        "vision_start_token_id": vocab["<|vision_start|>"],
+        "vision_end_token_id": vocab["<|vision_end|>"],
+        "tie_word_embeddings": False,
+        "vision_config": {
+            "model_type": "qwen2_5_vl",
+            "depth": 4,
+            "hidden_act": "silu",
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "num_heads": 4,
+            "in_channels": 3,
+            "patch_size": TOKEN // 2,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "tokens_per_second": 2,
+            "window_size": 4 * TOKEN,
+            "out_hidden_size": 128,
+            "fullatt_block_indexes": [1, 3],
+        },
+        "text_config": {
+            "model_type": "qwen2_5_vl_text",
+            **_decoder(len(vocab)),
+            "num_key_value_heads": 2,
+            "rms_norm_eps": 1e-6,
+            "hidden_act": "silu",
+            "use_sliding_window": False,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": QWEN_ROPE_THETA,
+                "mrope_section": [4, 6, 6],
+            },
+            "bos_token_id": vocab["<|endoftext|>"],
+            "eos_token_id": vocab["<|im_end|>"],
+            "pad_token_id": vocab["<|endoftext|>"],
+        },
+    }
+
+
+def _decoder(words: int) -> dict:
+    return {
+        "vocab_size": words,
+        "hidden_size": 128,
+        "intermediate_size": 352,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 512,
+    }
+
+
+_HF_CONFIGS = {"llava": _llava, "qwen2_5_vl": _qwen}

@@ -1,11 +1,16 @@
-"""Train the embedded models from scratch: `python -m evals.scenes.train --out runs/scenes`.
+"""Train the embedded models: `python -m evals.scenes.train --family llava --out runs/scenes`.
 
-Four phases, each resumable, each ending in a saved state:
+Phases, each resumable, each ending in a saved state. LLaVA, from scratch:
 
     vision   tower, projector and word embeddings on dense targets
     joint    everything, first two thirds of the question-answering steps; from 45% on with more yes/no questions
     plain    the last third -> checkpoint scenes-llava
     bypass   the last third again, in which random visual tokens skip random layers -> scenes-llava-bypass
+
+Qwen2.5-VL, its tower from scratch, its decoder from the shipped scenes-llava (see warm.py):
+
+    vision   tower on dense targets
+    joint    all but the tower's blocks; from 30% of the steps on with more yes/no questions -> checkpoint scenes-qwen
 
 Which scenes a step sees depends on its number alone, so an interrupted run ends where an undisturbed one does.
 """
@@ -33,145 +38,185 @@ from tqdm import tqdm
 
 from evals.scenes.data import TRAINING_QUESTIONS
 from evals.scenes.export import export
-from evals.scenes.losses import AuxiliaryHeads, Targets, answer_loss, dense_loss, vision_states
+from evals.scenes.losses import AuxiliaryHeads, answer_loss, dense_loss, look, targets
 from evals.scenes.packing import Packed, coordinate_starts, pack, soft_labels
-from evals.scenes.spec import GRID, model_config
+from evals.scenes.spec import IMAGE_SLOTS, model_config
 from evals.scenes.tokenizer import vocabulary
-from evals.scenes.world import COLOURS, SHAPES, SIZES
+from evals.scenes.warm import warm_decoder
+from evals.scenes.world import COLOURS
+from reroute_jax.loading import load
 from reroute_jax.models.llava import Llava
+from reroute_jax.models.qwen2_5_vl import QwenVL
 from reroute_jax.params import named_parameters, with_parameters
 
 SEED = 0
+STEPS = {"llava": (1400, 3900), "qwen2_5_vl": (1000, 1800)}  # of the vision phase and of those behind it
+WARM_START = Path(__file__).parent / "checkpoints" / "scenes-llava"
 SAVE_EVERY = 250
 VALIDATION_SCENES = 64
-STILL = 0.08  # learning rate of tower, projector and dense heads after the vision phase, relative to the rest
+# Learning rates after the vision phase, relative to the rest: LLaVA's tower, projector and dense heads; the merger.
+STILL, MERGER_RATE = 0.08, 0.3
 EARLY_MIX = TRAINING_QUESTIONS
 LATE_MIX = {"attribute": 2, "place": 2, "relation": 2, "yesno": 8, "colour": 1, "count": 1}
-DENSE_SHARE, POINTER_SHARE = 0.4, 0.25
+DENSE_SHARE, POINTER_SHARE, PLACE_SHARE = 0.4, 0.25, 0.4
+LATE_FROM = {"llava": 0.45, "qwen2_5_vl": 0.3}  # share of the joint steps; more yes/no questions from there on
 BYPASS_SHARE = 0.65  # of the rows of a bypass step; segments of 1 to 3 layers keep 15 to 90% of the visual tokens
 
 
 @dataclass(frozen=True)
 class Phase:
-    """Steps [start, stop) on `rows` scenes each; starts from the end of phase `after`."""
+    """Steps [start, stop) on `rows` scenes each; starts from the end of phase `after`. `total`: steps of its learning
+    rate schedule. branches: whether the optimiser goes on where `after` left it. checkpoint: what it ends in."""
 
+    family: str
     name: str
     after: str | None
     start: int
     stop: int
+    total: int
     rows: int
+    branches: bool = False
+    checkpoint: str | None = None
+
+    @property
+    def kind(self) -> tuple[str, str]:
+        return self.family, "vision" if self.name == "vision" else "joint"
 
 
-def phases(vision_steps: int, joint_steps: int) -> tuple[Phase, ...]:
-    branch = joint_steps * 2 // 3
+def phases(family: str, vision_steps: int, joint_steps: int) -> tuple[Phase, ...]:
+    if family == "qwen2_5_vl":
+        return (
+            Phase(family, "vision", None, 0, vision_steps, vision_steps, 16),
+            Phase(family, "joint", "vision", 0, joint_steps, joint_steps, 8, checkpoint="scenes-qwen"),
+        )
+    branch, last = joint_steps * 2 // 3, {"total": joint_steps, "rows": 8, "branches": True}
     return (
-        Phase("vision", None, 0, vision_steps, 64),
-        Phase("joint", "vision", 0, branch, 8),
-        Phase("plain", "joint", branch, joint_steps, 8),
-        Phase("bypass", "joint", branch, joint_steps, 8),
+        Phase(family, "vision", None, 0, vision_steps, vision_steps, 64),
+        Phase(family, "joint", "vision", 0, branch, joint_steps, 8),
+        Phase(family, "plain", "joint", branch, joint_steps, checkpoint="scenes-llava", **last),
+        Phase(family, "bypass", "joint", branch, joint_steps, checkpoint="scenes-llava-bypass", **last),
     )
 
 
 class Trainee(nnx.Module):
-    def __init__(self, *, rngs: nnx.Rngs):
-        config = model_config()
-        self.model = Llava(config, rngs=rngs, dtype=jnp.float32)
-        kinds = len(SHAPES) + len(COLOURS) + len(SIZES)
-        self.heads = AuxiliaryHeads(config.vision.hidden_size, config.decoder.hidden_size, kinds, rngs=rngs)
-
-
-def targets() -> Targets:
-    vocab = vocabulary()
-    words = tuple(tuple(vocab[word] for word in group) for group in (SHAPES, COLOURS, SIZES))
-    return Targets(words, tuple(coordinate_starts()))
+    def __init__(self, family: str, *, rngs: nnx.Rngs):
+        config = model_config(family)
+        model = {"llava": Llava, "qwen2_5_vl": QwenVL}[family]
+        self.model = model(config, rngs=rngs, dtype=jnp.float32)
+        self.heads = AuxiliaryHeads(family, config.vision.hidden_size, config.decoder.hidden_size, rngs=rngs)
 
 
 def vision_loss(params: dict, batch: Packed, trainee: Trainee, soft):
     trainee = with_parameters(trainee, params)
-    states = vision_states(trainee.model.vision, batch.images)
-    features = trainee.model.projector(states[trainee.model.config.feature_layer][:, 1:])
-    loss, accuracy = dense_loss(trainee.model, trainee.heads, states, features, batch, targets(), soft)
+    model, asked = trainee.model, targets(trainee.model.config.family)
+    loss, accuracy = dense_loss(model, trainee.heads, look(model, batch.images), batch, asked, soft)
     return loss, {"dense": loss, "shape": accuracy[0], "colour": accuracy[1], "size": accuracy[2]}
 
 
 def joint_loss(params: dict, batch: Packed, bypass, trainee: Trainee, soft):
     trainee = with_parameters(trainee, params)
-    model, heads = trainee.model, trainee.heads
-    states = vision_states(model.vision, batch.images)
-    features = model.projector(states[model.config.feature_layer][:, 1:])
-    dense, _ = dense_loss(model, heads, states, features, batch, targets(), soft)
-    answer, pointer, predicted = answer_loss(model, heads, features, batch, bypass, soft)
-    total = answer + DENSE_SHARE * dense + POINTER_SHARE * pointer
-    return total, {"answer": answer, "dense": dense, "pointer": pointer, "predicted": predicted}
+    model, heads, asked = trainee.model, trainee.heads, targets(trainee.model.config.family)
+    seen = look(model, batch.images)
+    dense, _ = dense_loss(model, heads, seen, batch, asked, soft)
+    answer, pointer, place, predicted = answer_loss(model, heads, seen.features, batch, bypass, asked, soft)
+    total = answer + DENSE_SHARE * dense + POINTER_SHARE * pointer + PLACE_SHARE * place
+    return total, {"answer": answer, "dense": dense, "pointer": pointer, "place": place, "predicted": predicted}
 
 
-def _muon_axes(params: dict) -> dict:
-    """Muon for the decoder's matrices, Adam (None) for everything else."""
+_MERGER, _DECODER = "model.vision.merger.", "model.decoder.layers."
+# Parameters whose matrices Muon trains, by family and phase; Adam trains the others, and all where none is named.
+MUON = {
+    ("llava", "vision"): (),
+    ("llava", "joint"): (_DECODER,),
+    ("qwen2_5_vl", "vision"): ("model.vision.layers.", _MERGER),
+    ("qwen2_5_vl", "joint"): (_DECODER, _MERGER),
+}
+# Learning rates relative to the rest. A decoder that comes trained waits for the tower, which then stands still.
+RATES = {
+    ("llava", "vision"): {},
+    ("llava", "joint"): dict.fromkeys(
+        ("model.vision.", "model.projector.", "heads.object", "heads.corners", "heads.presence"), STILL
+    ),
+    ("qwen2_5_vl", "vision"): {"model.decoder.": 0.0},
+    ("qwen2_5_vl", "joint"): {
+        "model.vision.layers.": 0.0,
+        "model.vision.patch_embed.": 0.0,
+        **dict.fromkeys((_MERGER, "heads.object", "heads.reach"), MERGER_RATE),
+    },
+}
+
+
+def _rate(name: str, rates: dict[str, float]) -> float:
+    return next((rate for prefix, rate in rates.items() if name.startswith(prefix)), 1.0)
+
+
+def _muon_axes(params: dict, prefixes: tuple[str, ...]) -> dict:
+    """Which dimensions Muon takes as rows and columns; None: Adam."""
 
     def axes(name: str) -> MuonDimensionNumbers | None:
-        if not name.startswith("model.decoder.layers.") or not name.endswith(".kernel"):
+        if not name.startswith(prefixes) or not name.endswith(".kernel"):
             return None
-        if name.split(".")[-2] in "qkv":
-            return MuonDimensionNumbers(0, (1, 2))
-        return MuonDimensionNumbers((0, 1), 2) if name.split(".")[-2] == "o" else MuonDimensionNumbers(0, 1)
+        match name.split(".")[-2]:
+            case "q" | "k" | "v":
+                return MuonDimensionNumbers(0, (1, 2))
+            case "qkv":
+                return MuonDimensionNumbers(0, (1, 2, 3))
+            case "o":
+                return MuonDimensionNumbers((0, 1), 2)
+        return MuonDimensionNumbers(0, 1)
 
     return {name: axes(name) for name in params}
 
 
-def _is_vision(name: str) -> bool:
-    return name.startswith(("model.vision.", "model.projector.", "heads.object", "heads.corners", "heads.presence"))
-
-
-def optimiser(phase: Phase, total: int) -> optax.GradientTransformation:
-    if phase.name == "vision":
-        rate = optax.warmup_cosine_decay_schedule(0.0, 1.5e-3, 100, total, 1e-4)
+def optimiser(phase: Phase) -> optax.GradientTransformation:
+    if not MUON[phase.kind]:
+        rate = optax.warmup_cosine_decay_schedule(0.0, 1.5e-3, 100, phase.total, 1e-4)
         return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=0.01))
-    shape = optax.warmup_cosine_decay_schedule(0.0, 1.0, 150, total, 0.02)
+    shape = optax.warmup_cosine_decay_schedule(0.0, 1.0, 150, phase.total, 0.02)
     learn = muon(
         lambda step: 0.014 * shape(step),
         adam_learning_rate=lambda step: 1.2e-3 * shape(step),
         weight_decay=0.01,
-        muon_weight_dimension_numbers=_muon_axes,
+        muon_weight_dimension_numbers=partial(_muon_axes, prefixes=MUON[phase.kind]),
     )
-    slow = optax.stateless(
-        lambda updates, _: {name: update * (STILL if _is_vision(name) else 1.0) for name, update in updates.items()}
-    )
-    return optax.chain(optax.clip_by_global_norm(1.0), learn, slow)
+    rates = RATES[phase.kind]
+    scale = optax.stateless(lambda updates, _: {name: update * _rate(name, rates) for name, update in updates.items()})
+    return optax.chain(optax.clip_by_global_norm(1.0), learn, scale)
 
 
-def random_bypass(step: int, layers: int, rows: int) -> np.ndarray:
+def random_bypass(step: int, layers: int, rows: int, patches: int) -> np.ndarray:
     """`[layers, rows, patches]`: True where a visual token skips a layer."""
     rng = np.random.default_rng((SEED, step))
-    bypass = np.zeros((layers, rows, GRID * GRID), bool)
+    bypass = np.zeros((layers, rows, patches), bool)
     for row in np.flatnonzero(rng.random(rows) < BYPASS_SHARE):
         layer = 1
         while layer < layers:
             length = int(rng.integers(1, 4))
-            bypass[layer : layer + length, row] = rng.random(GRID * GRID) > rng.uniform(0.15, 0.9)
+            bypass[layer : layer + length, row] = rng.random(patches) > rng.uniform(0.15, 0.9)
             layer += length
     return bypass
 
 
-def mix(phase: Phase, step: int, total: int) -> dict[str, int]:
+def mix(phase: Phase, step: int) -> dict[str, int]:
     """Questions of each kind a scene is packed with. Boxes are learned first; yes/no takes longest."""
-    return EARLY_MIX if phase.name == "vision" or step < 0.45 * total else LATE_MIX
+    return EARLY_MIX if phase.name == "vision" or step < LATE_FROM[phase.family] * phase.total else LATE_MIX
 
 
-def batches(phase: Phase, first: int, total: int) -> Iterator[tuple[int, Packed]]:
+def batches(phase: Phase, first: int) -> Iterator[tuple[int, Packed]]:
     """Numbered batches from step `first` on, packed ahead of time in another process."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         ahead = {}
         for step in range(first, phase.stop):
             for future in range(step, min(step + 12, phase.stop)):
                 if future not in ahead:
-                    asked = mix(phase, future, total)
-                    ahead[future] = pool.submit(pack, "train", future * phase.rows, phase.rows, asked)
+                    asked = mix(phase, future)
+                    ahead[future] = pool.submit(pack, "train", future * phase.rows, phase.rows, asked, phase.family)
             yield step, ahead.pop(step).result()
 
 
-def answer_scores(predicted: np.ndarray, batch: Packed) -> dict[str, float]:
+def answer_scores(predicted: np.ndarray, batch: Packed, family: str) -> dict[str, float]:
     """Teacher-forced: ACC@0.5 of the boxes read off slot by slot, and accuracy of VQA answers by kind."""
-    vocab, starts = vocabulary(), coordinate_starts()
+    vocab, starts = vocabulary(family), coordinate_starts(family)
     kinds = {"yesno": ("yes", "no"), "colour": COLOURS, "count": tuple("012345")}
     hits: dict[str, list[float]] = {"ACC@0.5": [], **{kind: [] for kind in kinds}}
     for row, number in np.argwhere(batch.target >= 0):
@@ -190,42 +235,52 @@ def _iou(a: np.ndarray, b: np.ndarray) -> float:
     return float(inside / max(union, 1))
 
 
-def run_phase(phase: Phase, total: int, out: Path) -> dict:
+def run_phase(phase: Phase, out: Path) -> dict:
     """Train one phase, resuming from its last saved step; returns the final parameters."""
-    trainee = Trainee(rngs=nnx.Rngs(SEED))
-    soft, config = jnp.asarray(soft_labels()), model_config()
-    solver = optimiser(phase, total)
+    trainee = Trainee(phase.family, rngs=nnx.Rngs(SEED))
+    config, patches = model_config(phase.family), IMAGE_SLOTS[phase.family]
+    soft = jnp.asarray(soft_labels(phase.family))
+    solver = optimiser(phase)
     params = named_parameters(trainee)
     if phase.after is not None:
         params = restore(out / phase.after, params)
-    continues = phase.name in ("plain", "bypass")
+    elif phase.family == "qwen2_5_vl":
+        llava = named_parameters(load(WARM_START, "float32").module)
+        params = warm_decoder(llava, params, config.decoder.num_kv_heads)
     state = {"params": params, "solver": solver.init(params)}
     manager = ocp.CheckpointManager(out / phase.name, options=ocp.CheckpointManagerOptions(max_to_keep=1))
     if manager.latest_step() is not None:
         state = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(state))
-    elif continues:
+    elif phase.branches:
         with ocp.CheckpointManager(out / phase.after) as before:
             state = before.restore(before.latest_step(), args=ocp.args.StandardRestore(state))
     first = manager.latest_step() or phase.start
-    loss = partial(vision_loss, trainee=trainee, soft=soft)
-    if phase.name != "vision":
-        loss = partial(joint_loss, trainee=trainee, soft=soft)
+    loss = partial(vision_loss if phase.name == "vision" else joint_loss, trainee=trainee, soft=soft)
+
+    def learning(params: dict, *inputs):
+        """The loss without gradients for what does not learn: they would take a fifth of a step."""
+        rates = RATES[phase.kind]
+        held = {name: jax.lax.stop_gradient(value) for name, value in params.items() if _rate(name, rates) == 0}
+        return loss({**params, **held}, *inputs)
 
     @partial(jax.jit, donate_argnums=0)
     def update(state: dict, *inputs):
-        (_, logs), gradients = jax.value_and_grad(loss, has_aux=True)(state["params"], *inputs)
+        (_, logs), gradients = jax.value_and_grad(learning, has_aux=True)(state["params"], *inputs)
         updates, solved = solver.update(gradients, state["solver"], state["params"])
         return {"params": optax.apply_updates(state["params"], updates), "solver": solved}, logs
 
     evaluate = jax.jit(loss)
-    validation = pack("val", 0, VALIDATION_SCENES, EARLY_MIX)
-    nothing = np.zeros((config.num_layers, phase.rows, GRID * GRID), bool)
-    none_validation = np.zeros((config.num_layers, VALIDATION_SCENES, GRID * GRID), bool)
+    validation = pack("val", 0, VALIDATION_SCENES, EARLY_MIX, phase.family)
+    nothing, none_validation = (
+        np.zeros((config.num_layers, rows, patches), bool) for rows in (phase.rows, VALIDATION_SCENES)
+    )
     curve = (out / "curve.jsonl").open("a")
     bar = tqdm(total=phase.stop, initial=first, desc=phase.name, unit="step", mininterval=5)
     begun = time.monotonic()
-    for step, batch in batches(phase, first, total):
-        bypass = random_bypass(step, config.num_layers, phase.rows) if phase.name == "bypass" else nothing
+    for step, batch in batches(phase, first):
+        bypass = nothing
+        if phase.name == "bypass":
+            bypass = random_bypass(step, config.num_layers, phase.rows, patches)
         state, _ = update(state, batch, *(() if phase.name == "vision" else (bypass,)))
         bar.update()
         done = step + 1
@@ -235,7 +290,7 @@ def run_phase(phase: Phase, total: int, out: Path) -> dict:
             predicted = checked.pop("predicted", None)
             line = {name: round(float(value), 4) for name, value in checked.items()}
             if predicted is not None:
-                line |= answer_scores(np.asarray(predicted), validation)
+                line |= answer_scores(np.asarray(predicted), validation, phase.family)
             line = {"phase": phase.name, "step": done, "seconds": round(time.monotonic() - begun), **line}
             curve.write(json.dumps(line) + "\n")
             curve.flush()
@@ -256,18 +311,20 @@ def restore(folder: Path, params: dict) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m evals.scenes.train", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("runs/scenes"), help="states, curve and checkpoints")
-    parser.add_argument("--vision-steps", type=int, default=1400)
-    parser.add_argument("--joint-steps", type=int, default=3900)
+    parser.add_argument("--family", choices=tuple(STEPS), default="llava", help="default: %(default)s")
+    parser.add_argument("--out", type=Path, help="states, curve and checkpoints (default: runs/scenes/FAMILY)")
+    parser.add_argument("--vision-steps", type=int, help="default: those of the shipped checkpoints")
+    parser.add_argument("--joint-steps", type=int, help="likewise")
     arguments = parser.parse_args()
-    out = arguments.out.resolve()
+    family = arguments.family
+    out = (arguments.out or Path("runs/scenes") / family).resolve()
     out.mkdir(parents=True, exist_ok=True)
-    for phase in phases(arguments.vision_steps, arguments.joint_steps):
-        total = arguments.vision_steps if phase.name == "vision" else arguments.joint_steps
-        params = run_phase(phase, total, out)
-        if phase.name in ("plain", "bypass"):
+    vision, joint = STEPS[family]
+    for phase in phases(family, arguments.vision_steps or vision, arguments.joint_steps or joint):
+        params = run_phase(phase, out)
+        if phase.checkpoint is not None:
             model = {name.removeprefix("model."): value for name, value in params.items() if name.startswith("model.")}
-            export(model, out / {"plain": "scenes-llava", "bypass": "scenes-llava-bypass"}[phase.name])
+            export(model, out / phase.checkpoint, family)
 
 
 if __name__ == "__main__":

@@ -16,10 +16,20 @@ COLOURS = ("blue", "cyan", "green", "purple", "red", "yellow")
 SIZES = ("big", "small")
 TEXTURES = ("solid", "striped")
 CANVAS = 112
+TOKEN = 14  # pixels a side of what becomes one visual token
 RADII = {"small": (8, 10), "big": (14, 18)}  # inclusive, pixels; the gap between the ranges keeps the two words clear
 
 CROSS_ARM = 0.38  # half width of a cross's arms, as a share of its radius
 RING_HOLE = 0.52  # radius of a ring's hole, likewise
+
+# Rows and columns of visual tokens of a Qwen2.5-VL scene: 48 to 80 in all, up to twice as long as wide.
+GRIDS = tuple(
+    (rows, cols)
+    for rows in range(6, 13)
+    for cols in range(6, 13)
+    if 48 <= rows * cols <= 80 and max(rows, cols) <= 2 * min(rows, cols)
+)
+LEAST_SIDE, LEAST_AREA = 6 * TOKEN, 48 * TOKEN**2  # pixels; on less, five big objects hardly fit
 
 GAP = 2  # pixels of background between any two boxes
 BORDER = 1  # pixels of background around the canvas
@@ -78,13 +88,26 @@ def stream(purpose: int, seed: int) -> np.random.Generator:
     return np.random.default_rng((purpose, seed))
 
 
+def family_scene(seed: int, family: str) -> Scene:
+    """The scene of a seed on the canvas that a model family gets: square and fixed for "llava", of a size and shape
+    that the seed decides for "qwen2_5_vl". Raises RerouteError for another family."""
+    if family == "llava":
+        return sample_scene(seed)
+    if family == "qwen2_5_vl":
+        rows, cols = GRIDS[int(stream(6, seed).integers(len(GRIDS)))]
+        return sample_scene(seed, cols * TOKEN, rows * TOKEN)
+    raise RerouteError(f"no scenes for model family {family!r}: expected llava or qwen2_5_vl")
+
+
 def sample_scene(seed: int, width: int = CANVAS, height: int = CANVAS) -> Scene:
     """3 to 5 separate objects in 2 or 3 colours and 2 or 3 shapes, fewer than objects, so that both always repeat.
 
-    Raises RerouteError for a canvas narrower or lower than 112 pixels, on which five big objects hardly fit.
+    Raises RerouteError for a canvas with a side under 84 pixels or less than 9,408 pixels in all.
     """
-    if min(width, height) < CANVAS:
-        raise RerouteError(f"canvas {width}x{height} is too small: expected at least {CANVAS}x{CANVAS} pixels")
+    if min(width, height) < LEAST_SIDE or width * height < LEAST_AREA:
+        raise RerouteError(
+            f"canvas {width}x{height} is too small: expected {LEAST_SIDE} pixels a side and {LEAST_AREA} in all or more"
+        )
     rng = stream(0, seed)
     while True:
         things = _attempt(rng, width, height)

@@ -1,23 +1,24 @@
-"""LLaVA-1.5 (arXiv 2310.03744): CLIP tower, two-layer projector, LLaMA decoder; pixels to features, prompts to rows.
+"""LLaVA-1.5 (arXiv 2310.03744): CLIP tower, two-layer projector, LLaMA decoder.
 
-Letters: I images, n patches of an image, N1 tokens left of them after a merge, F = I * N1.
+Letters: I images, n patches of an image, C tokens left of them after a merge.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from pathlib import Path
 
-import jax
-import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
+from transformers import AutoImageProcessor
 
 from reroute_jax.config import ModelConfig
 from reroute_jax.decoder import Decoder
-from reroute_jax.routing.nuwa import stage_one
+from reroute_jax.errors import RerouteError
+from reroute_jax.models.family import Family, Grid
+from reroute_jax.routing.merge import MergeArrays, nuwa, pooled
 from reroute_jax.routing.plan import NuwaMerge, PoolMerge
-from reroute_jax.routing.pool import average_pool
 from reroute_jax.vision.clip import ClipTower, Projector, nuwa_inputs
 
 
@@ -27,36 +28,44 @@ class Llava(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype):
         self.config = config
         self.vision = ClipTower(config.vision, rngs=rngs, dtype=dtype)
-        self.projector = Projector(config, rngs=rngs, dtype=dtype)
+        self.projector = Projector(config.vision, config.decoder.hidden_size, rngs=rngs, dtype=dtype)
         self.decoder = Decoder(config.decoder, rngs=rngs, dtype=dtype)
 
 
 def encode_images(
-    model: Llava, pixels: Float[Array, "I 3 height width"], merge: NuwaMerge | PoolMerge | None
-) -> tuple[Float[Array, "F D"], Int[Array, " F"]]:
-    """Image features at decoder width, flattened over images, and the original patch each stands for, counted over
-    the whole batch (image i, patch p: `i * n + p`). `merge` is static."""
-    vision, layer = model.config.vision, model.config.feature_layer
-    grid, images = vision.grid, pixels.shape[0]
-    patches = grid[0] * grid[1]
+    model: Llava,
+    pixels: Float[Array, "I 3 height width"],
+    arrays: MergeArrays,
+    merge: NuwaMerge | PoolMerge | None,
+) -> tuple[Float[Array, "I C D"], Int[Array, "I C"]]:
+    """Nuwa merges what enters the projector, pooling averages what leaves it."""
+    layer = model.config.vision.feature_layer
     if isinstance(merge, NuwaMerge):
-        select = partial(
-            stage_one,
-            grid=grid,
-            top_n=merge.top_n,
-            keep=merge.anchors(patches, grid),
-            radius=merge.radius(grid),
-            self_weight_override=merge.self_weight_override,
-        )
-        merged, anchors = jax.vmap(select)(*nuwa_inputs(model.vision, pixels, layer))
-        features = model.projector(merged)
-    else:
-        features = model.projector(model.vision.features(pixels, layer))
-        anchors = jnp.broadcast_to(jnp.arange(patches), (images, patches))
-        if isinstance(merge, PoolMerge):
-            features, anchors = jax.vmap(partial(average_pool, grid=grid, rows=merge.rows, cols=merge.cols))(features)
-    whole = anchors + patches * jnp.arange(images)[:, None]
-    return features.reshape(-1, features.shape[-1]), whole.reshape(-1)
+        metric, features, similarity = nuwa_inputs(model.vision, pixels, layer)
+        merged, anchors = nuwa(merge, arrays, features, metric, similarity)
+        return model.projector(merged), anchors
+    return pooled(merge, arrays, model.projector(model.vision.features(pixels, layer)))
+
+
+def image_grids(pixel_values, image_grid_thw, config: ModelConfig) -> list[Grid]:
+    """Every image has the tower's own grid."""
+    if image_grid_thw is not None:
+        raise RerouteError("image_grid_thw is given, but every LLaVA image has the same grid: leave it out")
+    if pixel_values is None:
+        return []
+    shape, side = np.shape(pixel_values), config.vision.image_size
+    if shape[1:] != (3, side, side):
+        raise RerouteError(f"pixel_values are {list(shape)}: expected [{shape[0]}, 3, {side}, {side}]")
+    return [config.vision.grid] * shape[0]
+
+
+def _pack(pixel_values, grids: Sequence[Grid], config: ModelConfig, images: int) -> Float[np.ndarray, "I 3 h w"]:
+    return np.pad(np.asarray(pixel_values, np.float32), ((0, images - len(grids)), (0, 0), (0, 0), (0, 0)))
+
+
+def _prompt_ids(text: str, grids: Sequence[Grid], tokenizer, config: ModelConfig) -> np.ndarray:
+    ids = tokenizer(chat_prompt(text, len(grids)))["input_ids"]
+    return np.array(expand_image_tokens(ids, config.image_token, [rows * cols for rows, cols in grids]))
 
 
 def chat_prompt(text: str, images: int) -> str:
@@ -65,6 +74,28 @@ def chat_prompt(text: str, images: int) -> str:
     return f"USER: {placeholders}{text} ASSISTANT:"
 
 
-def expand_image_tokens(ids: Sequence[int], image_token: int, patches: int) -> list[int]:
-    """Each image placeholder becomes `patches` of them."""
-    return [token for old in ids for token in ([old] * patches if old == image_token else [old])]
+def expand_image_tokens(ids: Sequence[int], image_token: int, counts: Sequence[int]) -> list[int]:
+    """Each image placeholder becomes as many of them as its image has visual tokens."""
+    left = iter(counts)
+    return [token for old in ids for token in ([old] * next(left) if old == image_token else [old])]
+
+
+def _open_processor(folder: Path):
+    # Without a name transformers takes torchvision where it is installed, and pixels change with it.
+    return AutoImageProcessor.from_pretrained(folder, backend="pil")
+
+
+FAMILY = Family(
+    model=Llava,
+    encode_images=encode_images,
+    image_grids=image_grids,
+    pack=_pack,
+    positions=lambda ids, grids, config: (np.arange(len(ids)), len(ids)),
+    token_bucket=lambda tokens: tokens,
+    image_processor=_open_processor,
+    preprocess=lambda images, processor: (processor(images=images, return_tensors="np")["pixel_values"], None),
+    visual_grid=lambda size, config, processor: config.vision.grid,
+    model_size=lambda size, processor: (processor.crop_size["width"], processor.crop_size["height"]),
+    typical_grid=lambda config, open_processor: config.vision.grid,
+    prompt_ids=_prompt_ids,
+)

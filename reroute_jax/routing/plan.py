@@ -15,8 +15,11 @@ from numbers import Integral, Real
 import numpy as np
 
 from reroute_jax.errors import RerouteError
+from reroute_jax.routing.solver import pool_grid
 
-SCORES = ("last_token", "previous_layer", "prior")
+SCORES = ("last_token", "previous_layer", "previous_layer_last_three", "prior")
+_PREVIOUS = ("previous_layer", "previous_layer_last_three")
+SIM_ORDERS = ("raster", "window")
 POSITION_MODES = ("original", "renumber")
 PRIORS = ("random", "uniform")
 ACTIONS = ("delete", "reroute")
@@ -35,7 +38,8 @@ class Stage:
     ratio: keep ratio of the row's visual count at the decoder input; a Fraction multiplies exactly, a float in float64.
     count: or an absolute count. Neither: no decision, every visual token runs.
     score: how a decision ranks: "last_token" (layer lo on its own input), "previous_layer" (layer lo - 1 on that
-    layer's input) or "prior" (host-made scores); None without a decision.
+    layer's input), "previous_layer_last_three" (the same from the last three tokens, 5.4) or "prior" (host-made
+    scores); None without a decision.
     """
 
     lo: int
@@ -59,7 +63,7 @@ class Stage:
                 raise RerouteError(f"{where} has a score but no ratio or count, give one or drop the score")
             return
         one_of(f"the score of {where}", self.score, SCORES)
-        if self.score == "previous_layer" and self.lo == 0:
+        if self.score in _PREVIOUS and self.lo == 0:
             raise RerouteError("a decision at layer 0 has no previous layer, use score='last_token' or a later layer")
 
     @property
@@ -75,53 +79,67 @@ class Stage:
 
 @dataclass(frozen=True)
 class NuwaMerge:
-    """Nuwa's encoder-side stage (4.1 to 4.3, scale-free form of 4.7): n patches become `anchors(n, grid)` tokens.
+    """Nuwa's encoder-side stage (4.1 to 4.3, 4.7, 5.3): n patches become `anchors(n, grid)` tokens.
 
-    budget: exact fraction of the image's tokens; a Fraction, because ceil(1.75 * budget * n) must not mis-round.
+    share: of the tokens that stay, exact, because ceil(share * n) must not mis-round. top_n: candidates per 2x2 region.
+    quantile: anchors whose metric is at or above it stay as they are. diagonal_radius: reach as on Qwen (5.3), else as
+    on LLaVA (4.3). self_weight_override: an anchor counts with weight 1 on top of its normalised neighbourhood.
+    sim_order: "window" compares patches as Qwen's release does, in the order of its attention windows (5.2).
     """
 
-    budget: Fraction
+    share: Fraction
+    top_n: int
+    quantile: Fraction = Fraction(11, 20)
+    diagonal_radius: bool = False
     self_weight_override: bool = True
+    sim_order: str = "raster"
 
     def __post_init__(self) -> None:
-        if not 0 < self.budget < 1:
-            raise RerouteError(f"the budget of a Nuwa merge is {self.budget}, expected a fraction in (0, 1)")
-
-    @property
-    def top_n(self) -> int:
-        """Candidates per 2x2 region."""
-        return next((i for i in (1, 2, 3) if self.budget <= Fraction(i, 9)), 4)
+        if not 0 < self.share <= 1:
+            raise RerouteError(f"a Nuwa merge keeps a share of {self.share}, expected a fraction in (0, 1]")
+        if self.top_n not in (1, 2, 3, 4):
+            raise RerouteError(f"top_n is {self.top_n}, expected 1 to 4 candidates of a 2x2 region")
+        one_of("sim_order", self.sim_order, SIM_ORDERS)
 
     def anchors(self, visual: int, grid: tuple[int, int]) -> int:
         """N1, the tokens left of `visual` patches on a (rows, cols) grid."""
         _check_grid(visual, grid)
-        return min(math.ceil(Fraction(7, 4) * self.budget * visual), candidate_count(grid, self.top_n))
+        return min(self.cap(visual), candidate_count(grid, self.top_n))
 
-    @staticmethod
-    def radius(grid: tuple[int, int]) -> float:
-        """Reach of a merge in patch units: sqrt(280) at a side of 24."""
-        return math.sqrt(280) * max(grid) / 24
+    def cap(self, visual: int) -> int:
+        """The most that can be left of up to `visual` patches."""
+        return math.ceil(self.share * visual)
+
+    def radius(self, grid: tuple[int, int]) -> float:
+        """Reach of a merge in patches: sqrt(280) for LLaVA's side of 24, 0.8 of the diagonal of Qwen's padded grid."""
+        if not self.diagonal_radius:
+            return math.sqrt(280) * max(grid) / 24
+        rows, cols = (side + side % 2 for side in grid)
+        return 0.8 * math.hypot(rows - 1, cols - 1)
 
 
 @dataclass(frozen=True)
 class PoolMerge:
-    """Average pooling of the projected features to rows x cols tokens before the decoder (a control)."""
+    """Average pooling of the features to at most `share` of an image's tokens before the decoder (a control)."""
 
-    rows: int
-    cols: int
+    share: Fraction
 
     def __post_init__(self) -> None:
-        if self.rows < 1 or self.cols < 1:
-            raise RerouteError(f"cannot pool to {self.rows} x {self.cols} cells, expected at least 1 x 1")
+        if not 0 < self.share <= 1:
+            raise RerouteError(f"pooling keeps a share of {self.share}, expected a fraction in (0, 1]")
 
-    def tokens(self, visual: int, grid: tuple[int, int]) -> int:
-        """The tokens left of `visual` patches on a (rows, cols) grid."""
+    def cells(self, visual: int, grid: tuple[int, int]) -> tuple[int, int]:
+        """(rows, cols) that `visual` patches on a (rows, cols) grid are pooled to."""
         _check_grid(visual, grid)
-        if self.rows > grid[0] or self.cols > grid[1]:
-            raise RerouteError(
-                f"cannot pool a {grid[0]} x {grid[1]} grid to {self.rows} x {self.cols}, ask for fewer cells"
-            )
-        return self.rows * self.cols
+        return pool_grid(grid, self.cap(visual))
+
+    def anchors(self, visual: int, grid: tuple[int, int]) -> int:
+        """The tokens left of `visual` patches on a (rows, cols) grid."""
+        return math.prod(self.cells(visual, grid))
+
+    def cap(self, visual: int) -> int:
+        """The most that can be left of up to `visual` patches."""
+        return int(self.share * visual)
 
 
 @dataclass(frozen=True)
@@ -142,6 +160,7 @@ class RoutingPlan:
     recover: bool
     monotonic: bool
     position_mode: str
+    bidirectional_layer: int | None = None
 
 
 @dataclass(frozen=True)
@@ -152,6 +171,8 @@ class Schedule:
     monotonic: with recover, a token once left out may not return although it stays in the layout.
     position_mode: "original" keeps every token's position, "renumber" counts 0.. again after each decision (3.5).
     prior, seed: where scores of stages with score="prior" come from ("random" from the seed, or "uniform").
+    first_image_only: of a row with several images, route the first and run the others like text, as the releases do.
+    bidirectional_layer: a layer that runs without the causal mask in prefill (a defect of Nuwa's Qwen release, 5.4).
     """
 
     stages: tuple[Stage, ...]
@@ -161,6 +182,8 @@ class Schedule:
     prior: str | None = None
     seed: int = 0
     merge: NuwaMerge | PoolMerge | None = None
+    first_image_only: bool = False
+    bidirectional_layer: int | None = None
     label: str = ""
 
     def __post_init__(self) -> None:
@@ -194,9 +217,9 @@ class Schedule:
         elif self.prior is not None:
             raise RerouteError(f"prior={self.prior!r} is given but no stage has score='prior'")
         for stage in self.decisions[1:]:
-            if self.recover and stage.score == "previous_layer":
+            if self.recover and stage.score in _PREVIOUS:
                 raise RerouteError(
-                    f"score='previous_layer' at layer {stage.lo}: under reroute the layer before a later decision has "
+                    f"score={stage.score!r} at layer {stage.lo}: under reroute the layer before a later decision has "
                     "not seen every candidate, use 'last_token' there"
                 )
 
@@ -225,6 +248,8 @@ class Schedule:
         prior: str | None = None,
         seed: int = 0,
         merge: NuwaMerge | PoolMerge | None = None,
+        first_image_only: bool = False,
+        bidirectional_layer: int | None = None,
         label: str = "",
     ) -> Schedule:
         """Schedule that decides at the input of each of `layers` (0-based, ascending, below `num_layers`).
@@ -250,7 +275,18 @@ class Schedule:
             else:
                 ratio = value if isinstance(value, Fraction) else float(value)
                 stages.append(Stage(lo, hi, ratio=ratio, score=how))
-        return cls(tuple(stages), action == "reroute", monotonic, position_mode, prior, seed, merge, label)
+        return cls(
+            tuple(stages),
+            recover=action == "reroute",
+            monotonic=monotonic,
+            position_mode=position_mode,
+            prior=prior,
+            seed=seed,
+            merge=merge,
+            first_image_only=first_image_only,
+            bidirectional_layer=bidirectional_layer,
+            label=label,
+        )
 
     def check_depth(self, num_layers: int) -> None:
         """Raises RerouteError unless the schedule is for a decoder of `num_layers` layers."""
@@ -261,11 +297,7 @@ class Schedule:
 
     def merged_count(self, visual: int, grid: tuple[int, int]) -> int:
         """Visual tokens at the decoder input for an image of `visual` tokens on a (rows, cols) grid."""
-        if self.merge is None:
-            return visual
-        if isinstance(self.merge, NuwaMerge):
-            return self.merge.anchors(visual, grid)
-        return self.merge.tokens(visual, grid)
+        return visual if self.merge is None else self.merge.anchors(visual, grid)
 
     def resolve(self, visual: int) -> RoutingPlan:
         """Static plan for at most `visual` tokens a row after the merge; its caps are the counts of such a row."""
@@ -276,7 +308,11 @@ class Schedule:
         caps = iter(self._counts(visual))
         stages = tuple(StagePlan(s.lo, s.hi, next(caps) if s.decides else None, s.score) for s in self.stages)
         return RoutingPlan(
-            stages, self.recover and bool(self.decisions), self.recover and self.monotonic, self.position_mode
+            stages,
+            recover=self.recover and bool(self.decisions),
+            monotonic=self.recover and self.monotonic,
+            position_mode=self.position_mode,
+            bidirectional_layer=self.bidirectional_layer,
         )
 
     def keep_counts(self, visual_counts: Sequence[int] | np.ndarray) -> np.ndarray:

@@ -1,32 +1,24 @@
-"""Average pooling of visual tokens to a smaller grid before the decoder: the control `pool`."""
+"""Average pooling of visual tokens to a smaller grid before the decoder: the control `pool`. Host code."""
 
 from __future__ import annotations
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
-
-from reroute_jax.routing.plan import PoolMerge
+from jaxtyping import Float, Int
 
 
-def average_pool(
-    features: Float[Array, "n D"], grid: tuple[int, int], rows: int, cols: int
-) -> tuple[Float[Array, "cells D"], Int[np.ndarray, " cells"]]:
-    """rows * cols averages in row-major order, in the features' dtype, and the index of each cell's centre patch.
+def pool_weights(
+    grid: tuple[int, int], cells: tuple[int, int]
+) -> tuple[Float[np.ndarray, "cells n"], Int[np.ndarray, " cells"]]:
+    """fp32 weights of each pooled cell over the n patches of a (rows, cols) grid, both row-major, and the index of each
+    cell's centre patch.
 
     Cell r covers patch rows floor(r * h / rows) to ceil((r + 1) * h / rows), so cells overlap where h / rows is no
-    integer; likewise columns. Centre indices ascend and are all different. Sums are fp32.
-    Raises RerouteError for more cells than patches along a side, and for a grid that does not hold the features.
+    integer; likewise columns. Centre indices ascend and are all different.
     """
-    PoolMerge(rows, cols).tokens(features.shape[0], grid)
-    across, row_centres = _windows(grid[0], rows)
-    along, col_centres = _windows(grid[1], cols)
-    cells = features.reshape(*grid, -1)
-    # The fp32 weights make the whole product fp32.
-    pooled = jnp.einsum("rh,cw,hwd->rcd", across, along, cells, precision=jax.lax.Precision.HIGHEST)
-    centres = (row_centres[:, None] * grid[1] + col_centres).ravel()
-    return pooled.reshape(rows * cols, -1).astype(features.dtype), centres
+    across, row_centres = _windows(grid[0], cells[0])
+    along, col_centres = _windows(grid[1], cells[1])
+    weights = np.einsum("rh,cw->rchw", across, along).reshape(cells[0] * cells[1], -1)
+    return weights, (row_centres[:, None] * grid[1] + col_centres).ravel()
 
 
 def _windows(size: int, cells: int) -> tuple[Float[np.ndarray, "cells size"], Int[np.ndarray, " cells"]]:

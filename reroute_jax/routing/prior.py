@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from reroute_jax.errors import RerouteError
 from reroute_jax.routing.plan import Schedule
 
 
-def prior_scores(schedule: Schedule, visual: int, grid: tuple[int, int], row_seed: int) -> np.ndarray:
+def prior_scores(schedule: Schedule, grids: Sequence[tuple[int, int]], row_seed: int) -> np.ndarray:
     """float32 [decisions, visual]: scores of one row's visual tokens, all different, for a schedule with a prior.
 
-    "random": a fresh draw at each decision of a reroute, one draw for all decisions of a deletion (so that what is kept
-    is nested). It depends on the schedule's seed, `row_seed` and the decision only, never on batch or padding.
-    "uniform": the same regular order over the (rows, cols) grid at every decision.
-    Raises RerouteError for a schedule without a prior, and for a grid that does not hold `visual` tokens.
+    grids: (rows, cols) of the row's images in order. "random": a fresh draw at each decision of a reroute, one draw for
+    all decisions of a deletion (so that what is kept is nested). It depends on the schedule's seed, `row_seed` and the
+    decision only, never on batch or padding. "uniform": the same regular order over each image at every decision.
+    Raises RerouteError for a schedule without a prior.
     """
     if schedule.prior is None:
         raise RerouteError("the schedule has no prior, expected prior='random' or prior='uniform'")
-    if grid[0] * grid[1] != visual:
-        raise RerouteError(f"a grid of {grid[0]} x {grid[1]} does not hold {visual} visual tokens")
-    decisions = len(schedule.decisions)
+    decisions, visual = len(schedule.decisions), sum(rows * cols for rows, cols in grids)
     if schedule.prior == "uniform":
-        return np.tile(-uniform_rank(*grid).ravel().astype(np.float32), (decisions, 1))
+        # Every image gives up its share at the same pace.
+        progress = np.concatenate([uniform_rank(*grid).ravel() / (grid[0] * grid[1]) for grid in grids])
+        order = np.empty(visual, np.int64)
+        order[np.argsort(progress, kind="stable")] = np.arange(visual)
+        return np.tile(-order.astype(np.float32), (decisions, 1))
     draws = [d if schedule.recover else 0 for d in range(decisions)]
     # Permutations instead of real numbers: float32 draws would tie now and then.
     scores = [np.random.default_rng([schedule.seed, row_seed, draw]).permutation(visual) for draw in draws]

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from reroute_jax.config import ClipConfig, ModelConfig
+from reroute_jax.config import ClipConfig
 from reroute_jax.layers import HeadProjection, Linear, OutputProjection, attention, constant, parameter
 
 ACTIVATIONS = {
@@ -140,9 +140,9 @@ def nuwa_inputs(tower: ClipTower, pixels: Float[Array, "I 3 height width"], laye
 class Projector(nnx.Module):
     """Two linear layers from tower width to decoder width."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype):
-        width, keep = config.decoder.hidden_size, {"bias": config.projector_bias, "rngs": rngs, "dtype": dtype}
-        self.fc1 = Linear(config.vision.hidden_size, width, ("embed", "mlp"), **keep)
+    def __init__(self, config: ClipConfig, width: int, *, rngs: nnx.Rngs, dtype):
+        keep = {"bias": config.projector_bias, "rngs": rngs, "dtype": dtype}
+        self.fc1 = Linear(config.hidden_size, width, ("embed", "mlp"), **keep)
         self.fc2 = Linear(width, width, ("mlp", "embed"), **keep)
         self.activation = config.projector_activation
 

@@ -1,4 +1,4 @@
-"""The torch reference against transformers and the method specification's vectors (section 11)."""
+"""The torch reference, on LLaVA, against transformers and the method specification's vectors (section 11)."""
 
 from fractions import Fraction
 from itertools import pairwise
@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from convert.torch_nuwa import clip_tower, nuwa_stage_one, pool
+from convert.torch_llava import clip_tower
+from convert.torch_nuwa import nuwa_stage_one, pool
 from convert.torch_reference import Rows, head_mean, keep_count, penalised, route, run, select
 from reroute_jax.routing.plan import NuwaMerge, PoolMerge, Schedule, Stage
 from tests.tiny import load_torch, random_ids, random_pixels, tiny_llava
 
 VISUAL = 36
+LLAVA = {"quantile": Fraction(11, 20), "self_weight_override": True}
 
 
 @pytest.fixture(scope="module", params=[4, 2], ids=["mha", "gqa"])
@@ -101,9 +103,9 @@ def test_generation_stops_after_a_stop_token(model, pixels):
 
 
 def test_image_tokens_must_match_the_image(model, pixels):
-    with pytest.raises(ValueError, match="one run of 36 image tokens"):
+    with pytest.raises(ValueError, match=r"runs of \[36\] image tokens"):
         run(model, random_ids(60, visual=35), pixels)
-    with pytest.raises(ValueError, match="one run of 0 image tokens"):
+    with pytest.raises(ValueError, match=r"runs of \[\] image tokens"):
         run(model, random_ids(60))
 
 
@@ -137,7 +139,7 @@ def test_vector_2_score():
 def test_vector_3_routing_semantics(recover, second, final, third_cache):
     injected = {1: [0.1, 0.6, 0.2, 0.5, 0.4, 0.3], 3: [0.9, 0.1, 0.8, 0.2, 0.3, 0.0]}
     origin = torch.arange(8)
-    rows = Rows(torch.zeros(8, 1), origin, origin, torch.tensor([-1, 0, 1, 2, 3, 4, 5, -1]))
+    rows = Rows(torch.zeros(8, 1), origin[None], origin, torch.tensor([-1, 0, 1, 2, 3, 4, 5, -1]))
     stages = (Stage(0, 1), Stage(1, 3, count=3, score="last_token"), Stage(3, 6, count=2, score="last_token"))
     left, walk = route(
         rows,
@@ -190,11 +192,13 @@ def test_vector_6_nuwa_merge():
     patches = torch.arange(16.0)
     similarity = torch.stack([(patches * torch.pi / 10).cos(), (patches * torch.pi / 10).sin()], dim=1)
     features = torch.stack([patches, torch.ones(16)], dim=1)
-    given = {"columns": 4, "radius": 8**0.5}
+    given = {"columns": 4, "radius": 8**0.5, **LLAVA}
     merged, anchors = nuwa_stage_one(metric, features, similarity, top_n=1, keep=3, **given)
     assert anchors.tolist() == [0, 6, 15]
     np.testing.assert_allclose(merged, [[0, 1], [10.3068, 1.7240], [21.7682, 1.5126]], atol=1e-4)
-    merged, _ = nuwa_stage_one(metric, features, similarity, top_n=1, keep=3, self_weight_override=False, **given)
+    merged, _ = nuwa_stage_one(
+        metric, features, similarity, top_n=1, keep=3, **{**given, "self_weight_override": False}
+    )
     np.testing.assert_allclose(merged, [[0, 1], [5.9627, 1], [14.0798, 1]], atol=1e-4)
     merged, anchors = nuwa_stage_one(metric, features, similarity, top_n=2, keep=6, **given)
     assert anchors.tolist() == [0, 5, 6, 7, 14, 15]
@@ -208,7 +212,14 @@ def test_vector_7_nuwa_high_counts(keep, top_n, high):
     metric = torch.randperm(576, generator=generator).float()
     features = torch.rand(576, 4, generator=generator)
     merged, anchors = nuwa_stage_one(
-        metric, features, torch.rand(576, 4, generator=generator), columns=24, top_n=top_n, keep=keep, radius=280**0.5
+        metric,
+        features,
+        torch.rand(576, 4, generator=generator),
+        columns=24,
+        top_n=top_n,
+        keep=keep,
+        radius=280**0.5,
+        **LLAVA,
     )
     assert len(anchors) == keep
     assert int((merged == features[anchors]).all(dim=1).sum()) == high
@@ -218,12 +229,14 @@ def test_nuwa_candidates_are_the_best_of_each_region():
     """One region holds the four largest values; the anchor at the threshold itself counts as high."""
     metric = torch.tensor([9.0, 8, 1, 2, 7, 6, 3, 4, 0.4, 0.3, 0.2, 0.1, 0.8, 0.7, 0.6, 0.5])
     merged, anchors = nuwa_stage_one(
-        metric, torch.eye(16), torch.ones(16, 2), columns=4, top_n=2, keep=5, radius=8**0.5
+        metric, torch.eye(16), torch.ones(16, 2), columns=4, top_n=2, keep=5, radius=8**0.5, **LLAVA
     )
     assert anchors.tolist() == [0, 1, 6, 7, 12]
     # Index 0.55 * 4 = 2.2 of the sorted .8, 3, 4, 8, 9 is 4.8.
     assert [int((row > 0).sum()) == 1 for row in merged] == [True, True, False, False, False]
-    _, odd = nuwa_stage_one(metric[:15], torch.eye(15), torch.ones(15, 2), columns=5, top_n=1, keep=9, radius=9)
+    _, odd = nuwa_stage_one(
+        metric[:15], torch.eye(15), torch.ones(15, 2), columns=5, top_n=1, keep=9, radius=9, **LLAVA
+    )
     assert odd.tolist() == [0, 4, 7, 10, 12, 14]
     assert _high_anchors(21) == 10, "index 0.55 * 20 = 11 is the 12th of 21 values: it and the 9 above are high"
 
@@ -231,18 +244,20 @@ def test_nuwa_candidates_are_the_best_of_each_region():
 def _high_anchors(keep):
     """A 2 x 42 grid with one candidate a region."""
     metric = torch.arange(84.0)
-    merged, _ = nuwa_stage_one(metric, torch.eye(84), torch.ones(84, 2), columns=42, top_n=1, keep=keep, radius=9)
+    merged, _ = nuwa_stage_one(
+        metric, torch.eye(84), torch.ones(84, 2), columns=42, top_n=1, keep=keep, radius=9, **LLAVA
+    )
     return sum(int((row > 0).sum()) == 1 for row in merged)
 
 
 def test_vector_8_nuwa_positions():
     position = torch.tensor([0, 1, 2, 3, 4, 5, 30, 580, 581, 582, 583])
     visual = torch.tensor([-1] * 5 + [0, 25, 575] + [-1] * 3)
-    rows = Rows(torch.zeros(11, 1), position, position, visual)
+    rows = Rows(torch.zeros(11, 1), position[None], position, visual)
     seen = []
 
     def layer(number, rows):
-        seen.append(rows.position.tolist())
+        seen.append(rows.position[0].tolist())
         return rows.hidden, None
 
     stages = (Stage(0, 1), Stage(1, 2, count=1, score="last_token"))
@@ -308,7 +323,7 @@ def test_previous_layer_score_is_that_layers_attention(model, pixels, action):
 
 def test_nuwa_places_anchors_at_their_patches(model, pixels):
     ids = random_ids(60, start=5)
-    schedule = _schedule((4,), (2,), "delete", score="previous_layer", merge=NuwaMerge(Fraction(1, 9)))
+    schedule = _schedule((4,), (2,), "delete", score="previous_layer", merge=NuwaMerge(Fraction(7, 36), top_n=1))
     result = run(model, ids, pixels, schedule, max_new_tokens=4)
     assert len(result.anchors) == 7 and result.features.shape == (7, 64)
     assert [len(ran) for ran in result.ran] == [31] * 4 + [26] * 4
@@ -322,7 +337,7 @@ def test_nuwa_places_anchors_at_their_patches(model, pixels):
 
 def test_nuwa_reads_the_tower_where_the_specification_says(model, pixels):
     """4.2, 4.7: attention of the second-to-last block, similarity from two thirds of the depth on, in units of 24."""
-    merge = NuwaMerge(Fraction(2, 9))
+    merge = NuwaMerge(Fraction(7, 18), top_n=2)
     result = run(model, random_ids(60), pixels, Schedule((Stage(0, 8),), False, merge=merge))
     model.set_attn_implementation("eager")
     with torch.no_grad():
@@ -335,6 +350,7 @@ def test_nuwa_reads_the_tower_where_the_specification_says(model, pixels):
             top_n=2,
             keep=14,
             radius=280**0.5 / 4,
+            **LLAVA,
         )
         features = model.model.multi_modal_projector(merged)
     assert result.anchors.tolist() == anchors.tolist()
@@ -343,25 +359,27 @@ def test_nuwa_reads_the_tower_where_the_specification_says(model, pixels):
 
 def test_pool_averages_cells(model, pixels):
     features = torch.arange(36.0)[:, None]
-    cells, index = pool(features, 2, 3)
+    cells, index = pool(features, (6, 6), (2, 3))
     np.testing.assert_allclose(cells[:, 0], [6.5, 8.5, 10.5, 24.5, 26.5, 28.5])
     assert index.tolist() == [6, 8, 10, 24, 26, 28]
-    result = run(model, random_ids(60, start=5), pixels, Schedule((Stage(0, 8),), False, merge=PoolMerge(2, 3)))
+    result = run(
+        model, random_ids(60, start=5), pixels, Schedule((Stage(0, 8),), False, merge=PoolMerge(Fraction(1, 6)))
+    )
     assert [len(ran) for ran in result.ran] == [30] * 8 and result.anchors is None
 
 
 @pytest.mark.parametrize("action", ["delete", "reroute"])
 def test_renumbering_counts_what_runs(action):
     origin = torch.arange(8)
-    rows = Rows(torch.zeros(8, 1), origin, origin, torch.tensor([-1, 0, 1, 2, 3, 4, 5, -1]))
+    rows = Rows(torch.zeros(8, 1), origin[None], origin, torch.tensor([-1, 0, 1, 2, 3, 4, 5, -1]))
     seen, scored = [], []
 
     def layer(number, rows):
-        seen.append(rows.position.tolist())
+        seen.append(rows.position[0].tolist())
         return rows.hidden, None
 
     def score(stage, number, rows, before):
-        scored.append(rows.position.tolist())
+        scored.append(rows.position[0].tolist())
         return -rows.visual.float()
 
     schedule = Schedule.from_decisions((1, 2), (3, 2), 3, action, position_mode="renumber")

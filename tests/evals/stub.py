@@ -5,10 +5,14 @@ from __future__ import annotations
 import random
 import zlib
 from collections.abc import Sequence
+from types import SimpleNamespace
 
+from evals.data import Doc
 from evals.scenes.spec import model_config
 from reroute_jax.routing import methods
 from reroute_jax.routing.plan import Schedule
+
+NUWA_END = " in this image and output the bbox coordinates in JSON format."
 
 
 class StubModel:
@@ -29,9 +33,14 @@ class StubModel:
             method, num_layers=self.config.num_layers, visual=rows * cols, grid=(rows, cols), **arguments
         )
 
-    def prompt_ids(self, text: str, images: int) -> list[int]:
-        rows, cols = self.config.vision.grid
-        return [0] * (rows * cols * images + 4 + len(text.split()))
+    def prompt_ids(self, text: str, grids: Sequence[tuple[int, int]]) -> list[int]:
+        return [0] * (sum(rows * cols for rows, cols in grids) + 4 + len(text.split()))
+
+    def visual_grid(self, image) -> tuple[int, int]:
+        return self.config.vision.grid
+
+    def model_size(self, image) -> tuple[int, int]:
+        return self.config.vision.image_size, self.config.vision.image_size
 
     def generate(
         self, pairs: Sequence[tuple], *, schedule: Schedule, max_new_tokens: int, batch_size: int
@@ -52,3 +61,35 @@ class StubModel:
             return "I see no such thing."
         x, y = rng.uniform(0, 0.5), rng.uniform(0, 0.5)
         return f" [{x:.2f}, {y:.2f}, {x + rng.uniform(0.1, 0.5):.2f}, {y + rng.uniform(0.1, 0.5):.2f}] "
+
+
+class QwenStub(StubModel):
+    """Sees images of any size at twice their size, 14 stored pixels a visual token.
+
+    It answers right, in pixels of the image it sees, where all tokens run, and finds nothing otherwise.
+    """
+
+    def __init__(self, docs: Sequence[Doc]) -> None:
+        super().__init__()
+        self.config = model_config("qwen2_5_vl")
+        self.image_processor = SimpleNamespace(size={"shortest_edge": 9408, "longest_edge": 15680})
+        self._truths = {(doc.image.tobytes(), doc.text): doc.truth for doc in docs}
+
+    def plan(self, method: str, **arguments) -> Schedule:
+        return methods.plan(
+            method, num_layers=self.config.num_layers, visual=64, grid=(8, 8), family="qwen2_5_vl", **arguments
+        )
+
+    def visual_grid(self, image) -> tuple[int, int]:
+        return image.height // 14, image.width // 14
+
+    def model_size(self, image) -> tuple[int, int]:
+        return 2 * image.width, 2 * image.height
+
+    def _answer(self, image, prompt: str, label: str) -> str:
+        if label != "none":
+            return "Nothing."
+        expression = prompt.removeprefix("Locate ").removesuffix(NUWA_END)
+        width, height = self.model_size(image)
+        x1, y1, x2, y2 = self._truths[image.tobytes(), expression]
+        return f'[{{"bbox_2d":[{x1 * width:.1f}, {y1 * height:.1f}, {x2 * width:.1f}, {y2 * height:.1f}]}}]'

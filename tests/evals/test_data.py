@@ -264,6 +264,17 @@ def test_scenes_are_read_as_they_are_made() -> None:
         assert doc.truth == pytest.approx((x / side, y / side, (x + w) / side, (y + h) / side), abs=1e-7)
 
 
+def test_scenes_are_drawn_for_the_models_family() -> None:
+    docs = list(rec_docs(rec_source("scenes", None, "qwen2_5_vl"), 0, 12, 2))
+    rows = [r for r in refcoco_rows("test", 12, family="qwen2_5_vl") for _ in r["answer"]][:12]
+    assert len({doc.size for doc in docs}) > 3
+    for doc, r in zip(docs, rows, strict=True):
+        assert doc.image.tobytes() == r["image"].tobytes()
+        x, y, w, h = r["bbox"]
+        width, height = r["image"].size
+        assert doc.truth == pytest.approx((x / width, y / height, (x + w) / width, (y + h) / height), abs=1e-7)
+
+
 def test_unknown_split_of_the_scenes_is_refused() -> None:
     with pytest.raises(RerouteError, match="testA"):
         rec_source("scenes", "testA")

@@ -6,7 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from transformers import LlavaForConditionalGeneration, LlavaProcessor
+from transformers import (
+    AutoImageProcessor,
+    AutoTokenizer,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    Qwen2_5_VLForConditionalGeneration,
+)
 
 import evals
 import reroute_jax
@@ -14,23 +20,39 @@ from evals import prompts
 from evals.boxes import iou, parse_box
 from evals.data import rec_docs, rec_source
 from evals.scenes.data import TRAINING_QUESTIONS
-from evals.scenes.losses import pixels
+from evals.scenes.losses import pixels, targets
 from evals.scenes.packing import pack
-from reroute_jax.models.llava import chat_prompt
-from reroute_jax.vision.clip import nuwa_inputs
+from reroute_jax.models.llava import chat_prompt, expand_image_tokens
+from reroute_jax.vision import clip, qwen2_5
 
 CHECKPOINTS = Path(evals.__file__).parent / "scenes" / "checkpoints"
-NAMES = ("scenes-llava", "scenes-llava-bypass")
+LLAVAS = ("scenes-llava", "scenes-llava-bypass")
+NAMES = (*LLAVAS, "scenes-qwen")
+STYLE = {"llava": "full", "qwen2_5_vl": "nuwa"}
 
 
-@pytest.mark.parametrize("name", NAMES)
+def questions(family: str, count: int):
+    return list(rec_docs(rec_source("scenes", "val", family), 0, count, 0))
+
+
+def hits(docs, answers) -> list[bool]:
+    """Whether each answer, fractions of the image or pixels, names at least half of the right box."""
+    boxes = [parse_box(text) for text in answers]
+    shares = [
+        [value / side for value, side in zip(box, doc.size * 2, strict=True)] if max(box) > 1 else box
+        for doc, box in zip(docs, boxes, strict=True)
+    ]
+    return [iou(box, doc.truth) >= 0.5 for box, doc in zip(shares, docs, strict=True)]
+
+
+@pytest.mark.parametrize("name", LLAVAS)
 def test_transformers_reads_it_unchanged_and_answers_the_same(name):
     folder = CHECKPOINTS / name
     theirs, info = LlavaForConditionalGeneration.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
     assert not any(info.values()), info
     processor = LlavaProcessor.from_pretrained(folder, backend="pil")
     ours = reroute_jax.load(folder, "float32")
-    docs = list(rec_docs(rec_source("scenes", "val"), 0, 6, 0))
+    docs = questions("llava", 6)
     answers = ours.generate([(doc.image, prompts.rec(doc.text, "full")) for doc in docs], max_new_tokens=8)
     for doc, answer in zip(docs, answers, strict=True):
         question = prompts.rec(doc.text, "full")
@@ -38,20 +60,55 @@ def test_transformers_reads_it_unchanged_and_answers_the_same(name):
         text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
         assert text == chat_prompt(question, 1)
         inputs = processor(images=doc.image, text=text, return_tensors="pt")
-        np.testing.assert_array_equal(inputs["input_ids"][0].numpy(), ours.prompt_ids(question, 1))
+        np.testing.assert_array_equal(inputs["input_ids"][0].numpy(), ours.prompt_ids(question, [(8, 8)]))
         with torch.no_grad():
             tokens = theirs.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1] :]
         assert processor.decode(tokens, skip_special_tokens=True) == answer
+
+
+def test_transformers_reads_qwen_unchanged_and_answers_the_same():
+    """Through the checkpoint's own tokenizer, chat template and image processor, which leaves every size as it is."""
+    folder = CHECKPOINTS / "scenes-qwen"
+    theirs, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        folder, output_loading_info=True, dtype=torch.float32
+    )
+    assert not any(info.values()), info
+    tokenizer, processor = (
+        AutoTokenizer.from_pretrained(folder),
+        AutoImageProcessor.from_pretrained(folder, backend="pil"),
+    )
+    ours = reroute_jax.load(folder, "float32")
+    docs = questions("qwen2_5_vl", 6)
+    prompted = [(doc.image, prompts.rec(doc.text, "nuwa")) for doc in docs]
+    for (image, question), answer in zip(prompted, ours.generate(prompted, max_new_tokens=8), strict=True):
+        content = [{"type": "image"}, {"type": "text", "text": question}]
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+        )
+        seen = processor(images=image, return_tensors="pt")
+        rows, cols = (int(side) // 2 for side in seen["image_grid_thw"][0, 1:])
+        assert (cols * 14, rows * 14) == image.size
+        ids = list(expand_image_tokens(tokenizer(text)["input_ids"], ours.config.image_token, [rows * cols]))
+        np.testing.assert_array_equal(ids, ours.prompt_ids(question, [(rows, cols)]))
+        inputs = {
+            "input_ids": torch.tensor([ids]),
+            "mm_token_type_ids": torch.tensor([ids]) == ours.config.image_token,
+            **seen,
+        }
+        inputs["mm_token_type_ids"] = inputs["mm_token_type_ids"].int()
+        with torch.no_grad():
+            tokens = theirs.generate(**inputs, max_new_tokens=8, do_sample=False, repetition_penalty=1.05)
+        assert tokenizer.decode(tokens[0, len(ids) :], skip_special_tokens=True) == answer
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_it_is_trained(name):
     """Far above chance on 48 validation questions: a broken conversion or prompt would not be."""
     model = reroute_jax.load(CHECKPOINTS / name, "float32")
-    docs = list(rec_docs(rec_source("scenes", "val"), 0, 48, 0))
-    answers = model.generate([(doc.image, prompts.rec(doc.text, "full")) for doc in docs], max_new_tokens=8)
-    hits = [iou(parse_box(text), doc.truth) >= 0.5 for text, doc in zip(answers, docs, strict=True)]
-    assert np.mean(hits) > 0.6
+    family = model.config.family
+    docs = questions(family, 48)
+    answers = model.generate([(doc.image, prompts.rec(doc.text, STYLE[family])) for doc in docs], max_new_tokens=8)
+    assert np.mean(hits(docs, answers)) > 0.6
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -59,12 +116,23 @@ def test_it_is_small(name):
     assert sum(file.stat().st_size for file in (CHECKPOINTS / name).iterdir()) < 12e6
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", LLAVAS)
 def test_class_attention_falls_on_objects(name):
     """Nuwa ranks patches by it. On objects: more attention a patch than on the background, over 50 scenes."""
     model = reroute_jax.load(CHECKPOINTS / name, "float32")
     packed = pack("val", 0, 50, TRAINING_QUESTIONS)
-    inputs = nuwa_inputs(model.module.vision, pixels(jnp.asarray(packed.images)), model.config.feature_layer)
+    inputs = clip.nuwa_inputs(
+        model.module.vision, pixels(jnp.asarray(packed.images)), model.config.vision.feature_layer
+    )
     on = packed.patch_thing >= 0
     metric = np.asarray(inputs.metric)
     assert metric[on].mean() > 1.5 * metric[~on].mean()
+
+
+def test_received_attention_falls_on_objects():
+    """Nuwa ranks Qwen2.5-VL's tokens by what they receive in the last block, over 50 scenes."""
+    model = reroute_jax.load(CHECKPOINTS / "scenes-qwen", "float32")
+    packed, first = pack("val", 0, 50, TRAINING_QUESTIONS, "qwen2_5_vl"), targets("qwen2_5_vl").first_image
+    metric = np.asarray(qwen2_5.nuwa_inputs(model.module.vision, packed.images).metric)
+    on, real = packed.patch_thing >= 0, packed.prefix.runs[:, first : first + metric.shape[1]]
+    assert metric[on].mean() > 1.5 * metric[real & ~on].mean()

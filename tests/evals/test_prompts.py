@@ -37,3 +37,7 @@ def test_unknown_style_is_refused_with_the_known_ones() -> None:
 def test_single_word_suffix() -> None:
     asked = prompts.single_word(" What colour? ")
     assert asked == " What colour? \nAnswer the question using a single word or phrase."
+
+
+def test_each_family_gets_the_references_style() -> None:
+    assert prompts.REC_STYLE_OF_FAMILY == {"llava": "full", "qwen2_5_vl": "nuwa"}

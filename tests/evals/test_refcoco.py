@@ -219,6 +219,11 @@ def test_real_data_gets_the_references_answer_length(tmp_path: Path, stub: StubM
     assert stub.max_new_tokens == {1024}
 
 
+def test_no_resized_metrics_where_the_model_answers_in_fractions(tmp_path: Path) -> None:
+    run("--coord-format", "pixel", "--out", tmp_path)
+    assert list(summary(tmp_path)["runs"]["full"]["metrics"]) == list(REC_METRICS)
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [

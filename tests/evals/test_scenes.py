@@ -11,7 +11,18 @@ import pytest
 from evals.scenes.data import refcoco_rows, training_scene, vqa_rows
 from evals.scenes.questions import KINDS, REFERRING, VQA, WORDS, Question, questions, words
 from evals.scenes.render import RGB, coverage, render
-from evals.scenes.world import RADII, SHAPES, SPLITS, Scene, outline, sample_scene, scene_seed
+from evals.scenes.world import (
+    GRIDS,
+    RADII,
+    SHAPES,
+    SPLITS,
+    TOKEN,
+    Scene,
+    family_scene,
+    outline,
+    sample_scene,
+    scene_seed,
+)
 from reroute_jax.errors import RerouteError
 
 SCENES = [sample_scene(scene_seed("val", index)) for index in range(400)]
@@ -136,13 +147,32 @@ def test_bad_split_or_index(split, index):
         scene_seed(split, index)
 
 
-def test_canvas_too_small():
-    with pytest.raises(RerouteError, match="at least 112x112"):
-        sample_scene(0, 111, 200)
+@pytest.mark.parametrize("width, height", [(83, 200), (200, 83), (84, 111)])
+def test_canvas_too_small(width, height):
+    with pytest.raises(RerouteError, match="expected 84 pixels a side and 9408 in all or more"):
+        sample_scene(0, width, height)
+
+
+def test_canvases_of_the_qwen_family():
+    """Whole visual tokens, 48 to 80 of them, wide, high and square; all shapes turn up, and a seed keeps its own."""
+    scenes = [family_scene(scene_seed("val", index), "qwen2_5_vl") for index in range(400)]
+    grids = Counter((scene.height // TOKEN, scene.width // TOKEN) for scene in scenes)
+    assert all(scene.height % TOKEN == scene.width % TOKEN == 0 for scene in scenes)
+    assert all(48 <= rows * cols <= 80 and 0.5 <= rows / cols <= 2 for rows, cols in grids)
+    assert set(grids) == set(GRIDS) and {(8, 8), (6, 12), (12, 6)} <= set(grids)
+    assert scenes[7] == family_scene(scene_seed("val", 7), "qwen2_5_vl")
+    assert {len(scene.things) for scene in scenes} == {3, 4, 5}
+
+
+def test_canvas_of_the_llava_family_and_of_none():
+    assert family_scene(11, "llava") == sample_scene(11, 112, 112)
+    with pytest.raises(RerouteError, match="expected llava or qwen2_5_vl"):
+        family_scene(11, "clip")
 
 
 def test_objects_keep_to_the_canvas_and_apart():
-    for scene in [*SCENES, *(sample_scene(seed, 168, 140) for seed in range(50))]:
+    smallest, odd = (84, 112), (168, 140)
+    for scene in [*SCENES, *(sample_scene(seed, *size) for seed in range(50) for size in (smallest, odd))]:
         assert 3 <= len(scene.things) <= 5
         for thing in scene.things:
             x, y, width, height = thing.box
@@ -344,6 +374,23 @@ def test_vqa_rows():
     assert Counter(row["category"] for row in rows) == dict.fromkeys(VQA, 100)
     assert Counter(row["answer"] for row in rows if row["category"] == "yesno") == {"yes": 50, "no": 50}
     assert {row["category"] for row in vqa_rows("test", 5, kinds=("count",))} == {"count"}
+
+
+def test_rows_of_the_qwen_family():
+    """Images of many sizes; expressions and answers are those of the scene that is shown."""
+    sizes = set()
+    for index, row in enumerate(refcoco_rows("val", 60, start=5, family="qwen2_5_vl"), start=5):
+        scene = family_scene(scene_seed("val", index), "qwen2_5_vl")
+        assert row["image"].size == (scene.width, scene.height)
+        np.testing.assert_array_equal(np.asarray(row["image"]), render(scene, scene_seed("val", index)))
+        sizes.add(row["image"].size)
+        for text in row["answer"]:
+            (target,) = referred(scene, text)
+            assert list(scene.things[target].box) == row["bbox"]
+    assert len(sizes) > 15
+    for index, row in enumerate(vqa_rows("test", 60, family="qwen2_5_vl")):
+        scene = family_scene(scene_seed("test", index), "qwen2_5_vl")
+        assert row["image"].size == (scene.width, scene.height) and answered(scene, row["question"]) == row["answer"]
 
 
 @pytest.mark.parametrize("kinds", [("count", "relation"), ()])

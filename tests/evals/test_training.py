@@ -1,23 +1,37 @@
 """What the embedded models are trained on is what they are asked later."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from PIL import Image
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from evals import prompts
+from evals.boxes import parse_box
+from evals.scenes import train
 from evals.scenes.data import TRAINING_QUESTIONS, training_scene
-from evals.scenes.losses import shared_prefix_layer
-from evals.scenes.packing import MAX_THINGS, PREFIX, SLOTS, _prompt_ids, _subjects, answer_text, pack, prefix_ids
+from evals.scenes.export import export
+from evals.scenes.losses import shared_prefix_layer, targets
+from evals.scenes.packing import MAX_THINGS, SLOTS, _subjects, answer_text, corners, image_prefix, pack, prompt_ids
 from evals.scenes.questions import REFERRING
-from evals.scenes.spec import model_config
+from evals.scenes.spec import IMAGE_SLOTS, model_config
 from evals.scenes.tokenizer import build_tokenizer, vocabulary
 from evals.scenes.train import phases, random_bypass
-from evals.scenes.world import scene_seed
+from evals.scenes.warm import warm_decoder
+from evals.scenes.world import TOKEN, scene_seed
 from reroute_jax.layers import DecoderLayer
-from reroute_jax.models.llava import chat_prompt, expand_image_tokens
+from reroute_jax.models import llava, qwen2_5_vl
+from reroute_jax.mrope import mrope_positions
+from reroute_jax.params import named_parameters
 from reroute_jax.positions import rope_tables
+
+FAMILIES = ("llava", "qwen2_5_vl")
+CHAT = {"llava": llava.chat_prompt, "qwen2_5_vl": qwen2_5_vl.chat_prompt}
+STYLE = {"llava": "full", "qwen2_5_vl": "nuwa"}
 
 
 class Full:
@@ -27,26 +41,102 @@ class Full:
         return 1.0
 
 
-def test_prompts_are_the_tokenizers():
-    """Packed ids of prefix and question equal the tokenizer's ids of the evaluation prompt."""
-    tokenizer, vocab = build_tokenizer(), vocabulary()
+def grid_of(scene) -> tuple[int, int]:
+    return scene.height // TOKEN, scene.width // TOKEN
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompts_are_the_tokenizers(family):
+    """Packed ids of prefix and question, less padding, equal the tokenizer's ids of the evaluation prompt."""
+    tokenizer, vocab, config = build_tokenizer(family), vocabulary(family), model_config(family)
     for index in range(20):
-        _, _, asked = training_scene(scene_seed("train", index))
+        _, scene, asked = training_scene(scene_seed("train", index), family=family)
+        rows, cols = grid_of(scene)
+        prefix = image_prefix(family, (rows, cols))
         for question in asked:
             referring = question.kind in REFERRING
-            text = prompts.rec(question.text, "full") if referring else prompts.single_word(question.text)
-            ids = expand_image_tokens(tokenizer(chat_prompt(text, 1))["input_ids"], vocab["<image>"], 64)
-            assert ids == [*prefix_ids(), *_prompt_ids(question, Full())]
+            text = prompts.rec(question.text, STYLE[family]) if referring else prompts.single_word(question.text)
+            ids = llava.expand_image_tokens(
+                tokenizer(CHAT[family](text, 1))["input_ids"], config.image_token, [rows * cols]
+            )
+            assert list(ids) == [*prefix.ids[prefix.runs], *prompt_ids(question, Full(), family)]
             assert vocab["<unk>"] not in ids
 
 
-def test_answers_survive_the_tokenizer():
-    tokenizer = build_tokenizer()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_survive_the_tokenizer(family):
+    tokenizer = build_tokenizer(family)
     for index in range(20):
-        _, scene, asked = training_scene(scene_seed("train", index))
+        _, scene, asked = training_scene(scene_seed("train", index), family=family)
         for question in asked:
-            text = answer_text(scene, question)
+            text = answer_text(scene, question, family)
             assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
+
+
+def test_answers_of_the_qwen_family_are_json_in_pixels():
+    for index in range(50):
+        _, scene, asked = training_scene(scene_seed("train", index), {"attribute": 3, "place": 3}, "qwen2_5_vl")
+        for question in asked:
+            text = answer_text(scene, question, "qwen2_5_vl")
+            x, y, width, height = scene.things[question.target].box
+            assert json.loads(text) == [{"bbox_2d": [x, y, x + width, y + height]}]
+            assert parse_box(text) == (x, y, x + width, y + height)
+            assert len(text.split()) == 4  # tokens
+
+
+def test_chat_template_of_the_qwen_family():
+    content = [{"type": "image"}, {"type": "text", "text": "Locate it."}]
+    render = build_tokenizer("qwen2_5_vl").apply_chat_template
+    user = {"role": "user", "content": content}
+    assert render([user], add_generation_prompt=True, tokenize=False) == qwen2_5_vl.chat_prompt("Locate it.", 1)
+    told = render([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hm?"}], tokenize=False)
+    assert told == "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHm?<|im_end|>\n"
+
+
+def test_patches_are_the_image_processors():
+    """Training packs its own patches; they are what the exported processor makes of the stored image."""
+    config = model_config("qwen2_5_vl")
+    processor = Qwen2VLImageProcessorPil(
+        min_pixels=48 * TOKEN**2, max_pixels=80 * TOKEN**2, patch_size=7, merge_size=2, temporal_patch_size=2
+    )
+    packed = pack("train", 0, 6, TRAINING_QUESTIONS, "qwen2_5_vl")
+    assert packed.images.patches.shape == (6, 320, config.vision.patch_values)
+    for index in range(6):
+        image, scene, _ = training_scene(scene_seed("train", index), family="qwen2_5_vl")
+        found = processor(images=Image.fromarray(image), return_tensors="np")
+        rows, cols = grid_of(scene)
+        np.testing.assert_array_equal(found["image_grid_thw"], [[1, 2 * rows, 2 * cols]])
+        assert packed.images.count[index] == 4 * rows * cols
+        np.testing.assert_allclose(packed.images.patches[index, : 4 * rows * cols], found["pixel_values"], atol=1e-5)
+
+
+def test_positions_of_the_prefix_are_the_models():
+    config = model_config("qwen2_5_vl")
+    for grid in ((8, 8), (6, 12), (11, 7)):
+        prefix = image_prefix("qwen2_5_vl", grid)
+        positions, start = mrope_positions(prefix.ids[prefix.runs], config.image_token, [grid])
+        np.testing.assert_array_equal(prefix.position[:, prefix.runs], positions)
+        assert prefix.start == start and (~prefix.runs).sum() == 80 - grid[0] * grid[1]
+    flat = image_prefix("llava", (8, 8))
+    assert flat.start == 66 and flat.runs.all()
+    np.testing.assert_array_equal(flat.position, np.arange(66)[None])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dense_targets_name_the_object_under_a_token(family):
+    packed, first = pack("train", 0, 12, TRAINING_QUESTIONS, family), targets(family).first_image
+    for index in range(12):
+        _, scene, _ = training_scene(scene_seed("train", index), family=family)
+        rows, cols = grid_of(scene)
+        shown = packed.patch_thing[index]
+        assert (shown[rows * cols :] == -1).all() and (shown >= 0).any()
+        assert packed.prefix.runs[index, first : first + IMAGE_SLOTS[family]].sum() == rows * cols
+        for token, thing in enumerate(shown[: rows * cols]):
+            x, y = (token % cols + 0.5) * TOKEN, (token // cols + 0.5) * TOKEN
+            under = [i for i, one in enumerate(scene.things) if max(abs(x - one.cx), abs(y - one.cy)) < one.r]
+            assert under == ([thing] if thing >= 0 else [])
+        for thing in range(len(scene.things)):
+            np.testing.assert_allclose(packed.boxes[index, thing], corners(scene, thing, family), rtol=1e-6)
 
 
 def test_subjects_of_questions():
@@ -60,50 +150,84 @@ def test_subjects_of_questions():
                 assert bool(about) == (question.answer == "yes")
 
 
-@pytest.mark.parametrize("bypassed", [False, True])
-def test_shared_prefix_equals_the_plain_layer(bypassed):
+@pytest.mark.parametrize("family, bypassed", [("llava", False), ("llava", True), ("qwen2_5_vl", True)])
+def test_shared_prefix_equals_the_plain_layer(family, bypassed):
     """A question behind the shared prefix comes out as it does in one sequence of its own."""
-    config = model_config().decoder
+    config, slots = model_config(family).decoder, SLOTS[family]
     layer = DecoderLayer(config, rngs=nnx.Rngs(0), dtype=jnp.float32)
+    image = image_prefix(family, (8, 8))
+    length = len(image.ids)
     keys = jax.random.split(jax.random.key(1), 3)
-    prefix, x = jax.random.normal(keys[0], (2, PREFIX, 128)), jax.random.normal(keys[1], (2, 3 * SLOTS, 128))
-    runs = jnp.ones((2, PREFIX), bool)
+    prefix, x = jax.random.normal(keys[0], (2, length, 128)), jax.random.normal(keys[1], (2, 3 * slots, 128))
+    runs = jnp.tile(image.runs, (2, 1))
     if bypassed:
-        runs = runs.at[:, 2:].set(jax.random.uniform(keys[2], (2, PREFIX - 2)) < 0.5)
-    positions = jnp.arange(PREFIX + SLOTS)[None].repeat(2, axis=0)
-    rope = rope_tables(positions, config)
-    ropes = (
-        rope_tables(positions[:, :PREFIX], config),
-        rope_tables(jnp.tile(positions[:, PREFIX:], (1, 3)), config),
-    )
+        runs = runs.at[:, 2:66].set(jax.random.uniform(keys[2], (2, 64)) < 0.5)
+    channels = len(image.position)
+    after = np.broadcast_to(image.start + np.arange(slots), (channels, slots))
+    positions = np.concatenate([image.position, after], axis=1)[:, None].repeat(2, axis=1)
+
+    def tables(places):
+        return rope_tables(places if channels > 1 else places[0], config)
+
+    rope = tables(positions)
+    ropes = tables(positions[:, :, :length]), tables(np.tile(positions[:, :, length:], (1, 1, 3)))
     passed, found = shared_prefix_layer(layer, prefix, x, ropes, runs, 3)
-    seen = jnp.concatenate([runs, jnp.ones((2, SLOTS), bool)], axis=1)
-    mask = jnp.tril(jnp.ones((PREFIX + SLOTS,) * 2, bool)) & seen[:, None]
+    seen = jnp.concatenate([runs, jnp.ones((2, slots), bool)], axis=1)
+    mask = jnp.tril(jnp.ones((length + slots,) * 2, bool)) & seen[:, None]
     for question in range(3):
-        own = slice(question * SLOTS, (question + 1) * SLOTS)
+        own = slice(question * slots, (question + 1) * slots)
         expected, _, _ = layer.prefill(jnp.concatenate([prefix, x[:, own]], axis=1), rope, mask)
-        np.testing.assert_allclose(found[:, own], expected[:, PREFIX:], atol=2e-5)
-        np.testing.assert_allclose(passed, jnp.where(runs[..., None], expected[:, :PREFIX], prefix), atol=2e-5)
+        np.testing.assert_allclose(found[:, own], expected[:, length:], atol=2e-5)
+        np.testing.assert_allclose(passed, jnp.where(runs[..., None], expected[:, :length], prefix), atol=2e-5)
 
 
-def test_batches_depend_on_their_number_alone():
-    a, b = pack("train", 40, 3, TRAINING_QUESTIONS), pack("train", 41, 1, TRAINING_QUESTIONS)
-    for whole, one in zip(a, b, strict=True):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_batches_depend_on_their_number_alone(family):
+    a, b = (pack("train", start, count, TRAINING_QUESTIONS, family) for start, count in ((40, 3), (41, 1)))
+    for whole, one in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         np.testing.assert_array_equal(whole[1], one[0])
     assert (a.subjects.any(axis=-1) == (a.weight.sum(axis=-1) > 0)).all()
     assert a.subjects.shape[-1] == MAX_THINGS + 1
 
 
 def test_phases_tile_the_steps():
-    vision, joint, plain, bypass = phases(10, 30)
+    vision, joint, plain, bypass = phases("llava", 10, 30)
     assert (joint.start, joint.stop, plain.start, plain.stop) == (0, 20, 20, 30)
     assert (bypass.start, bypass.stop, bypass.after) == (plain.start, plain.stop, "joint")
-    assert vision.after is None
+    assert vision.after is None and plain.branches and not joint.branches
+    assert [phase.checkpoint for phase in phases("llava", 10, 30)][2:] == ["scenes-llava", "scenes-llava-bypass"]
+    first, second = phases("qwen2_5_vl", 10, 30)
+    assert (first.stop, second.start, second.stop, second.after) == (10, 0, 30, "vision")
 
 
 def test_random_bypass_spares_the_first_layer_and_some_rows():
-    drawn = np.stack([random_bypass(step, 12, 8) for step in range(50)])
+    drawn = np.stack([random_bypass(step, 12, 8, 64) for step in range(50)])
     assert not drawn[:, 0].any()
     touched = drawn.any(axis=(1, 3)).mean()
     assert 0.55 < touched < 0.75
     assert 0.35 < drawn[:, 1:].mean() / touched < 0.6
+
+
+def test_warm_start_keeps_what_it_can():
+    """Words and nearest coordinates keep their rows, K/V heads become the mean of their group."""
+    old = named_parameters(llava.Llava(model_config("llava"), rngs=nnx.Rngs(1), dtype=jnp.float32))
+    fresh = {
+        f"model.{name}": value
+        for name, value in named_parameters(
+            qwen2_5_vl.QwenVL(model_config("qwen2_5_vl"), rngs=nnx.Rngs(2), dtype=jnp.float32)
+        ).items()
+    }
+    warm = warm_decoder(old, fresh, 2)
+    assert {name: value.shape for name, value in warm.items()} == {name: v.shape for name, v in fresh.items()}
+    words, theirs = vocabulary("qwen2_5_vl"), vocabulary("llava")
+    pairs = {"red": "red", "<|im_end|>": "</s>", "84,": "0.50,", "168]}]": "1.00]", '[{"bbox_2d":[0,': "[0.00,"}
+    for token, other in pairs.items():
+        table, head = "decoder.embed.table", "decoder.head.kernel"
+        np.testing.assert_array_equal(warm[f"model.{table}"][words[token]], old[table][theirs[other]])
+        np.testing.assert_array_equal(warm[f"model.{head}"][:, words[token]], old[head][:, theirs[other]])
+    kernel = old["decoder.layers.3.attn.v.kernel"]
+    np.testing.assert_allclose(
+        warm["model.decoder.layers.3.attn.v.kernel"][:, 1], (kernel[:, 2] + kernel[:, 3]) / 2, rtol=1e-6
+    )
+    for name in ("decoder.layers.3.attn.q.bias", "vision.patch_embed.kernel"):
+        np.testing.assert_array_equal(warm[f"model.{name}"], fresh[f"model.{name}"])

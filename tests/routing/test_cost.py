@@ -21,6 +21,8 @@ LLAVA_7B = DecoderConfig(
     head_dim=128,
     rope_theta=1e4,
     norm_eps=1e-5,
+    qkv_bias=False,
+    rope_sections=(),
     tied_head=False,
 )
 QWEN_7B = replace(LLAVA_7B, hidden_size=3584, mlp_dim=18944, num_layers=28, num_heads=28, num_kv_heads=4)

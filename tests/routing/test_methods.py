@@ -94,9 +94,49 @@ def test_nuwa_scores():
 
 
 def test_nuwa_merge():
-    assert made("nuwa", 128).merge == NuwaMerge(Fraction(2, 9))
-    assert made("nuwa", 0.15, self_weight_override=False).merge == NuwaMerge(Fraction(3, 20), False)
-    assert made("nuwa", 1 / 3).merge == NuwaMerge(Fraction(1, 3))
+    assert made("nuwa", 128).merge == NuwaMerge(Fraction(7, 18), 2)
+    apart = made("nuwa", 0.15, self_weight_override=False).merge
+    assert apart == NuwaMerge(Fraction(21, 80), 2, self_weight_override=False)
+    assert made("nuwa", 1 / 3).merge == NuwaMerge(Fraction(7, 12), 3)
+    assert made("nuwa", 0.34).merge.top_n == 4
+
+
+def qwen(*arguments, num_layers=28, **switches):
+    return made(*arguments, num_layers=num_layers, family="qwen2_5_vl", **switches)
+
+
+# Section 5.1: the released ratios, and the tiers with an exact average.
+@pytest.mark.parametrize(
+    ("ratio", "share", "kept", "top_n"), [(0.25, 35, 84, 3), (0.5, 60, 228, 3), (0.75, 85, 343, 4)]
+)
+def test_released_nuwa_of_qwen(ratio, share, kept, top_n):
+    schedule = qwen("nuwa", action="delete", keep_ratio=ratio)
+    expected = NuwaMerge(Fraction(share, 100), top_n, Fraction(1, 10), True, False)
+    assert (schedule.merge, layers(schedule), counts(schedule)) == (expected, [15], [kept])
+    assert scores(schedule) == ["previous_layer_last_three"]
+    assert (layers(qwen("nuwa", keep_ratio=ratio)), counts(qwen("nuwa", keep_ratio=ratio))) == ([15, 20], [kept] * 2)
+
+
+@pytest.mark.parametrize(("tier", "first", "second"), [(64, 112, 8), (128, 224, 17), (192, 336, 25)])
+def test_tiers_of_nuwa_on_qwen(tier, first, second):
+    schedule = qwen("nuwa", tier, "delete")
+    assert (schedule.merged_count(576, (24, 24)), counts(schedule)) == (first, [second])
+    assert (15 * first + 13 * second) / 28 == pytest.approx(tier, abs=0.5)
+    # Counts of an image follow its own size.
+    assert schedule.keep_counts([91, 13]).tolist() == [[7, 1]]
+
+
+def test_nuwa_variants_of_qwen():
+    assert layers(qwen("nuwa", 64, variant="flat")) == [3, 6, 13, 20]
+    pyramid = qwen("nuwa", 128, variant="pyramid")
+    mean = sum(length * kept for length, kept in zip((4, 7, 7, 8), counts(pyramid), strict=True))
+    assert (2 * 224 + mean) / 28 == pytest.approx(128, abs=1)
+
+
+def test_defects_of_the_qwen_release():
+    official = qwen("nuwa", 64, "delete", qwen_sim_order="window", qwen_layer14_causal=False)
+    assert (official.merge.sim_order, official.bidirectional_layer) == ("window", 14)
+    assert (qwen("nuwa", 64).merge.sim_order, qwen("nuwa", 64).bidirectional_layer) == ("raster", None)
 
 
 def test_nuwa_at_another_size():
@@ -117,7 +157,8 @@ def test_controls():
     assert (random.prior, random.seed, set(scores(random))) == ("random", 3, {"prior"})
     assert made("uniform", 64).prior == "uniform"
     assert made("pool", 192).resolve(192) == made("pool", 192, "delete").resolve(192)
-    assert made("pool", 128).merge == PoolMerge(11, 11)
+    assert made("pool", 128).merge == PoolMerge(Fraction(2, 9))
+    assert made("pool", 128).merge.cells(576, (24, 24)) == (11, 11)
     assert made("pool", 128).decisions == ()
     full = made("none")
     assert (full.decisions, full.merge, full.label) == ((), None, "none")

@@ -1,17 +1,35 @@
 """Nuwa stage 1 against section 11's vectors and a float64 reference written from section 4.3."""
 
 import functools
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from reroute_jax.errors import RerouteError
 from reroute_jax.routing import nuwa
 
-STATIC = ("grid", "top_n", "keep", "radius", "quantile", "self_weight_override")
-stage_one = jax.jit(nuwa.stage_one, static_argnames=STATIC)
+compiled = jax.jit(nuwa.stage_one, static_argnames=("cap", "top_n", "quantile", "self_weight_override"))
+
+
+def stage_one(
+    metric, features, similarity, *, grid, top_n, keep, radius, quantile=0.55, self_weight_override=True, pad=0
+):
+    """The stage in arrays with `pad` slots of rubbish behind the patches, cut to what it keeps."""
+    padded = [jnp.concatenate([x, jnp.full((pad, *x.shape[1:]), 7, x.dtype)]) for x in (metric, features, similarity)]
+    merged, anchors = compiled(
+        *padded,
+        jnp.array(grid),
+        jnp.int32(keep),
+        jnp.float32(radius),
+        cap=keep + pad // 2,
+        top_n=top_n,
+        quantile=Fraction(quantile).limit_denominator(100),
+        self_weight_override=self_weight_override,
+    )
+    assert (anchors[keep:] == len(padded[0])).all()
+    return merged[:keep], anchors[:keep]
 
 
 def reference(metric, features, similarity, grid, top_n, keep, radius, quantile=0.55, override=True):
@@ -126,7 +144,7 @@ def test_vector_9(top_n, keep, anchors, merged):
     np.testing.assert_allclose(out, expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("override", [True, False])
+@pytest.mark.parametrize(("override", "pad"), [(True, 0), (False, 0), (True, 13)])
 @pytest.mark.parametrize(
     ("grid", "top_n", "keep", "radius"),
     [
@@ -140,14 +158,14 @@ def test_vector_9(top_n, keep, anchors, merged):
         ((6, 6), 2, 1, 2.0),
     ],
 )
-def test_against_the_reference(grid, top_n, keep, radius, override):
+def test_against_the_reference(grid, top_n, keep, radius, override, pad):
     rng = np.random.default_rng(grid[0] * 100 + top_n)
     count = grid[0] * grid[1]
     metric = rng.random(count).astype(np.float32)
     features, similarity = (rng.normal(size=(count, width)).astype(np.float32) for width in (6, 5))
     merged, anchors = stage_one(
         jnp.array(metric), jnp.array(features), jnp.array(similarity), grid=grid, top_n=top_n, keep=keep,
-        radius=radius, self_weight_override=override,
+        radius=radius, self_weight_override=override, pad=pad,
     )  # fmt: skip
     expected, kept = reference(metric, features, similarity, grid, top_n, keep, radius, override=override)
     assert anchors.tolist() == kept.tolist()
@@ -172,15 +190,28 @@ def test_similarity_of_zero_weighs_nothing():
     np.testing.assert_allclose(merged[1], PLANE_6[6], atol=1e-6)
 
 
-def test_batches_and_compiles():
+def test_a_batch_of_different_grids():
     rng = np.random.default_rng(3)
-    metric, features = rng.random((3, 35)).astype(np.float32), rng.normal(size=(3, 35, 4)).astype(np.float32)
-    run = functools.partial(stage_one, grid=(5, 7), top_n=2, keep=11, radius=3.0)
-    merged, anchors = jax.jit(jax.vmap(run))(metric, features, features)
-    for row in range(3):
-        one, kept = run(jnp.array(metric[row]), jnp.array(features[row]), jnp.array(features[row]))
-        assert anchors[row].tolist() == kept.tolist()
-        np.testing.assert_allclose(merged[row], one, atol=1e-6)
+    metric, features = rng.random((3, 40)).astype(np.float32), rng.normal(size=(3, 40, 4)).astype(np.float32)
+    grids, keeps, radii = [(5, 7), (4, 10), (3, 3)], [11, 13, 2], [3.0, 4.0, 2.0]
+    how = {"top_n": 2, "quantile": Fraction(11, 20), "self_weight_override": True}
+    batched = jax.vmap(functools.partial(nuwa.stage_one, cap=13, **how))
+    merged, anchors = batched(metric, features, features, jnp.array(grids), jnp.array(keeps), jnp.array(radii))
+    for row, (grid, keep, radius) in enumerate(zip(grids, keeps, radii, strict=True)):
+        size = grid[0] * grid[1]
+        expected, kept = reference(*(x[row, :size] for x in (metric, features, features)), grid, 2, keep, radius)
+        assert anchors[row, :keep].tolist() == kept.tolist()
+        np.testing.assert_allclose(merged[row, :keep], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("count", range(1, 60))
+def test_a_whole_quantile_index_is_exact(count):
+    values = jnp.arange(float(count)) * 0.1
+    place = Fraction(1, 10) * (count - 1)
+    found = nuwa._quantile(jnp.pad(values, (0, 3), constant_values=jnp.inf), jnp.int32(count), Fraction(1, 10))
+    if place.denominator == 1:
+        assert found == values[int(place)]
+    assert found == pytest.approx(np.quantile(np.asarray(values, np.float64), 0.1), abs=1e-6)
 
 
 def test_weights_stay_in_float32_for_half_features():
@@ -193,8 +224,3 @@ def test_weights_stay_in_float32_for_half_features():
     assert merged.dtype == jnp.bfloat16
     assert anchors.tolist() == kept.tolist()
     np.testing.assert_allclose(merged.astype(jnp.float32), expected, atol=0.05)
-
-
-def test_too_many_anchors_are_refused():
-    with pytest.raises(RerouteError, match="cannot keep 5 anchors of a grid with 4 candidates"):
-        vector_6(1, 5)

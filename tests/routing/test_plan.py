@@ -100,8 +100,8 @@ def test_numpy_numbers_are_taken():
 
 def test_merged_count():
     assert Schedule.from_decisions((), (), 2).merged_count(12, (3, 4)) == 12
-    assert Schedule.from_decisions((), (), 2, merge=PoolMerge(2, 3)).merged_count(12, (3, 4)) == 6
-    assert Schedule.from_decisions((), (), 2, merge=NuwaMerge(Fraction(1, 9))).merged_count(576, (24, 24)) == 112
+    assert Schedule.from_decisions((), (), 2, merge=PoolMerge(Fraction(1, 2))).merged_count(12, (3, 4)) == 6
+    assert Schedule.from_decisions((), (), 2, merge=NuwaMerge(Fraction(7, 36), 1)).merged_count(576, (24, 24)) == 112
 
 
 # Section 4.1.
@@ -109,24 +109,32 @@ def test_merged_count():
     ("tier", "top_n", "anchors", "candidates"), [(64, 1, 112, 144), (128, 2, 224, 288), (192, 3, 336, 432)]
 )
 def test_nuwa_constants_at_the_official_size(tier, top_n, anchors, candidates):
-    merge = NuwaMerge(Fraction(tier, 576))
-    assert (merge.top_n, merge.anchors(576, (24, 24))) == (top_n, anchors)
+    merge = NuwaMerge(Fraction(7 * tier, 4 * 576), top_n)
+    assert merge.anchors(576, (24, 24)) == merge.cap(576) == anchors
     assert candidate_count((24, 24), top_n) == candidates
     assert merge.radius((24, 24)) == pytest.approx(280**0.5)
 
 
 def test_nuwa_constants_at_other_sizes():
-    assert NuwaMerge(Fraction(1, 3) + Fraction(1, 10**6)).top_n == 4
-    assert NuwaMerge(Fraction(1, 9)).radius((6, 12)) == pytest.approx(280**0.5 / 2)
-    assert NuwaMerge(Fraction(1, 9)).anchors(64, (8, 8)) == 13
+    assert NuwaMerge(Fraction(7, 36), 1).radius((6, 12)) == pytest.approx(280**0.5 / 2)
+    assert NuwaMerge(Fraction(7, 36), 1).anchors(64, (8, 8)) == 13
     # 1.75 * 5 / 24 of 576 patches are exactly 210; in floating point they are a little more and 211 would be kept.
-    assert NuwaMerge(Fraction(5, 24)).anchors(576, (24, 24)) == 210
+    assert NuwaMerge(Fraction(7, 4) * Fraction(5, 24), 2).anchors(576, (24, 24)) == 210
+
+
+# Section 11, vector 9: counts and radius on Qwen's merged grid.
+@pytest.mark.parametrize(("share", "top_n", "anchors"), [(35, 3, 6), (60, 3, 9), (85, 4, 13)])
+def test_nuwa_on_an_odd_grid(share, top_n, anchors):
+    merge = NuwaMerge(Fraction(share, 100), top_n, Fraction(1, 10), diagonal_radius=True)
+    assert merge.anchors(15, (3, 5)) == anchors
+    assert merge.radius((3, 5)) == pytest.approx(4.6648, abs=1e-4)
 
 
 def test_nuwa_candidates_of_an_odd_grid_are_real_patches():
     # 3 x 5: two full regions, then 2, 2, 2 and 1 cells at the edges.
     assert [candidate_count((3, 5), top_n) for top_n in (1, 2, 3, 4)] == [6, 11, 13, 15]
-    assert NuwaMerge(Fraction(5, 9)).anchors(15, (3, 5)) == 15
+    assert NuwaMerge(Fraction(35, 36), 4).anchors(15, (3, 5)) == 15
+    assert NuwaMerge(Fraction(1, 2), 1).anchors(15, (3, 5)) == 6
 
 
 ERRORS = {
@@ -142,8 +150,8 @@ ERRORS = {
     "ratio above 1": (lambda: routed(keep=(1.01, 0.1, 0.1, 0.1)), r"1.01, expected a value in \(0, 1\]"),
     "count 0": (lambda: routed(keep=(3, 2, 1, 0)), "at least 1"),
     "score without decision": (lambda: Stage(0, 2, score="last_token"), "score but no ratio"),
-    "decision without score": (lambda: Stage(0, 2, count=2), "expected one of: last_token, previous_layer, prior"),
-    "unknown score": (lambda: routed(score="norm"), "'norm', expected one of: last_token, previous_layer, prior"),
+    "decision without score": (lambda: Stage(0, 2, count=2), "expected one of: last_token, previous_layer, .*prior"),
+    "unknown score": (lambda: routed(score="norm"), "'norm', expected one of: last_token, previous_layer, .*prior"),
     "unknown action": (lambda: routed(action="drop"), "'drop', expected one of: delete, reroute"),
     "unknown mode": (lambda: routed(position_mode="shift"), "'shift', expected one of: original, renumber"),
     "unknown prior": (lambda: routed(score="prior", prior="blue"), "'blue', expected one of: random, uniform"),
@@ -168,10 +176,10 @@ ERRORS = {
     "negative seed": (lambda: routed(score="prior", prior="random", seed=-1), "seed is -1"),
     "negative visual": (lambda: routed().resolve(-1), "-1 visual tokens"),
     "other depth": (lambda: routed().check_depth(12), "covers 8 layers and the model has 12"),
-    "merge budget": (lambda: NuwaMerge(Fraction(1)), r"is 1, expected a fraction in \(0, 1\)"),
-    "merge grid": (lambda: NuwaMerge(Fraction(1, 3)).anchors(12, (4, 4)), "4 x 4 does not hold 12"),
-    "pool to nothing": (lambda: PoolMerge(0, 3), "0 x 3"),
-    "pool up": (lambda: PoolMerge(5, 2).tokens(16, (4, 4)), "4 x 4 grid to 5 x 2"),
+    "merge budget": (lambda: NuwaMerge(Fraction(3, 2), 4), r"share of 3/2, expected a fraction in \(0, 1\]"),
+    "merge grid": (lambda: NuwaMerge(Fraction(1, 3), 1).anchors(12, (4, 4)), "4 x 4 does not hold 12"),
+    "merge candidates": (lambda: NuwaMerge(Fraction(1, 3), 5), "top_n is 5"),
+    "pool to nothing": (lambda: PoolMerge(Fraction(0)), "share of 0"),
 }  # fmt: skip
 
 

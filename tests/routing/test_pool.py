@@ -1,11 +1,15 @@
 """The control that averages neighbouring tokens."""
 
+from fractions import Fraction
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from reroute_jax.errors import RerouteError
-from reroute_jax.routing.pool import average_pool
+from reroute_jax.routing.merge import merge_arrays, pooled
+from reroute_jax.routing.plan import PoolMerge
+from reroute_jax.routing.pool import pool_weights
 
 
 def reference(features, grid, rows, cols):
@@ -24,14 +28,14 @@ def reference(features, grid, rows, cols):
 )
 def test_against_plain_means(grid, rows, cols):
     features = np.random.default_rng(0).normal(size=(grid[0] * grid[1], 3)).astype(np.float32)
-    pooled, centres = average_pool(jnp.array(features), grid, rows, cols)
-    np.testing.assert_allclose(pooled, reference(features, grid, rows, cols), atol=1e-6)
+    weights, centres = pool_weights(grid, (rows, cols))
+    np.testing.assert_allclose(weights @ features, reference(features, grid, rows, cols), atol=1e-6)
     assert (np.diff(centres) > 0).all() and len(centres) == rows * cols
 
 
 def test_centres():
     def centres(grid, rows, cols):
-        return average_pool(jnp.ones((grid[0] * grid[1], 1)), grid, rows, cols)[1].tolist()
+        return pool_weights(grid, (rows, cols))[1].tolist()
 
     assert centres((6, 6), 2, 2) == [7, 10, 25, 28]
     assert centres((4, 4), 2, 2) == [0, 2, 8, 10]
@@ -40,16 +44,30 @@ def test_centres():
     assert centres((1, 5), 1, 3) == [0, 2, 3]
 
 
+def test_a_batch_of_different_grids():
+    """Cells of each image, whatever stands in the slots behind its tokens."""
+    merge, grids = PoolMerge(Fraction(1, 4)), [(6, 6), (4, 10)]
+    features = np.random.default_rng(0).normal(size=(3, 40, 2)).astype(np.float32)
+    found, centres = pooled(merge, merge_arrays(merge, grids, 3, 40), jnp.array(features))
+    assert found.shape == (3, 10, 2)
+    for image, (grid, cells) in enumerate(zip(grids, [(3, 3), (2, 5)], strict=True)):
+        size, left = grid[0] * grid[1], cells[0] * cells[1]
+        assert merge.anchors(size, grid) == left
+        np.testing.assert_allclose(found[image, :left], reference(features[image, :size], grid, *cells), atol=1e-6)
+        assert centres[image, :left].tolist() == pool_weights(grid, cells)[1].tolist()
+
+
 def test_sums_in_float32():
     # 256 + 1 is 256 in bfloat16: running sums in it would lose every second addend.
-    features = jnp.full((400, 1), 1.0, jnp.bfloat16).at[::2].set(3.0)
-    pooled, _ = average_pool(features, (20, 20), 1, 1)
-    assert pooled.dtype == jnp.bfloat16
-    assert pooled.tolist() == [[2.0]]
+    features = jnp.full((1, 400, 1), 1.0, jnp.bfloat16).at[:, ::2].set(3.0)
+    merge = PoolMerge(Fraction(1, 400))
+    found, _ = pooled(merge, merge_arrays(merge, [(20, 20)], 1, 400), features)
+    assert found.dtype == jnp.bfloat16
+    assert found.tolist() == [[[2.0]]]
 
 
 def test_refusals():
-    with pytest.raises(RerouteError, match="4 x 4 grid to 5 x 2"):
-        average_pool(jnp.ones((16, 1)), (4, 4), 5, 2)
     with pytest.raises(RerouteError, match="4 x 4 does not hold 15"):
-        average_pool(jnp.ones((15, 1)), (4, 4), 2, 2)
+        PoolMerge(Fraction(1, 4)).anchors(15, (4, 4))
+    with pytest.raises(RerouteError, match="share of 0"):
+        PoolMerge(Fraction(0))

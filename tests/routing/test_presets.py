@@ -60,6 +60,8 @@ def decoder(num_layers):
         head_dim=4,
         rope_theta=1e4,
         norm_eps=1e-5,
+        qkv_bias=False,
+        rope_sections=(),
         tied_head=False,
     )
 

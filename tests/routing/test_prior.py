@@ -13,8 +13,8 @@ def schedule(prior, action, seed=0):
 
 
 def test_random_reroute_draws_afresh_and_deletion_once():
-    fresh = prior_scores(schedule("random", "reroute"), 20, (4, 5), 7)
-    once = prior_scores(schedule("random", "delete"), 20, (4, 5), 7)
+    fresh = prior_scores(schedule("random", "reroute"), [(4, 5)], 7)
+    once = prior_scores(schedule("random", "delete"), [(4, 5)], 7)
     assert fresh.shape == once.shape == (3, 20)
     assert fresh.dtype == once.dtype == np.float32
     assert len({row.tobytes() for row in fresh}) == 3
@@ -24,17 +24,17 @@ def test_random_reroute_draws_afresh_and_deletion_once():
 
 def test_random_depends_on_both_seeds_alone():
     def draw(seed, row):
-        return prior_scores(schedule("random", "reroute", seed), 64, (8, 8), row).tobytes()
+        return prior_scores(schedule("random", "reroute", seed), [(8, 8)], row).tobytes()
 
     assert draw(1, 5) == draw(1, 5)
     assert len({draw(0, 5), draw(1, 5), draw(5, 1), draw(1, 6), draw(5, 0)}) == 5
     # Neither the decisions' ratios nor the other decisions move a draw.
     short = Schedule.from_decisions((3,), (0.1,), 6, "reroute", score="prior", prior="random", seed=1)
-    assert prior_scores(short, 64, (8, 8), 5)[0].tobytes() == draw(1, 5)[: 64 * 4]
+    assert prior_scores(short, [(8, 8)], 5)[0].tobytes() == draw(1, 5)[: 64 * 4]
 
 
 def test_random_is_uniform():
-    rows = np.array([prior_scores(schedule("random", "delete"), 16, (4, 4), row)[0] for row in range(2000)])
+    rows = np.array([prior_scores(schedule("random", "delete"), [(4, 4)], row)[0] for row in range(2000)])
     kept = (rows >= 12).mean(axis=0)
     # Four of sixteen, standard error 0.01.
     assert np.abs(kept - 0.25).max() < 0.05
@@ -87,15 +87,20 @@ def test_uniform_is_even_at_every_count(grid):
 
 
 def test_uniform_scores_pick_the_order():
-    scores = prior_scores(schedule("uniform", "reroute"), 35, (5, 7), 0)
+    scores = prior_scores(schedule("uniform", "reroute"), [(5, 7)], 0)
     assert scores.dtype == np.float32
     assert (scores == scores[0]).all()
     assert np.argsort(-scores[0]).tolist() == np.argsort(uniform_rank(5, 7).ravel()).tolist()
-    assert (scores == prior_scores(schedule("uniform", "delete", 4), 35, (5, 7), 9)).all()
+    assert (scores == prior_scores(schedule("uniform", "delete", 4), [(5, 7)], 9)).all()
 
 
 def test_refusals():
     with pytest.raises(RerouteError, match="no prior"):
-        prior_scores(Schedule.from_decisions((1,), (0.5,), 6), 16, (4, 4), 0)
-    with pytest.raises(RerouteError, match="4 x 4 does not hold 15"):
-        prior_scores(schedule("uniform", "delete"), 15, (4, 4), 0)
+        prior_scores(Schedule.from_decisions((1,), (0.5,), 6), [(4, 4)], 0)
+
+
+def test_two_images_give_up_their_share_at_one_pace():
+    scores = prior_scores(schedule("uniform", "reroute"), [(4, 4), (8, 8)], 0)[0]
+    kept = np.argsort(-scores)[:20]
+    assert (kept < 16).sum() == 4
+    assert sorted(kept[kept < 16]) == sorted(np.argsort(uniform_rank(4, 4).ravel())[:4])

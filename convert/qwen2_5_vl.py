@@ -1,0 +1,42 @@
+"""Qwen2.5-VL: windowed vision transformer with its patch merger, Qwen2.5 decoder. The table only.
+
+Two spellings are in use. The hub's files (written here too, and by transformers 5) say `visual.*` and `model.*`; in
+memory (or with `save_original_format=False`) transformers 5 has `model.visual.*` and `model.language_model.*`.
+"""
+
+from __future__ import annotations
+
+from convert.decoder_rules import decoder_rules, linear_rules, output_rules
+from convert.table import COPY, FUSED_HEADS, FUSED_HEADS_BIAS, LINEAR, Rule, Table, patches
+from reroute_jax.config import ModelConfig, QwenVisionConfig
+
+_HEAD = "lm_head.weight"
+
+_SPELLINGS = ((r"^model\.visual\.", "visual."), (r"^model\.language_model\.", "model."))
+
+
+def table(config: ModelConfig) -> Table:
+    """The rules for one Qwen2.5-VL. A tied output head is not read: the embedding table stands for it."""
+    rules = _vision_rules(config.vision) + decoder_rules("model.")
+    if config.decoder.tied_head:
+        return Table(rules, _SPELLINGS, (_HEAD.replace(".", r"\."),))
+    return Table((*rules, Rule(_HEAD, "decoder.head.kernel", LINEAR)), _SPELLINGS)
+
+
+def _vision_rules(config: QwenVisionConfig) -> tuple[Rule, ...]:
+    source, target = "visual.blocks.{i}.", "vision.layers.{i}."
+    filters = patches(config.temporal_patch_size, config.patch_size)
+    return (
+        Rule("visual.patch_embed.proj.weight", "vision.patch_embed.kernel", filters),
+        Rule(source + "norm1.weight", target + "norm1.scale", COPY),
+        Rule(source + "norm2.weight", target + "norm2.scale", COPY),
+        Rule(source + "attn.qkv.weight", target + "attn.qkv.kernel", FUSED_HEADS),
+        Rule(source + "attn.qkv.bias", target + "attn.qkv.bias", FUSED_HEADS_BIAS),
+        *output_rules(source + "attn.proj", target + "attn.o"),
+        *linear_rules(source + "mlp.gate_proj", target + "mlp.gate"),
+        *linear_rules(source + "mlp.up_proj", target + "mlp.up"),
+        *linear_rules(source + "mlp.down_proj", target + "mlp.down"),
+        Rule("visual.merger.ln_q.weight", "vision.merger.norm.scale", COPY),
+        *linear_rules("visual.merger.mlp.0", "vision.merger.fc1"),
+        *linear_rules("visual.merger.mlp.2", "vision.merger.fc2"),
+    )

@@ -1,0 +1,49 @@
+"""What a model family brings along, so that batching, engine and evaluation need not know which one they run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import nnx
+from PIL import Image
+
+from reroute_jax.config import ModelConfig
+
+Grid = tuple[int, int]
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Family:
+    """Grids are (rows, columns) of an image's visual tokens, sizes (width, height) in pixels.
+
+    model(config, rngs=, dtype=): the parameters, with a `decoder`.
+    encode_images(model, pixels, arrays, merge): features `[I, C, D]` at decoder width and, for each, the index of the
+        visual token it stands for, `[I, C]`; compiled. `arrays` are a MergeArrays; `merge` is static.
+    image_grids(pixel_values, image_grid_thw, config): grid of each image, as the HF processor returns them; raises
+        RerouteError where they do not fit each other or the model.
+    pack(pixel_values, grids, config, images): pixels for `encode_images`, padded to `images` images.
+    positions(ids, grids, config): rotary positions of an unpadded row, `[S]` or `[3, S]`, and the next token's.
+    token_bucket(tokens): the number of visual tokens that a program is compiled for.
+    image_processor(folder), preprocess(images, processor): what makes (pixel_values, image_grid_thw) of PIL images.
+    visual_grid(size, config, processor), model_size(size, processor): of an image of this size.
+    typical_grid(config, open_processor): that a method is planned for; the processor only where it takes one.
+    prompt_ids(text, grids, tokenizer, config): the chat prompt of a question behind images, image tokens expanded.
+    """
+
+    model: Callable[..., nnx.Module]
+    encode_images: Callable[..., tuple]
+    image_grids: Callable[[Any, Any, ModelConfig], list[Grid]]
+    pack: Callable[[Any, Sequence[Grid], ModelConfig, int], Any]
+    positions: Callable[[np.ndarray, Sequence[Grid], ModelConfig], tuple[np.ndarray, int]]
+    token_bucket: Callable[[int], int]
+    image_processor: Callable[[Path], Any]
+    preprocess: Callable[[Sequence[Image.Image], Any], tuple[np.ndarray, np.ndarray | None]]
+    visual_grid: Callable[[Size, ModelConfig, Any], Grid]
+    model_size: Callable[[Size, Any], Size]
+    typical_grid: Callable[[ModelConfig, Callable[[], Any]], Grid]
+    prompt_ids: Callable[[str, Sequence[Grid], Any, ModelConfig], np.ndarray]

@@ -1,0 +1,121 @@
+"""Qwen2.5-VL (arXiv 2502.13923): windowed vision tower with patch merger, Qwen2.5 decoder with M-RoPE.
+
+Letters: I images, n visual tokens of the largest one (a bucket), C tokens left after a merge.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+from transformers import AutoImageProcessor
+
+from reroute_jax.buckets import VISUAL_BUCKETS, bucket
+from reroute_jax.config import ModelConfig
+from reroute_jax.decoder import Decoder
+from reroute_jax.errors import RerouteError
+from reroute_jax.models.family import Family, Grid
+from reroute_jax.models.llava import expand_image_tokens
+from reroute_jax.mrope import mrope_positions
+from reroute_jax.qwen_images import HARNESS_PIXELS, final_size, preprocess, visual_grid
+from reroute_jax.routing.merge import MergeArrays, nuwa, pooled
+from reroute_jax.routing.plan import NuwaMerge, PoolMerge
+from reroute_jax.vision.qwen2_5 import QwenTower, nuwa_inputs
+from reroute_jax.vision.qwen_windows import QwenPixels, pack
+
+
+class QwenVL(nnx.Module):
+    """The parameters of one model; functions in this file and in `decoder.py` run them."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype):
+        self.config = config
+        self.vision = QwenTower(config.vision, config.decoder.hidden_size, rngs=rngs, dtype=dtype)
+        self.decoder = Decoder(config.decoder, rngs=rngs, dtype=dtype)
+
+
+def encode_images(
+    model: QwenVL, pixels: QwenPixels, arrays: MergeArrays, merge: NuwaMerge | PoolMerge | None
+) -> tuple[Float[Array, "I C D"], Int[Array, "I C"]]:
+    """Every merge works on what leaves the patch merger (5.3)."""
+    if isinstance(merge, NuwaMerge):
+        inputs = nuwa_inputs(model.vision, pixels, merge.sim_order)
+        return nuwa(merge, arrays, inputs.features, inputs.metric, inputs.similarity)
+    return pooled(merge, arrays, model.vision.features(pixels))
+
+
+def image_grids(pixel_values, image_grid_thw, config: ModelConfig) -> list[Grid]:
+    """(rows, columns) after the patch merger of every image."""
+    if (pixel_values is None) != (image_grid_thw is None):
+        raise RerouteError("pixel_values and image_grid_thw belong together: give both as the HF processor does")
+    if pixel_values is None:
+        return []
+    thw, merge = np.asarray(image_grid_thw), config.vision.merge
+    if thw.ndim != 2 or thw.shape[1] != 3:
+        raise RerouteError(f"image_grid_thw is {list(thw.shape)}: expected [images, 3]")
+    for number, (frames, rows, cols) in enumerate(thw.tolist(), 1):
+        if frames != 1:
+            raise RerouteError(f"image {number} has {frames} frames: videos are not supported, give still images")
+        if rows % merge or cols % merge or min(rows, cols) < merge:
+            raise RerouteError(f"image {number} has a grid of {rows} x {cols} patches: expected multiples of {merge}")
+    return [(rows // merge, cols // merge) for _, rows, cols in thw.tolist()]
+
+
+def _pack(pixel_values, grids: Sequence[Grid], config: ModelConfig, images: int) -> QwenPixels:
+    return pack(np.asarray(pixel_values, np.float32), grids, config.vision, images)
+
+
+def _positions(ids: Int[np.ndarray, " S"], grids: Sequence[Grid], config: ModelConfig):
+    if config.video_token in ids:
+        raise RerouteError("a prompt has video tokens: videos are not supported, give still images")
+    return mrope_positions(ids, config.image_token, grids, config.mrope_compat, config.temporal_rate)
+
+
+def chat_prompt(text: str, images: int) -> str:
+    """The prompt of the checkpoint's own chat template: its default system sentence, one user turn, images first."""
+    placeholders = "<|vision_start|><|image_pad|><|vision_end|>" * images
+    return (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        f"<|im_start|>user\n{placeholders}{text}<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def _prompt_ids(text: str, grids: Sequence[Grid], tokenizer, config: ModelConfig) -> np.ndarray:
+    ids = tokenizer(chat_prompt(text, len(grids)))["input_ids"]
+    return np.array(expand_image_tokens(ids, config.image_token, [rows * cols for rows, cols in grids]))
+
+
+def _open_processor(folder: Path):
+    """The checkpoint's processor, within the pixel limits of the reference harness where its own are wider."""
+    processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    if processor.size["longest_edge"] >= HARNESS_PIXELS[1]:
+        fewest, most = HARNESS_PIXELS
+        return AutoImageProcessor.from_pretrained(folder, backend="pil", min_pixels=fewest, max_pixels=most)
+    return processor
+
+
+def _typical_grid(config: ModelConfig, open_processor: Callable[[], Any]) -> Grid:
+    """A square of as many visual tokens as an image can have."""
+    processor = open_processor()
+    tokens = processor.size["longest_edge"] // (processor.patch_size * processor.merge_size) ** 2
+    return math.isqrt(tokens), math.isqrt(tokens)
+
+
+FAMILY = Family(
+    model=QwenVL,
+    encode_images=encode_images,
+    image_grids=image_grids,
+    pack=_pack,
+    positions=_positions,
+    token_bucket=lambda tokens: bucket(tokens, VISUAL_BUCKETS, "an image or a row, in visual tokens,"),
+    image_processor=_open_processor,
+    preprocess=preprocess,
+    visual_grid=lambda size, config, processor: visual_grid(size, processor),
+    model_size=final_size,
+    typical_grid=_typical_grid,
+    prompt_ids=_prompt_ids,
+)

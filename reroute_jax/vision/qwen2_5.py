@@ -1,0 +1,221 @@
+"""The vision tower of Qwen2.5-VL (arXiv 2502.13923): windowed attention, 2-D rotary positions, patch merger.
+
+Patches keep the image processor's order throughout. Windowed layers gather queries, keys and values into windows and
+gather the result back, so nothing else is permuted and merged tokens come out in raster order.
+Letters: I images, n merged tokens, P patches, W windows, S patches a window, D width, N heads, H head dim, E decoder
+width.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from reroute_jax.config import QwenVisionConfig
+from reroute_jax.errors import RerouteError
+from reroute_jax.layers import (
+    GatedMLP,
+    Linear,
+    OutputProjection,
+    RMSNorm,
+    Rope,
+    attention,
+    constant,
+    matmul,
+    parameter,
+    rotate,
+    take_rows,
+)
+from reroute_jax.vision.clip import NuwaInputs
+from reroute_jax.vision.qwen_windows import QwenPixels
+
+NORM_EPS = 1e-6
+ROPE_THETA = 10000.0
+# Nuwa compares patches by the mean of blocks 7 to 23 of 32.
+_SIMILARITY_SPAN = (7, 23, 32)
+
+
+class PatchEmbed(nnx.Module):
+    """A convolution whose stride is its kernel: one matrix on a patch's values."""
+
+    def __init__(self, config: QwenVisionConfig, *, rngs: nnx.Rngs, dtype):
+        shape = (config.patch_values, config.hidden_size)
+        self.kernel = parameter(rngs, shape, (None, "embed"), dtype, config.patch_values)
+
+    def __call__(self, patches: Float[Array, "I P values"]) -> Float[Array, "I P D"]:
+        return matmul(patches.astype(self.kernel.dtype), self.kernel[...])
+
+
+class FusedProjection(nnx.Module):
+    """Width to the heads of queries, keys and values."""
+
+    def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs, dtype):
+        shape = (3, heads, width // heads)
+        self.kernel = parameter(rngs, (width, *shape), ("embed", None, "heads", None), dtype, width)
+        self.bias = constant(0.0, shape, (None, "heads", None), dtype)
+
+    def __call__(self, x: Float[Array, "I P D"]) -> Float[Array, "3 I N P H"]:
+        width, *heads = self.kernel.shape
+        y = matmul(x, self.kernel.reshape(width, -1)).reshape(*x.shape[:2], *heads) + self.bias
+        return y.transpose(2, 0, 3, 1, 4)
+
+
+class VisionAttention(nnx.Module):
+    """Attention of an image's patches over the whole image, or over the window they stand in."""
+
+    def __init__(self, config: QwenVisionConfig, windowed: bool, *, rngs: nnx.Rngs, dtype):
+        width, heads = config.hidden_size, config.num_heads
+        self.qkv = FusedProjection(width, heads, rngs=rngs, dtype=dtype)
+        self.o = OutputProjection(heads, width // heads, width, bias=True, rngs=rngs, dtype=dtype)
+        self.windowed = windowed
+
+    def __call__(self, x: Float[Array, "I P D"], rope: Rope, pixels: QwenPixels) -> Float[Array, "I P D"]:
+        q, k, v = self.rotated(x, rope)
+        return self.o(window_attention(q, k, v, pixels) if self.windowed else image_attention(q, k, v, pixels))
+
+    def rotated(self, x: Float[Array, "I P D"], rope: Rope) -> tuple[Float[Array, "I N P H"], ...]:
+        """Queries and keys at their positions, and values."""
+        q, k, v = self.qkv(x)
+        return rotate(q, rope), rotate(k, rope), v
+
+
+class VisionLayer(nnx.Module):
+    def __init__(self, config: QwenVisionConfig, windowed: bool, *, rngs: nnx.Rngs, dtype):
+        width = config.hidden_size
+        self.norm1 = RMSNorm(width, NORM_EPS, dtype=dtype)
+        self.attn = VisionAttention(config, windowed, rngs=rngs, dtype=dtype)
+        self.norm2 = RMSNorm(width, NORM_EPS, dtype=dtype)
+        self.mlp = GatedMLP(width, config.mlp_dim, bias=True, rngs=rngs, dtype=dtype)
+
+    def __call__(self, x: Float[Array, "I P D"], rope: Rope, pixels: QwenPixels) -> Float[Array, "I P D"]:
+        with jax.named_scope("attention"):
+            x = x + self.attn(self.norm1(x), rope, pixels)
+        with jax.named_scope("mlp"):
+            return x + self.mlp(self.norm2(x))
+
+    def received(self, x: Float[Array, "I P D"], rope: Rope, count: Int[Array, " I"]) -> Float[Array, "I P"]:
+        """Attention each patch receives from the whole image, fp32, mean over heads; 0 at padding. The map of one head
+        of one image is in memory at a time."""
+        q, k, _ = self.attn.rotated(self.norm1(x), rope)
+        images, heads, slots, dim = q.shape
+        valid = jnp.repeat(_valid(count, slots), heads, axis=0)
+
+        def column_sums(inputs: tuple[Array, Array, Array]) -> Float[Array, " P"]:
+            queries, keys, real = inputs
+            logits = jnp.matmul(queries, keys.T, preferred_element_type=jnp.float32) * dim**-0.5
+            probabilities = jax.nn.softmax(jnp.where(real, logits, jnp.finfo(jnp.float32).min), axis=-1)
+            return jnp.where(real[:, None] & real, probabilities, 0).sum(axis=0)
+
+        maps = (q.reshape(-1, slots, dim), k.reshape(-1, slots, dim), valid)
+        return jax.lax.map(column_sums, maps).reshape(images, heads, slots).mean(axis=1)
+
+
+class Merger(nnx.Module):
+    """`merge^2` neighbouring patches to one token at decoder width."""
+
+    def __init__(self, config: QwenVisionConfig, out: int, *, rngs: nnx.Rngs, dtype):
+        width, keep = config.merge**2 * config.hidden_size, {"bias": True, "rngs": rngs, "dtype": dtype}
+        self.norm = RMSNorm(config.hidden_size, NORM_EPS, dtype=dtype)
+        self.fc1 = Linear(width, width, ("embed", "mlp"), **keep)
+        self.fc2 = Linear(width, out, ("mlp", "embed"), **keep)
+
+    def __call__(self, x: Float[Array, "I P D"]) -> Float[Array, "I n E"]:
+        groups = self.norm(x).reshape(x.shape[0], -1, self.fc1.kernel.shape[0])
+        return self.fc2(jax.nn.gelu(self.fc1(groups), approximate=False))
+
+
+class QwenTower(nnx.Module):
+    """Images of any size to visual tokens at width `out`."""
+
+    def __init__(self, config: QwenVisionConfig, out: int, *, rngs: nnx.Rngs, dtype):
+        self.config = config
+        self.patch_embed = PatchEmbed(config, rngs=rngs, dtype=dtype)
+        windowed = [layer not in config.full_attention for layer in range(config.num_layers)]
+        self.layers = nnx.List([VisionLayer(config, local, rngs=rngs, dtype=dtype) for local in windowed])
+        self.merger = Merger(config, out, rngs=rngs, dtype=dtype)
+
+    def states(self, pixels: QwenPixels) -> list[Float[Array, "I P D"]]:
+        """The patches after each block. At padding the numbers mean nothing."""
+        pixels = jax.tree.map(jnp.asarray, pixels)
+        rope = rotary(pixels.place, self.config)
+        x, states = self.patch_embed(pixels.patches), []
+        for layer in self.layers:
+            x = layer(x, rope, pixels)
+            states.append(x)
+        return states
+
+    def features(self, pixels: QwenPixels) -> Float[Array, "I n E"]:
+        """Visual tokens in raster order; of image i the first `count[i] / merge^2` are real."""
+        return self.merger(self.states(pixels)[-1])
+
+
+def rotary(place: Int[Array, "I P 2"], config: QwenVisionConfig) -> Rope:
+    """fp32 tables: a quarter of the head's dimensions turns with the row, the next with the column, and the other half
+    of the head repeats them."""
+    half = config.hidden_size // config.num_heads // 2
+    frequencies = 1 / ROPE_THETA ** (np.arange(0, half, 2, dtype=np.float32) / half)
+    angles = (place[..., None] * frequencies).reshape(*place.shape[:2], half)
+    return Rope(jnp.cos(angles), jnp.sin(angles))
+
+
+def image_attention(
+    q: Float[Array, "I N P H"], k: Float[Array, "I N P H"], v: Float[Array, "I N P H"], pixels: QwenPixels
+) -> Float[Array, "I N P H"]:
+    """Every patch sees the real patches of its image."""
+    images, _, slots, _ = q.shape
+    return attention(q, k, v, jnp.broadcast_to(_valid(pixels.count, slots)[:, None], (images, slots, slots)))
+
+
+def window_attention(
+    q: Float[Array, "I N P H"], k: Float[Array, "I N P H"], v: Float[Array, "I N P H"], pixels: QwenPixels
+) -> Float[Array, "I N P H"]:
+    """Every patch sees the patches of its window; zeros at padding."""
+    images, heads, slots, dim = q.shape
+    windows, size = pixels.windows.shape[1:]
+    flat = pixels.windows.reshape(images, -1)
+
+    def spread(x: Float[Array, "I N P H"]) -> Float[Array, "blocks N S H"]:
+        return take_rows(x.swapaxes(1, 2), flat).reshape(-1, size, heads, dim).swapaxes(1, 2)
+
+    filled = (flat < slots).reshape(-1, 1, size)
+    mask = jnp.broadcast_to(filled, (images * windows, size, size))
+    out = attention(spread(q), spread(k), spread(v), mask).swapaxes(1, 2).reshape(images, -1, heads, dim)
+    return take_rows(out, pixels.slot).swapaxes(1, 2)
+
+
+def nuwa_inputs(tower: QwenTower, pixels: QwenPixels, order: str = "raster") -> NuwaInputs:
+    """What Nuwa's stage 1 reads, a value or row for each visual token: the attention its patches receive in the last
+    block (fp32: mean over heads, sum over queries, mean over its patches), its feature, and the mean of the middle
+    blocks' patches sent through the same merger.
+
+    order: static. "raster", or "window": the similarity rows in the order of the attention windows, in which the
+    released code reads them as if they were in raster order. Raises RerouteError for another order, and for a tower
+    whose last block is windowed.
+    """
+    last = len(tower.layers) - 1
+    if tower.layers[last].attn.windowed:
+        raise RerouteError(
+            f"layer {last} of the vision tower attends within windows: Nuwa's metric needs full attention in the last "
+            f"layer, and only layers {list(tower.config.full_attention)} have it; use another method"
+        )
+    if order not in ("raster", "window"):
+        raise RerouteError(f"unknown order {order!r} of similarity features: expected 'raster' or 'window'")
+    pixels = jax.tree.map(jnp.asarray, pixels)
+    states = tower.states(pixels)
+    before = states[last - 1] if last else tower.patch_embed(pixels.patches)
+    received = tower.layers[last].received(before, rotary(pixels.place, tower.config), pixels.count)
+    group = tower.config.merge**2
+    first, final, of = _SIMILARITY_SPAN
+    span = states[first * (last + 1) // of : final * (last + 1) // of + 1]
+    similarity = tower.merger(jnp.stack(span).astype(jnp.float32).mean(axis=0).astype(before.dtype))
+    if order == "window":
+        similarity = take_rows(similarity, jnp.argsort(pixels.slot[:, ::group], axis=1))
+    metric = received.reshape(received.shape[0], -1, group).mean(axis=2)
+    return NuwaInputs(metric, tower.merger(states[last]), similarity)
+
+
+def _valid(count: Int[Array, " I"], slots: int) -> Bool[Array, "I P"]:
+    return jnp.arange(slots) < count[:, None]
