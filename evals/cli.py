@@ -17,6 +17,7 @@ from evals.report import render, summarise
 from evals.routes import add_route_arguments, plan_routes
 from evals.runner import SUMMARY_FILE, Answerer, Task, answer, fingerprint, open_folder, write_json
 from reroute_jax.errors import RerouteError
+from reroute_jax.mrope import COMPATS
 
 CHECKPOINTS = Path(__file__).parent / "scenes" / "checkpoints"
 EMBEDDED = ("scenes-llava", "scenes-llava-bypass", "scenes-qwen")
@@ -63,6 +64,9 @@ def benchmark_parser(name: str, description: str) -> Parser:
     parser.add_argument(
         "--dtype", choices=DTYPES, help="default: float32 for the embedded models, the checkpoint's own otherwise"
     )
+    parser.add_argument(
+        "--mrope-compat", choices=COMPATS, help="rotary positions as transformers of this version gave Qwen's images"
+    )
     parser.add_argument("--batch-size", type=positive, default=8, help="questions at a time (default: %(default)s)")
     parser.add_argument("--limit", type=positive, help="only the first so many questions")
     parser.add_argument("--max-new-tokens", type=positive, help="length of an answer (default: the task's)")
@@ -85,14 +89,14 @@ def whole(text: str, least: int = 0) -> int:
     return int(text)
 
 
-def load_model(name: str, dtype: str | None) -> Answerer:
-    """The model of a --model argument."""
+def load_model(name: str, dtype: str | None, mrope_compat: str | None = None) -> Answerer:
+    """The model of the arguments --model, --dtype and --mrope-compat."""
     if name not in EMBEDDED:
-        return reroute_jax.load(name, dtype=dtype)
+        return reroute_jax.load(name, dtype=dtype, mrope_compat=mrope_compat)
     path = CHECKPOINTS / name
     if not (path / "config.json").is_file():
         raise RerouteError(f"the embedded model {name} is not at {path}: make it with `python -m evals.scenes.train`")
-    return reroute_jax.load(path, dtype=dtype or "float32")
+    return reroute_jax.load(path, dtype=dtype or "float32", mrope_compat=mrope_compat)
 
 
 def run_benchmark(

@@ -101,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
 def _run(args: argparse.Namespace) -> None:
     check_routes(args)
     source = rec_source(args.data, args.split)  # bad data is refused before a model is loaded
-    model = load_model(args.model, args.dtype)
+    model = load_model(args.model, args.dtype, args.mrope_compat)
     family, scenes = model.config.family, args.data == SCENES
     if scenes:
         source = rec_source(args.data, args.split, family)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from argparse import BooleanOptionalAction
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from fractions import Fraction
@@ -12,21 +13,38 @@ from typing import Any
 from evals.runner import Answerer, Run
 from reroute_jax.errors import RerouteError
 from reroute_jax.routing.methods import METHODS
-from reroute_jax.routing.plan import ACTIONS, POSITION_MODES, Schedule
+from reroute_jax.routing.plan import ACTIONS, POSITION_MODES, SIM_ORDERS, Schedule
 from reroute_jax.routing.presets import preset
 
 FULL = "full"
 CONTROLS = ("random", "uniform", "pool", "layout")
 
 DEFAULT_METHOD, DEFAULT_ACTION, DEFAULT_BUDGET = "nuwa", "reroute", 128
-# Switches of `reroute_jax.routing.methods.plan`, given on as they are: their values and what they change.
-SWITCHES: Mapping[str, tuple[tuple[str, ...] | None, str]] = {
-    "decisions": (None, "'every' or 'every:K': decide at every layer, or every K-th, from the method's first one on"),
-    "ratios": (("solved", "official"), "keep ratios solved for this model and budget, or the released ones"),
-    "score_source": (("own_layer", "previous_layer"), "attention that ranks the tokens (deletion)"),
-    "position_mode": (POSITION_MODES, "keep token positions, or renumber after each decision"),
-    "variant": (("flat", "pyramid"), "nuwa: where its reroute decides"),
-    "nuwa_first_score": (("own_layer", "host"), "nuwa: attention at its first reroute decision"),
+# Switches of `reroute_jax.routing.methods.plan`, given on as they are: the arguments that argparse gets for each.
+SWITCHES: Mapping[str, dict[str, Any]] = {
+    "decisions": {"help": "'every' or 'every:K': decide at every layer, or every K-th, from the method's first one on"},
+    "ratios": {
+        "choices": ("solved", "official"),
+        "help": "keep ratios solved for this model and budget, or the released ones",
+    },
+    "score_source": {
+        "choices": ("own_layer", "previous_layer"),
+        "help": "attention that ranks the tokens (deletion)",
+    },
+    "position_mode": {"choices": POSITION_MODES, "help": "keep token positions, or renumber after each decision"},
+    "variant": {"choices": ("flat", "pyramid"), "help": "nuwa: where its reroute decides"},
+    "nuwa_first_score": {"choices": ("own_layer", "host"), "help": "nuwa: attention at its first reroute decision"},
+    "self_weight_override": {
+        "action": BooleanOptionalAction,
+        "help": "nuwa on LLaVA: overwrite the self weight of merged tokens, as released",
+    },
+    "keep_ratio": {"type": float, "help": "nuwa on Qwen: a released ratio, 0.25, 0.5 or 0.75, instead of a budget"},
+    "qwen_sim_order": {"choices": SIM_ORDERS, "help": "nuwa on Qwen: 'window' repeats a defect of the release"},
+    "qwen_layer14_causal": {
+        "action": BooleanOptionalAction,
+        "help": "nuwa on Qwen: --no-qwen-layer14-causal repeats a defect of the release",
+    },
+    "first_image_only": {"action": BooleanOptionalAction, "help": "of several images in a row, route the first one"},
 }
 _SWITCHES_OF_ONE_ACTION = {"variant": "reroute", "nuwa_first_score": "reroute", "score_source": "delete"}
 
@@ -53,8 +71,8 @@ def add_route_arguments(parser: argparse.ArgumentParser) -> None:
         help="192, 128 or 64 (1/3, 2/9, 1/9 of an image's visual tokens, averaged over the decoder layers) or a share "
         f"such as 0.15 or 1/9 (default: {DEFAULT_BUDGET})",
     )
-    for name, (choices, text) in SWITCHES.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", choices=choices, help=text)
+    for name, how in SWITCHES.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", default=None, **how)
     parser.add_argument("--preset", help="a released configuration by its name, instead of method, action and budget")
     parser.add_argument("--compare", action="store_true", help="all tokens, deletion and reroute on the same questions")
     parser.add_argument("--controls", action="store_true", help=f"with --compare: also {', '.join(CONTROLS)}")
@@ -113,7 +131,9 @@ def _planned(
         switches = {name: value for name, value in switches.items() if name in METHODS[method].switches}
     if "seed" in METHODS[method].switches:
         switches["seed"] = args.seed
-    share = DEFAULT_BUDGET if args.budget is None else args.budget
+    share = args.budget
+    if share is None and "keep_ratio" not in switches:
+        share = DEFAULT_BUDGET
     return _run(model.plan(method, budget=share, action=action, **switches))
 
 

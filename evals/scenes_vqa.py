@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> None:
     check_routes(args)
     next(vqa_rows(args.split, 1))  # an unknown split is refused before the model is loaded
-    model = load_model(args.model, args.dtype)
+    model = load_model(args.model, args.dtype, args.mrope_compat)
     task = make_task(args.split, args.limit or LIMIT, args.max_new_tokens or MAX_NEW_TOKENS, model.config.family)
     run_benchmark(args, model, task, METRICS, {"data": f"{SCENES} [{args.split}]"})
 

@@ -106,7 +106,7 @@ class Model:
 
     def visual_grid(self, image: Image.Image) -> tuple[int, int]:
         """(rows, columns) of an image's visual tokens."""
-        return self.family.visual_grid(image.size, self.config, self.image_processor)
+        return self.family.visual_grid(image, self.config, self.image_processor)
 
     def model_size(self, image: Image.Image) -> tuple[int, int]:
         """(width, height) in pixels of the image that the model sees."""
@@ -192,7 +192,7 @@ class Model:
         answers = []
         for start in range(0, len(pairs), batch_size):
             chunk = list(pairs[start : start + batch_size])
-            images = [_as_images(image) for image, _ in chunk]
+            images = [self._open(image) for image, _ in chunk]
             rows = [
                 self.prompt_ids(text, [self.visual_grid(image) for image in group])
                 for (_, text), group in zip(chunk, images, strict=True)
@@ -205,6 +205,12 @@ class Model:
             tokens = self._generate(rows, pixels, grids, schedule, max_new_tokens, sampling, seed)[: len(chunk)]
             answers += [self.tokenizer.decode(_until(row, sampling.eos), skip_special_tokens=True) for row in tokens]
         return answers
+
+    def _open(self, image) -> list[Image.Image]:
+        if image is None:
+            return []
+        group = image if isinstance(image, list | tuple) else [image]
+        return [open_image(one, self.family.as_rgb) for one in group]
 
     def prompt_ids(self, text: str, grids: Sequence[tuple[int, int]]) -> np.ndarray:
         """Ids of the chat prompt of a question behind images of these grids, image tokens expanded."""
@@ -274,9 +280,3 @@ def _indices(mask: np.ndarray) -> np.ndarray:
 def _until(tokens: np.ndarray, eos: tuple[int, ...]) -> np.ndarray:
     ends = np.flatnonzero(np.isin(tokens, eos))
     return tokens[: ends[0]] if len(ends) else tokens
-
-
-def _as_images(image) -> list[Image.Image]:
-    if image is None:
-        return []
-    return [open_image(one) for one in (image if isinstance(image, list | tuple) else [image])]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
@@ -9,13 +10,18 @@ from PIL import Image, UnidentifiedImageError
 from reroute_jax.errors import RerouteError
 
 
-def open_image(image: Image.Image | str | Path) -> Image.Image:
-    """The image as RGB, fully decoded. Raises RerouteError, naming it, where it cannot be read."""
+def open_image(image: Image.Image | str | Path, as_rgb: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """The image, fully decoded, after `as_rgb`; it keeps the name of its file. Raises RerouteError, naming it, where it
+    cannot be read."""
     try:
         if isinstance(image, Image.Image):
-            return image.convert("RGB")
+            rgb = as_rgb(image)
+            rgb.filename = getattr(image, "filename", "")
+            return rgb
         with Image.open(image) as file:
-            return file.convert("RGB")
+            rgb = as_rgb(file)
+            rgb.filename = str(image)
+            return rgb
     except FileNotFoundError:
         raise RerouteError(f"no image at {image}: check the path") from None
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as problem:

@@ -13,7 +13,9 @@ from convert.families import abstract_params, table_of
 from convert.source import open_source
 from reroute_jax.config import ModelConfig
 from reroute_jax.engine import Model
+from reroute_jax.errors import RerouteError
 from reroute_jax.models import FAMILIES
+from reroute_jax.mrope import COMPATS
 from reroute_jax.params import with_parameters
 from reroute_jax.routing.plan import one_of
 
@@ -29,7 +31,14 @@ def load(path: str | Path, dtype: str | None = None, mrope_compat: str | None = 
     if dtype is not None:
         one_of("dtype", dtype, tuple(FLOATS))
     source = open_source(path)
-    config = replace(ModelConfig.from_hf(source.config), mrope_compat=mrope_compat)
+    config = ModelConfig.from_hf(source.config)
+    if mrope_compat is not None:
+        one_of("mrope_compat", mrope_compat, COMPATS)
+        if not config.decoder.rope_sections:
+            raise RerouteError(
+                f"mrope_compat={mrope_compat!r} is for M-RoPE, which {config.family} lacks"
+            )
+        config = replace(config, mrope_compat=mrope_compat)
     params = load_params(source, abstract_params(config), table_of(config), dtype)
     build = FAMILIES[config.family].model
     empty = nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0), dtype=jnp.float32))

@@ -30,7 +30,8 @@ class Family:
     positions(ids, grids, config): rotary positions of an unpadded row, `[S]` or `[3, S]`, and the next token's.
     token_bucket(tokens): the number of visual tokens that a program is compiled for.
     image_processor(folder), preprocess(images, processor): what makes (pixel_values, image_grid_thw) of PIL images.
-    visual_grid(size, config, processor), model_size(size, processor): of an image of this size.
+    as_rgb(image): before anything else.
+    visual_grid(image, config, processor), model_size(size, processor): of an image, or one of this size.
     typical_grid(config, open_processor): that a method is planned for; the processor only where it takes one.
     prompt_ids(text, grids, tokenizer, config): the chat prompt of a question behind images, image tokens expanded.
     """
@@ -43,7 +44,8 @@ class Family:
     token_bucket: Callable[[int], int]
     image_processor: Callable[[Path], Any]
     preprocess: Callable[[Sequence[Image.Image], Any], tuple[np.ndarray, np.ndarray | None]]
-    visual_grid: Callable[[Size, ModelConfig, Any], Grid]
+    as_rgb: Callable[[Image.Image], Image.Image]
+    visual_grid: Callable[[Image.Image, ModelConfig, Any], Grid]
     model_size: Callable[[Size, Any], Size]
     typical_grid: Callable[[ModelConfig, Callable[[], Any]], Grid]
     prompt_ids: Callable[[str, Sequence[Grid], Any, ModelConfig], np.ndarray]

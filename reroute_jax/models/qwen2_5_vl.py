@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
+from PIL import Image
 from transformers import AutoImageProcessor
 
 from reroute_jax.buckets import VISUAL_BUCKETS, bucket
@@ -22,7 +23,7 @@ from reroute_jax.errors import RerouteError
 from reroute_jax.models.family import Family, Grid
 from reroute_jax.models.llava import expand_image_tokens
 from reroute_jax.mrope import mrope_positions
-from reroute_jax.qwen_images import HARNESS_PIXELS, final_size, preprocess, visual_grid
+from reroute_jax.qwen_images import HARNESS_PIXELS, as_rgb, final_size, preprocess, visual_grid
 from reroute_jax.routing.merge import MergeArrays, nuwa, pooled
 from reroute_jax.routing.plan import NuwaMerge, PoolMerge
 from reroute_jax.vision.qwen2_5 import QwenTower, nuwa_inputs
@@ -98,6 +99,10 @@ def _open_processor(folder: Path):
     return processor
 
 
+def _visual_grid(image: Image.Image, config: ModelConfig, processor) -> Grid:
+    return visual_grid(image.size, processor, getattr(image, "filename", "") or "an image")
+
+
 def _typical_grid(config: ModelConfig, open_processor: Callable[[], Any]) -> Grid:
     """A square of as many visual tokens as an image can have."""
     processor = open_processor()
@@ -114,7 +119,8 @@ FAMILY = Family(
     token_bucket=lambda tokens: bucket(tokens, VISUAL_BUCKETS, "an image or a row, in visual tokens,"),
     image_processor=_open_processor,
     preprocess=preprocess,
-    visual_grid=lambda size, config, processor: visual_grid(size, processor),
+    as_rgb=as_rgb,
+    visual_grid=_visual_grid,
     model_size=final_size,
     typical_grid=_typical_grid,
     prompt_ids=_prompt_ids,

@@ -17,8 +17,8 @@ QUESTIONS = 12
 @pytest.fixture(autouse=True)
 def stub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> StubModel:
     model = StubModel()
-    monkeypatch.setattr(refcoco, "load_model", lambda name, dtype: model)
-    monkeypatch.setattr(scenes_vqa, "load_model", lambda name, dtype: model)
+    monkeypatch.setattr(refcoco, "load_model", lambda *arguments: model)
+    monkeypatch.setattr(scenes_vqa, "load_model", lambda *arguments: model)
     monkeypatch.chdir(tmp_path)
     return model
 
@@ -156,14 +156,14 @@ def test_interrupted_command_resumes_to_the_same_files(
 ) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     run("--batch-size", 5, "--out", whole)
-    monkeypatch.setattr(refcoco, "load_model", lambda name, dtype: StubModel(interrupt_after=4))
+    monkeypatch.setattr(refcoco, "load_model", lambda *arguments: StubModel(interrupt_after=4))
     capsys.readouterr()
     run("--batch-size", 5, "--out", cut, code=130)
     assert capsys.readouterr().err.endswith("\nstopped: the same command goes on after the last whole batch\n")
     assert not (cut / "summary.json").exists()
     with open(cut / "nuwa-reroute-128.jsonl", "r+b") as lines:
         lines.truncate(700)
-    monkeypatch.setattr(refcoco, "load_model", lambda name, dtype: stub)
+    monkeypatch.setattr(refcoco, "load_model", lambda *arguments: stub)
     run("--batch-size", 5, "--out", cut)
     for file in whole.iterdir():
         assert (cut / file.name).read_bytes() == file.read_bytes()

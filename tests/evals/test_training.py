@@ -1,18 +1,21 @@
 """What the embedded models are trained on is what they are asked later."""
 
 import json
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from flax import nnx
 from PIL import Image
+from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from evals import prompts
 from evals.boxes import parse_box
-from evals.scenes import train
+from evals.scenes import losses, spec, train
 from evals.scenes.data import TRAINING_QUESTIONS, training_scene
 from evals.scenes.export import export
 from evals.scenes.losses import shared_prefix_layer, targets
@@ -231,3 +234,54 @@ def test_warm_start_keeps_what_it_can():
     )
     for name in ("decoder.layers.3.attn.q.bias", "vision.patch_embed.kernel"):
         np.testing.assert_array_equal(warm[f"model.{name}"], fresh[f"model.{name}"])
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """Training of a decoder of two layers on batches that are packed in the same process."""
+    config = spec.hf_config("qwen2_5_vl")
+    config["text_config"]["num_hidden_layers"] = 2
+    monkeypatch.setitem(spec._HF_CONFIGS, "qwen2_5_vl", lambda: config)
+    for name, layers in (("POINTER_LAYERS", (0, 1)), ("PLACE_LAYER", 0), ("CORNER_LAYER", 1)):
+        monkeypatch.setattr(losses, name, layers)
+    monkeypatch.setattr(train, "VALIDATION_SCENES", 2)
+    monkeypatch.setattr(train, "warm_decoder", lambda llava, fresh, kv_heads: fresh)
+
+    def batches(phase, first):
+        for step in range(first, phase.stop):
+            yield step, pack("train", step * 2, 2, train.mix(phase, step), phase.family)
+
+    monkeypatch.setattr(train, "batches", batches)
+
+
+def test_two_steps_of_each_phase(short, tmp_path):
+    """Vision moves the tower alone, the joint phase everything but its blocks; the end can be exported and read."""
+    first, second = (replace(phase, rows=2) for phase in phases("qwen2_5_vl", 2, 2))
+    fresh = named_parameters(train.Trainee("qwen2_5_vl", rngs=nnx.Rngs(train.SEED)))
+    seen = train.run_phase(first, tmp_path)
+    learnt = train.run_phase(second, tmp_path)
+
+    def moved(before, after, part: str) -> list[bool]:
+        return [bool((before[name] != after[name]).any()) for name in before if name.startswith(part)]
+
+    assert all(moved(fresh, seen, "model.vision.layers.")) and not any(moved(fresh, seen, "model.decoder."))
+    assert not any(moved(seen, learnt, "model.vision.layers.")) and all(moved(seen, learnt, "model.decoder.layers."))
+    assert all(moved(seen, learnt, "model.vision.merger.fc2."))
+    again = train.run_phase(second, tmp_path)  # nothing is left to do
+    assert all(not moved(learnt, again, name)[0] for name in learnt)
+    curve = [json.loads(line) for line in (tmp_path / "curve.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in curve] == [2, 2] and np.isfinite([line["dense"] for line in curve]).all()
+    assert {"ACC@0.5", "yesno", "colour", "count"} <= set(curve[1])
+    export(
+        {name.removeprefix("model."): value for name, value in learnt.items() if "model." in name},
+        tmp_path / "out",
+        "qwen2_5_vl",
+    )
+    model, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        tmp_path / "out", output_loading_info=True, dtype=torch.float16
+    )
+    assert not any(info.values()), info
+    bias = model.model.language_model.layers[1].self_attn.k_proj.bias
+    np.testing.assert_array_equal(
+        bias.detach().numpy(), np.asarray(learnt["model.decoder.layers.1.attn.k.bias"], np.float16).reshape(-1)
+    )
