@@ -199,28 +199,32 @@ def _scores(
     layer, hidden = (stage.lo, rows.hidden) if own else (stage.lo - 1, before_last)
     # Nuwa's Qwen release reads the last three tokens and the head that attends most (5.4).
     three = stage.score == "previous_layer_last_three"
-    queries = jnp.maximum(rows.last[:, None] - (jnp.arange(2, -1, -1) if three else jnp.zeros(1, jnp.int32)), 0)
-    seen = jnp.arange(rows.valid.shape[1]) <= queries[..., None]
-    mask = rows.valid[:, None] & (seen | (layer == plan.bidirectional_layer))
-    probabilities, keys = decoder.layers[layer].probabilities(hidden, rows.rope, queries, mask)
+    queries = jnp.maximum(rows.last[:, None] - (jnp.arange(2, -1, -1) if three else jnp.arange(1)), 0)
+    mask = _mask(rows, layer == plan.bidirectional_layer)
+    probabilities, keys = decoder.layers[layer].probabilities(hidden, rows.rope, queries, take_rows(mask, queries))
     scores = probabilities.mean(axis=2).max(axis=1) if three else probabilities.mean(axis=(1, 2))
     return scores, keys if own else None
 
 
 def _run_stage(decoder: Decoder, stage: StagePlan, rows: Rows, keys, max_new: int, plan: RoutingPlan):
     """Run layers [lo, hi); returns the rows, the input of the last layer, and cached (keys, values) per layer."""
-    x, slots = rows.hidden, rows.valid.shape[1]
-    causal = jnp.tril(jnp.ones((1, slots, slots), bool))
-    everything = jnp.broadcast_to(rows.valid[:, None], (len(x), slots, slots))
-    cached_keys, cached_values, before_last = [], [], x
+    x = before_last = rows.hidden
+    cached_keys, cached_values = [], []
     with jax.named_scope(f"layers_{stage.lo}_{stage.hi}"):
         for number in range(stage.lo, stage.hi):
             before_last = x
-            mask = everything if number == plan.bidirectional_layer else causal
+            mask = _mask(rows, number == plan.bidirectional_layer)
             x, k, v = decoder.layers[number].prefill(x, rows.rope, mask, keys if number == stage.lo else None)
             cached_keys.append(with_room(k, max_new))
             cached_values.append(with_room(v, max_new))
     return replace(rows, hidden=x), before_last, (tuple(cached_keys), tuple(cached_values))
+
+
+def _mask(rows: Rows, bidirectional: bool) -> Bool[Array, "B T T"]:
+    """Rows are right-padded, so that the plain triangle hides padding from every valid row."""
+    slots = rows.valid.shape[1]
+    mask = rows.valid[:, None] if bidirectional else jnp.tril(jnp.ones((slots, slots), bool))
+    return jnp.broadcast_to(mask, (len(rows.valid), slots, slots))
 
 
 def _consecutive(valid: Bool[Array, "B T"], config: DecoderConfig) -> Rope:

@@ -238,9 +238,10 @@ def test_warm_start_keeps_what_it_can():
 
 @pytest.fixture
 def short(monkeypatch):
-    """Training of a decoder of two layers on batches that are packed in the same process."""
+    """Training of a tower and a decoder of two layers on batches that are packed in the same process."""
     config = spec.hf_config("qwen2_5_vl")
-    config["text_config"]["num_hidden_layers"] = 2
+    config["text_config"]["num_hidden_layers"] = config["vision_config"]["depth"] = 2
+    config["vision_config"]["fullatt_block_indexes"] = [1]
     monkeypatch.setitem(spec._HF_CONFIGS, "qwen2_5_vl", lambda: config)
     for name, layers in (("POINTER_LAYERS", (0, 1)), ("PLACE_LAYER", 0), ("CORNER_LAYER", 1)):
         monkeypatch.setattr(losses, name, layers)
@@ -256,7 +257,7 @@ def short(monkeypatch):
 
 def test_two_steps_of_each_phase(short, tmp_path):
     """Vision moves the tower alone, the joint phase everything but its blocks; the end can be exported and read."""
-    first, second = (replace(phase, rows=2) for phase in phases("qwen2_5_vl", 2, 2))
+    first, second = (replace(phase, stop=2, rows=2) for phase in phases("qwen2_5_vl", 200, 200))
     fresh = named_parameters(train.Trainee("qwen2_5_vl", rngs=nnx.Rngs(train.SEED)))
     seen = train.run_phase(first, tmp_path)
     learnt = train.run_phase(second, tmp_path)
