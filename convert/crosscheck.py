@@ -18,26 +18,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
-from transformers import AutoImageProcessor, AutoTokenizer
+from transformers import AutoTokenizer
 
 import reroute_jax
 from convert.source import Source, open_source
 from evals.cli import positive
-from evals.prompts import rec
+from evals.prompts import REC_STYLE_OF_FAMILY, rec
 from evals.routes import SWITCHES, budget
 from evals.scenes.data import refcoco_rows
-from reroute_jax.batching import make_batch
+from reroute_jax.batching import Row, make_batch
+from reroute_jax.compilation import compiled
 from reroute_jax.config import ModelConfig
 from reroute_jax.decoder import forward
 from reroute_jax.engine import Model
 from reroute_jax.errors import RerouteError
-from reroute_jax.models.llava import chat_prompt, encode_images, expand_image_tokens
+from reroute_jax.models import FAMILIES
+from reroute_jax.models.family import Grid
 from reroute_jax.positions import rope_tables
+from reroute_jax.routing.merge import merge_arrays
 from reroute_jax.routing.methods import METHODS, plan
-from reroute_jax.routing.plan import ACTIONS, Schedule
+from reroute_jax.routing.plan import ACTIONS, NuwaMerge, PoolMerge, Schedule
 from reroute_jax.routing.presets import preset
 
 if TYPE_CHECKING:
+    from convert.torch_plain import Plain
     from convert.torch_reference import Reference
 
 # Of fp32 arithmetic, relative to a row's root mean square where that is above 1.
@@ -68,20 +72,18 @@ class Line:
 
 @dataclass(frozen=True)
 class Prompt:
-    """ids: `[S]`, image tokens expanded. pixels: `[1, 3, h, w]` fp32, or None for a text-only prompt."""
+    """ids: `[S]`, image tokens expanded. pixels, thw: of its images as the processor gives them, None without any.
+    grids: (rows, columns) of their visual tokens."""
 
     ids: np.ndarray
     pixels: np.ndarray | None
+    thw: np.ndarray | None
+    grids: tuple[Grid, ...]
 
-
-@dataclass(frozen=True)
-class Plain:
-    """An unrouted run in transformers. hidden: `[L, S, D]`, each layer's input; logits: `[S, vocab]`, all positions."""
-
-    features: np.ndarray | None
-    hidden: np.ndarray
-    logits: np.ndarray
-    tokens: np.ndarray
+    @property
+    def given(self) -> dict[str, np.ndarray | None]:
+        """As the model's methods take it."""
+        return {"input_ids": self.ids[None], "pixel_values": self.pixels, "image_grid_thw": self.thw}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -109,8 +111,9 @@ def crosscheck(args: argparse.Namespace) -> list[Line]:
     if source.manifest is not None:
         raise RerouteError(f"{args.src} is a converted checkpoint: give the Hugging Face one, it is converted here")
     config = ModelConfig.from_hf(source.config)
-    schedule = _schedule(args, config)
-    prompts = _prompts(source, config, args.prompts)
+    tokenizer, processor = _companions(source, config)
+    schedule = _schedule(args, config, FAMILIES[config.family].typical_grid(config, processor))
+    prompts = _prompts(config, tokenizer, processor, args.prompts)
     expected = _in_torch(source, config, prompts, schedule, args.max_new_tokens)
     model = reroute_jax.load(args.src, dtype="float32")
     lines = []
@@ -147,32 +150,30 @@ def table(lines: Sequence[Line]) -> str:
 # --- Inputs -----------------------------------------------------------------------------------------------------------
 
 
-def _prompts(source: Source, config: ModelConfig, count: int) -> list[Prompt]:
-    """`count` rendered scenes with a referring question each, and a prompt without an image."""
+def _companions(source: Source, config: ModelConfig):
+    """Tokenizer and image processor of the checkpoint."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.folder)
-        processor = AutoImageProcessor.from_pretrained(source.folder, backend="pil")
+        return tokenizer, FAMILIES[config.family].image_processor(source.folder)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise RerouteError(
             f"{source.name} needs a tokenizer and an image processor beside its weights: {reason}"
         ) from None
-    grid = config.vision.grid
-
-    def ids(text: str, images: int) -> np.ndarray:
-        short = tokenizer(chat_prompt(text, images))["input_ids"]
-        return np.array(expand_image_tokens(short, config.image_token, grid[0] * grid[1]))
-
-    scenes = [
-        Prompt(
-            ids(rec(row["answer"][0], "full"), 1), processor(images=row["image"], return_tensors="np")["pixel_values"]
-        )
-        for row in refcoco_rows("test", count)
-    ]
-    return [*scenes, Prompt(ids(TEXT_ONLY, 0), None)]
 
 
-def _schedule(args: argparse.Namespace, config: ModelConfig) -> Schedule | None:
+def _prompts(config: ModelConfig, tokenizer, processor, count: int) -> list[Prompt]:
+    """`count` rendered scenes with a referring question each, and a prompt without an image."""
+    family, style, prompts = FAMILIES[config.family], REC_STYLE_OF_FAMILY[config.family], []
+    for row in refcoco_rows("test", count):
+        pixels, thw = family.preprocess([row["image"]], processor)
+        grids = tuple(family.image_grids(pixels, thw, config))
+        ids = family.prompt_ids(rec(row["answer"][0], style), grids, tokenizer, config)
+        prompts.append(Prompt(ids, pixels, thw, grids))
+    return [*prompts, Prompt(family.prompt_ids(TEXT_ONLY, (), tokenizer, config), None, None, ())]
+
+
+def _schedule(args: argparse.Namespace, config: ModelConfig, grid: Grid) -> Schedule | None:
     chosen = {name: value for name in SWITCHES if (value := getattr(args, name)) is not None}
     asked = [name for name in ("budget", "action") if getattr(args, name) is not None] + list(chosen)
     if args.preset is not None:
@@ -183,13 +184,14 @@ def _schedule(args: argparse.Namespace, config: ModelConfig) -> Schedule | None:
         if asked:
             raise RerouteError(f"--{asked[0].replace('_', '-')} belongs to a --method, name one")
         return None
-    grid = config.vision.grid
+    default = 128 if METHODS[args.method].has_budget and args.keep_ratio is None else None
     return plan(
         args.method,
         num_layers=config.num_layers,
         visual=grid[0] * grid[1],
         grid=grid,
-        budget=128 if args.budget is None else args.budget,
+        family=config.family,
+        budget=default if args.budget is None else args.budget,
         action=args.action or "reroute",
         **chosen,
     )
@@ -201,58 +203,43 @@ def _schedule(args: argparse.Namespace, config: ModelConfig) -> Schedule | None:
 def _in_torch(
     source: Source, config: ModelConfig, prompts: Sequence[Prompt], schedule: Schedule | None, max_new: int
 ) -> list[tuple[Plain, Reference | None]]:
-    import torch
-    from transformers import GenerationConfig, LlavaForConditionalGeneration
-
+    from convert.torch_plain import open_model, plain_run
     from convert.torch_reference import run
 
-    model = LlavaForConditionalGeneration.from_pretrained(source.folder, dtype=torch.float32).eval()
-    model.generation_config = GenerationConfig(
-        do_sample=False, max_new_tokens=max_new, eos_token_id=list(config.eos_tokens), pad_token_id=config.pad_token
-    )
-    results = []
+    model, results = open_model(source.folder, config, max_new), []
     for prompt in tqdm(prompts, desc="PyTorch", unit="prompt"):
         routed = None
         if schedule is not None:
-            prior = make_batch([prompt.ids], config, schedule).prompt.prior[:, 0]
+            row = Row(prompt.ids, prompt.grids)
             routed = run(
                 model,
                 prompt.ids,
                 prompt.pixels,
                 schedule,
-                prior=prior,
+                image_grid_thw=prompt.thw,
+                prior=make_batch([row], config, schedule).prompt.prior[:, 0],
                 max_new_tokens=max_new,
                 eos_tokens=config.eos_tokens,
+                repetition_penalty=config.repetition_penalty,
             )
-        results.append((_transformers(model, prompt), routed))
+        results.append((plain_run(model, prompt.ids, prompt.pixels, prompt.thw), routed))
     return results
-
-
-def _transformers(model, prompt: Prompt) -> Plain:
-    import torch
-
-    ids = torch.tensor(prompt.ids)[None]
-    image = {} if prompt.pixels is None else {"pixel_values": torch.tensor(prompt.pixels)}
-    with torch.no_grad():
-        out = model(input_ids=ids, output_hidden_states=True, **image)
-        tokens = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **image)
-        features = model.get_image_features(**image).pooler_output[0].numpy() if image else None
-    hidden = np.stack([state[0].numpy() for state in out.hidden_states[:-1]])
-    return Plain(features, hidden, out.logits[0].numpy(), tokens[0, ids.shape[1] :].numpy())
 
 
 # --- JAX, and the differences -----------------------------------------------------------------------------------------
 
 
-_encode = jax.jit(encode_images, static_argnames="merge")
+@compiled(static_argnames="merge")
+def _encode(module, pixels, arrays, merge):
+    return FAMILIES[module.config.family].encode_images(module, pixels, arrays, merge)[0]
 
 
-@jax.jit
+@compiled()
 def _layer(layer, x, rope, mask):
     return layer.prefill(x, rope, mask)[0]
 
 
-@jax.jit
+@compiled()
 def _all_logits(decoder, x, rope, mask):
     return decoder.logits(forward(decoder, x, rope, mask))
 
@@ -260,20 +247,20 @@ def _all_logits(decoder, x, rope, mask):
 def _compare_plain(model: Model, prompt: Prompt, expected: Plain, max_new: int) -> Iterator[Line]:
     decoder = model.module.decoder
     if prompt.pixels is not None:
-        features, _ = _encode(model.module, jnp.asarray(prompt.pixels), None)
-        yield difference("image features", features, expected.features, FEATURES)
+        yield difference("image features", _features(model, prompt, None), expected.features, FEATURES)
     text = prompt.ids != model.config.image_token
     embeds = decoder.embed(jnp.asarray(prompt.ids[text])[None])[0]
     yield difference("text embeddings", embeds, expected.hidden[0][text], 0)
     length = len(prompt.ids)
-    rope = rope_tables(jnp.arange(length)[None], decoder.config)
+    positions, _ = model.family.positions(prompt.ids, prompt.grids, model.config)
+    rope = rope_tables(jnp.asarray(positions)[..., None, :], decoder.config)
     mask = jnp.tril(jnp.ones((1, length, length), bool))
     for number, (x, after) in enumerate(zip(expected.hidden[:-1], expected.hidden[1:], strict=True)):
         output = _layer(decoder.layers[number], jnp.asarray(x)[None], rope, mask)[0]
         yield difference(f"layer {number} on the same input", output, after, LAYER)
     logits = _all_logits(decoder, jnp.asarray(expected.hidden[0])[None], rope, mask)[0]
     yield difference("logits, all positions", logits, expected.logits, LOGITS)
-    result = model.prefill(input_ids=prompt.ids[None], pixel_values=prompt.pixels)
+    result = model.prefill(**prompt.given)
     yield difference("logits, last position", result.logits, expected.logits[-1:], LOGITS)
     yield _tokens("greedy tokens", model, prompt, None, expected.tokens, max_new)
 
@@ -282,22 +269,33 @@ def _compare_routed(
     model: Model, prompt: Prompt, expected: Reference, schedule: Schedule, max_new: int
 ) -> Iterator[Line]:
     prefix = f"{schedule.label}: "
-    result = model.prefill(input_ids=prompt.ids[None], pixel_values=prompt.pixels, schedule=schedule, trace=True)
+    result = model.prefill(**prompt.given, schedule=schedule, trace=True)
     if prompt.pixels is not None and schedule.merge is not None:
-        features, _ = _encode(model.module, jnp.asarray(prompt.pixels), schedule.merge)
+        features = _features(model, prompt, schedule.merge)
         yield difference(prefix + "merged image features", features, expected.features, FEATURES)
     if expected.anchors is not None:
         yield unequal(prefix + "anchors", result.trace.anchors[0], expected.anchors)
     for number, decision in enumerate(expected.decisions):
         where = f"{prefix}layer {decision.layer}: "
         yield unequal(where + "selected", result.trace.selected[number][0], decision.selected)
-        scores, wanted = result.trace.scores[number][0], np.isfinite(decision.scores)
-        yield unequal(where + "candidates", np.flatnonzero(np.isfinite(scores)), np.flatnonzero(wanted))
+        # Slots behind the image's tokens pad it to a bucket.
+        scores, wanted = result.trace.scores[number][0], np.flatnonzero(np.isfinite(decision.scores))
+        yield unequal(where + "candidates", np.flatnonzero(np.isfinite(scores)), wanted)
         yield difference(where + "scores", scores[None, wanted], decision.scores[None, wanted], SCORES)
     lengths = np.array([len(ran) for ran in expected.ran])
     yield Line(prefix + "keys cached per layer", int((result.trace.kv_tokens[0] != lengths).sum()), of=len(lengths))
     yield difference(prefix + "logits, last position", result.logits, expected.logits[None], LOGITS)
     yield _tokens(prefix + "greedy tokens", model, prompt, schedule, np.array(expected.tokens), max_new)
+
+
+def _features(model: Model, prompt: Prompt, merge: NuwaMerge | PoolMerge | None) -> np.ndarray:
+    """[n, D] of all images, without the padding behind each."""
+    family, sizes = model.family, [rows * cols for rows, cols in prompt.grids]
+    arrays = merge_arrays(merge, prompt.grids, len(sizes), family.token_bucket(max(sizes)))
+    packed = family.pack(prompt.pixels, prompt.grids, model.config, len(sizes))
+    left = sizes if merge is None else arrays.keep
+    found = _encode(model.module, packed, arrays, merge)
+    return np.concatenate([one[:count] for one, count in zip(found, left, strict=True)])
 
 
 def difference(quantity: str, found, expected: np.ndarray, allowed: float) -> Line:
@@ -318,11 +316,11 @@ def _tokens(
 ) -> Line:
     """`expected` ends with a stop token or after `max_new` tokens."""
     found = model.generate_ids(
-        input_ids=prompt.ids[None],
-        pixel_values=prompt.pixels,
+        **prompt.given,
         schedule=schedule,
         max_new_tokens=max_new,
         eos_token_id=model.config.eos_tokens,
+        repetition_penalty=model.config.repetition_penalty,
     )[0]
     padded = np.pad(expected, (0, max_new - len(expected)), constant_values=model.config.pad_token)
     return Line(quantity, int((found != padded).sum()), of=max_new)
@@ -334,8 +332,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--method", choices=tuple(METHODS), help="compare a routed run as well")
     parser.add_argument("--budget", type=budget, help="192, 128, 64 or a share such as 0.15 or 1/9 (default: 128)")
     parser.add_argument("--action", choices=ACTIONS, help="default: reroute")
-    for name, (choices, text) in SWITCHES.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", choices=choices, help=text)
+    for name, how in SWITCHES.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", default=None, **how)
     parser.add_argument("--preset", help="a released configuration by its name, instead of method, action and budget")
     parser.add_argument("--prompts", type=positive, default=2, help="rendered scenes to ask about (default: 2)")
     parser.add_argument("--max-new-tokens", type=positive, default=32, help="length of an answer (default: 32)")

@@ -9,7 +9,7 @@ import jax
 
 # XLA's CPU backend multiplies bf16 by way of fp32 copies of the weights. Its default scheduler makes all copies before
 # the first product, and invariant code motion moves those of a decode step out of the loop: 26 GB for a 7B model
-# instead of 0.5. The scheduler is also the faster one here in fp32 (README, "Limits").
+# instead of 0.5. It is also the faster one in fp32: 640 tokens, hidden 1024, 16 layers in 1.32 s, not 1.53 (2 cores).
 _CPU_OPTIONS = {
     "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
     "xla_disable_hlo_passes": "while-loop-invariant-code-motion",

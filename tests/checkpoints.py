@@ -23,7 +23,7 @@ def pair(kv_heads: int) -> tuple[LlavaForConditionalGeneration, Model]:
 
 @cache
 def qwen_pair(tied: bool = False) -> tuple[Qwen2_5_VLForConditionalGeneration, Model]:
-    """GQA with 2 KV heads of 4, 8 decoder layers. With a tied head it is in transformers 5's spelling, else the hub's."""
+    """GQA with 2 KV heads of 4, 8 decoder layers; with a tied head in transformers 5's spelling, else the hub's."""
     spelling = "v5" if tied else "hub"
     folder = tiny_qwen.tiny_qwen(Path(mkdtemp()) / spelling, spelling=spelling, tied=tied, seed=5)
     return tiny_qwen.load_torch(folder), reroute_jax.load(folder, "float32")

@@ -10,7 +10,7 @@ from reroute_jax.errors import RerouteError
 from reroute_jax.positions import rope_tables
 from reroute_jax.routing.merge import merge_arrays
 from tests.checkpoints import qwen_pair
-from tests.tiny_qwen import IM_END, IMAGE, random_ids, random_patches
+from tests.tiny_qwen import IM_END, IMAGE, VIDEO, random_ids, random_patches
 
 LENGTH = 340
 # No side but one is a multiple of the window, 4 x 4, and no image is square.
@@ -138,7 +138,7 @@ IDS = random_ids(80, GRIDS[:1])
         (lambda given: given.update(image_grid_thw=None), "image_grid_thw"),
         (lambda given: given.update(input_ids=random_ids(80)[None]), "1 images and the prompts have places for 0"),
         (lambda given: given.update(pixel_values=given["pixel_values"][:-4]), "pixel_values"),
-        (lambda given: given.update(input_ids=np.where(IDS == IMAGE, IMAGE + 1, IDS)[None]), "video"),
+        (lambda given: given.update(input_ids=np.append(IDS, VIDEO)[None]), "video"),
     ],
     ids=["grid-and-prompt", "frames", "no-grid", "no-place", "pixels-and-grid", "video-token"],
 )

@@ -201,7 +201,8 @@ def strengthen(model: PreTrainedModel, rng: np.random.Generator) -> None:
         elif name.endswith("bias"):
             value *= 0.3
         elif "embed" in name and "patch" not in name:
-            value *= 0.5
+            # A strong embedding that is also the head would make every token repeat itself.
+            value *= 0.1 if model.config.tie_word_embeddings else 0.5
         else:
             value *= _gain(name) / np.sqrt(value[0].size)
         with torch.no_grad():

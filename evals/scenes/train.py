@@ -10,7 +10,8 @@ Phases, each resumable, each ending in a saved state. LLaVA, from scratch:
 Qwen2.5-VL, its tower from scratch, its decoder from the shipped scenes-llava (see warm.py):
 
     vision   tower on dense targets
-    joint    all but the tower's blocks; from 30% of the steps on with more yes/no questions -> checkpoint scenes-qwen
+    places   all but the tower's blocks, with rotary angles so large that rows and columns are learned soon
+    joint    the same with the final rotary angles, under which words find objects more easily -> checkpoint scenes-qwen
 
 Which scenes a step sees depends on its number alone, so an interrupted run ends where an undisturbed one does.
 """
@@ -23,7 +24,7 @@ import multiprocessing
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -50,23 +51,37 @@ from reroute_jax.models.qwen2_5_vl import QwenVL
 from reroute_jax.params import named_parameters, with_parameters
 
 SEED = 0
-STEPS = {"llava": (1400, 3900), "qwen2_5_vl": (1000, 1800)}  # of the vision phase and of those behind it
+STEPS = {"llava": (1400, 3900), "qwen2_5_vl": (1000, 1600)}  # vision, and what ends in a checkpoint
 WARM_START = Path(__file__).parent / "checkpoints" / "scenes-llava"
 SAVE_EVERY = 250
 VALIDATION_SCENES = 64
 # Learning rates after the vision phase, relative to the rest: LLaVA's tower, projector and dense heads; the merger.
 STILL, MERGER_RATE = 0.08, 0.3
-EARLY_MIX = TRAINING_QUESTIONS
-LATE_MIX = {"attribute": 2, "place": 2, "relation": 2, "yesno": 8, "colour": 1, "count": 1}
+# Questions of each kind a scene is packed with. Boxes are learned first; yes/no takes longest.
+YESNO_MIX = {"attribute": 2, "place": 2, "relation": 2, "yesno": 8, "colour": 1, "count": 1}
+EVEN_MIX = {"attribute": 4, "place": 2, "relation": 3, "yesno": 4, "colour": 3, "count": 1}
+LAST_MIX = {"attribute": 3, "place": 2, "relation": 2, "yesno": 6, "colour": 2, "count": 1}
+# By family and phase: mix, share of the phase's schedule after which it changes, mix from there on.
+MIXES = {
+    ("llava", "joint"): (TRAINING_QUESTIONS, 0.45, YESNO_MIX),
+    ("llava", "plain"): (TRAINING_QUESTIONS, 0.45, YESNO_MIX),
+    ("llava", "bypass"): (TRAINING_QUESTIONS, 0.45, YESNO_MIX),
+    ("qwen2_5_vl", "places"): (TRAINING_QUESTIONS, 0.3, YESNO_MIX),
+    ("qwen2_5_vl", "joint"): (EVEN_MIX, 0.35, LAST_MIX),
+}
+# Steps of the phase `places`, and of the learning rate schedule that it follows to there.
+PLACES_STEPS, PLACES_SCHEDULE = 1250, 1800
+PLACES_THETA = 50.0
 DENSE_SHARE, POINTER_SHARE, PLACE_SHARE = 0.4, 0.25, 0.4
-LATE_FROM = {"llava": 0.45, "qwen2_5_vl": 0.3}  # share of the joint steps; more yes/no questions from there on
 BYPASS_SHARE = 0.65  # of the rows of a bypass step; segments of 1 to 3 layers keep 15 to 90% of the visual tokens
 
 
 @dataclass(frozen=True)
 class Phase:
     """Steps [start, stop) on `rows` scenes each; starts from the end of phase `after`. `total`: steps of its learning
-    rate schedule. branches: whether the optimiser goes on where `after` left it. checkpoint: what it ends in."""
+    rate schedule. branches: whether the optimiser goes on where `after` left it. checkpoint: what it ends in.
+    rope_theta: base of the decoder's rotary positions, None for the configuration's own.
+    """
 
     family: str
     name: str
@@ -77,6 +92,7 @@ class Phase:
     rows: int
     branches: bool = False
     checkpoint: str | None = None
+    rope_theta: float | None = None
 
     @property
     def kind(self) -> tuple[str, str]:
@@ -87,7 +103,8 @@ def phases(family: str, vision_steps: int, joint_steps: int) -> tuple[Phase, ...
     if family == "qwen2_5_vl":
         return (
             Phase(family, "vision", None, 0, vision_steps, vision_steps, 16),
-            Phase(family, "joint", "vision", 0, joint_steps, joint_steps, 8, checkpoint="scenes-qwen"),
+            Phase(family, "places", "vision", 0, PLACES_STEPS, PLACES_SCHEDULE, 8, rope_theta=PLACES_THETA),
+            Phase(family, "joint", "places", 0, joint_steps, joint_steps, 8, checkpoint="scenes-qwen"),
         )
     branch, last = joint_steps * 2 // 3, {"total": joint_steps, "rows": 8, "branches": True}
     return (
@@ -99,8 +116,10 @@ def phases(family: str, vision_steps: int, joint_steps: int) -> tuple[Phase, ...
 
 
 class Trainee(nnx.Module):
-    def __init__(self, family: str, *, rngs: nnx.Rngs):
+    def __init__(self, family: str, rope_theta: float | None = None, *, rngs: nnx.Rngs):
         config = model_config(family)
+        if rope_theta is not None:
+            config = replace(config, decoder=replace(config.decoder, rope_theta=rope_theta))
         model = {"llava": Llava, "qwen2_5_vl": QwenVL}[family]
         self.model = model(config, rngs=rngs, dtype=jnp.float32)
         self.heads = AuxiliaryHeads(family, config.vision.hidden_size, config.decoder.hidden_size, rngs=rngs)
@@ -198,8 +217,10 @@ def random_bypass(step: int, layers: int, rows: int, patches: int) -> np.ndarray
 
 
 def mix(phase: Phase, step: int) -> dict[str, int]:
-    """Questions of each kind a scene is packed with. Boxes are learned first; yes/no takes longest."""
-    return EARLY_MIX if phase.name == "vision" or step < LATE_FROM[phase.family] * phase.total else LATE_MIX
+    if phase.name == "vision":
+        return TRAINING_QUESTIONS
+    first, share, later = MIXES[phase.family, phase.name]
+    return first if step < share * phase.total else later
 
 
 def batches(phase: Phase, first: int) -> Iterator[tuple[int, Packed]]:
@@ -237,7 +258,7 @@ def _iou(a: np.ndarray, b: np.ndarray) -> float:
 
 def run_phase(phase: Phase, out: Path) -> dict:
     """Train one phase, resuming from its last saved step; returns the final parameters."""
-    trainee = Trainee(phase.family, rngs=nnx.Rngs(SEED))
+    trainee = Trainee(phase.family, phase.rope_theta, rngs=nnx.Rngs(SEED))
     config, patches = model_config(phase.family), IMAGE_SLOTS[phase.family]
     soft = jnp.asarray(soft_labels(phase.family))
     solver = optimiser(phase)
@@ -270,7 +291,7 @@ def run_phase(phase: Phase, out: Path) -> dict:
         return {"params": optax.apply_updates(state["params"], updates), "solver": solved}, logs
 
     evaluate = jax.jit(loss)
-    validation = pack("val", 0, VALIDATION_SCENES, EARLY_MIX, phase.family)
+    validation = pack("val", 0, VALIDATION_SCENES, TRAINING_QUESTIONS, phase.family)
     nothing, none_validation = (
         np.zeros((config.num_layers, rows, patches), bool) for rows in (phase.rows, VALIDATION_SCENES)
     )

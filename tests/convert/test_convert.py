@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from benchmarks import random_checkpoint
-from benchmarks.random_checkpoint import SHAPES
+from benchmarks.checkpoint_shapes import SHAPES
 from convert import __main__ as cli
 from convert.checkpoint import FLOATS, _converted, load_params, save_hf
 from convert.families import abstract_params, table_of
@@ -118,10 +118,10 @@ def test_every_spelling_and_a_tied_head_load_what_torch_loads(tmp_path, spelling
 def test_values_against_torch(hf, torch_model):
     params, state = load(hf), torch_model.state_dict()
     layer = "model.language_model.layers.3."
-    heads, dim = SHAPE.kv_heads, SHAPE.width // SHAPE.heads
-    key = state[layer + "self_attn.k_proj.weight"].numpy().reshape(heads, dim, SHAPE.width)
+    width, heads, dim = SHAPE.decoder.width, SHAPE.decoder.kv_heads, SHAPE.decoder.width // SHAPE.decoder.heads
+    key = state[layer + "self_attn.k_proj.weight"].numpy().reshape(heads, dim, width)
     np.testing.assert_array_equal(params["decoder.layers.3.attn.k.kernel"], np.einsum("nhd->dnh", key))
-    output = state[layer + "self_attn.o_proj.weight"].numpy().reshape(SHAPE.width, SHAPE.heads, dim)
+    output = state[layer + "self_attn.o_proj.weight"].numpy().reshape(width, SHAPE.decoder.heads, dim)
     np.testing.assert_array_equal(params["decoder.layers.3.attn.o.kernel"], np.einsum("dnh->nhd", output))
     np.testing.assert_array_equal(params["decoder.head.kernel"], state["lm_head.weight"].numpy().T)
     patch = state["model.vision_tower.embeddings.patch_embedding.weight"].numpy()

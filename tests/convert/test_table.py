@@ -6,12 +6,14 @@ import re
 import numpy as np
 import pytest
 
-from benchmarks.random_checkpoint import SHAPES, hf_config
+from benchmarks.checkpoint_shapes import SHAPES
 from convert import llava
 from convert.families import abstract_params
 from convert.table import (
     CONV,
     COPY,
+    FUSED_HEADS,
+    FUSED_HEADS_BIAS,
     HEADS_BIAS,
     LINEAR,
     MERGE_HEADS,
@@ -22,12 +24,13 @@ from convert.table import (
     hf_key,
     hf_shapes,
     match,
+    patches,
     to_hf,
 )
 from reroute_jax.config import ModelConfig
 from reroute_jax.errors import RerouteError
 
-CONFIG = ModelConfig.from_hf(hf_config(SHAPES["llava-tiny-gqa"], "float32"))
+CONFIG = ModelConfig.from_hf(SHAPES["llava-tiny-gqa"].config("float32"))
 TARGET = {path: value.shape for path, value in abstract_params(CONFIG).items()}
 TABLE = llava.table(CONFIG)
 HUB = hf_shapes(TABLE, TARGET)
@@ -65,6 +68,9 @@ def as_in_memory(key):
         (MERGE_HEADS, (3, 4, 2)),
         (HEADS_BIAS, (3, 4)),
         (CONV, (5, 4, 3, 2)),
+        (FUSED_HEADS, (2, 3, 5, 4)),
+        (FUSED_HEADS_BIAS, (3, 5, 4)),
+        (patches(2, 4), (3 * 2 * 4 * 4, 5)),
     ],
     ids=lambda value: getattr(value, "name", None),
 )
@@ -88,6 +94,21 @@ def test_ops_place_every_element():
     converted = CONV.to_jax(image_filter, (4, 5, 3, 2))
     for o, i, y, x in np.ndindex(2, 3, 4, 5):
         assert converted[y, x, i, o] == image_filter[o, i, y, x]
+
+
+def test_fused_ops_place_every_element():
+    width, heads, dim = 2, 5, 4
+    weight = numbered(3 * heads * dim, width)
+    fused = FUSED_HEADS.to_jax(weight, (width, 3, heads, dim))
+    bias = FUSED_HEADS_BIAS.to_jax(weight[:, 1], (3, heads, dim))
+    for d, which, n, h in np.ndindex(width, 3, heads, dim):
+        row = which * heads * dim + n * dim + h
+        assert fused[d, which, n, h] == weight[row, d] and bias[which, n, h] == weight[row, 1]
+    time, side = 2, 4
+    filters = numbered(5, 3, time, side, side)
+    kernel = patches(time, side).to_jax(filters, (3 * time * side * side, 5))
+    for o, c, t, y, x in np.ndindex(5, 3, time, side, side):
+        assert kernel[((c * time + t) * side + y) * side + x, o] == filters[o, c, t, y, x]
 
 
 def test_match_keeps_the_order_of_the_source():

@@ -73,7 +73,7 @@ def test_default_command_reports_both_runs(capsys: pytest.CaptureFixture, tmp_pa
         "normalized",
         2,
     )
-    assert (settings["max_new_tokens"], settings["seed"], settings["model"]) == (16, 0, "scenes-llava")
+    assert (settings["max_new_tokens"], settings["seed"], settings["model"]) == (64, 0, "scenes-llava")
 
 
 def test_metrics_are_the_means_of_the_lines(tmp_path: Path) -> None:

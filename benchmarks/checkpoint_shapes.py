@@ -1,0 +1,191 @@
+"""The shapes that random checkpoints are written in: for each its config.json, image processor and special tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast, Qwen2VLImageProcessorPil
+
+
+@dataclass(frozen=True)
+class DecoderShape:
+    """The sizes of a decoder, which both families name alike."""
+
+    vocab: int
+    width: int
+    mlp: int
+    layers: int
+    heads: int
+    kv_heads: int
+
+    def config(self) -> dict:
+        return {
+            "vocab_size": self.vocab,
+            "hidden_size": self.width,
+            "intermediate_size": self.mlp,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+        }
+
+
+@dataclass(frozen=True)
+class LlavaShape:
+    """The sizes that set the parameter shapes of one LLaVA-1.5."""
+
+    decoder: DecoderShape
+    vision_width: int
+    vision_mlp: int
+    vision_layers: int
+    vision_heads: int
+    image: int
+    patch: int = 14
+
+    @property
+    def image_token(self) -> int:
+        """<image> and <pad> are at the start of the last 64 ids."""
+        return self.decoder.vocab - 64
+
+    def config(self, dtype: str) -> dict:
+        """config.json as the hub's."""
+        return {
+            "architectures": ["LlavaForConditionalGeneration"],
+            "model_type": "llava",
+            "dtype": dtype,
+            "image_token_index": self.image_token,
+            "pad_token_id": self.image_token + 1,
+            "image_seq_length": (self.image // self.patch) ** 2,
+            "projector_hidden_act": "gelu",
+            "tie_word_embeddings": False,
+            "vision_feature_layer": -2,
+            "vision_feature_select_strategy": "default",
+            "text_config": {
+                "model_type": "llama",
+                **self.decoder.config(),
+                "max_position_embeddings": 4096,
+                "rms_norm_eps": 1e-5,
+            },
+            "vision_config": {
+                "model_type": "clip_vision_model",
+                "hidden_size": self.vision_width,
+                "intermediate_size": self.vision_mlp,
+                "num_hidden_layers": self.vision_layers,
+                "num_attention_heads": self.vision_heads,
+                "image_size": self.image,
+                "patch_size": self.patch,
+                "projection_dim": self.vision_width,
+            },
+        }
+
+    def save_companions(self, folder: Path) -> None:
+        """Tokenizer and image processor files."""
+        special = {0: "<unk>", 1: "<s>", 2: "</s>", self.image_token: "<image>", self.image_token + 1: "<pad>"}
+        names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+        LlavaProcessor(
+            image_processor=CLIPImageProcessorPil(
+                size={"shortest_edge": self.image}, crop_size={"height": self.image, "width": self.image}
+            ),
+            tokenizer=_byte_tokenizer(self.decoder.vocab, special, {"image_token": "<image>"}, **names),
+            patch_size=self.patch,
+            vision_feature_select_strategy="default",
+            num_additional_image_tokens=1,
+        ).save_pretrained(folder)
+
+
+@dataclass(frozen=True)
+class QwenShape:
+    """The sizes that set the parameter shapes of one Qwen2.5-VL. first_special: id of <|endoftext|>; limits: fewest and
+    most visual tokens of an image."""
+
+    decoder: DecoderShape
+    vision_width: int
+    vision_mlp: int
+    vision_layers: int
+    vision_heads: int
+    full_attention: tuple[int, ...]
+    sections: tuple[int, int, int]
+    tied: bool
+    first_special: int
+    limits: tuple[int, int] = (4, 16384)
+
+    @property
+    def special(self) -> dict[int, str]:
+        """Names at the hub's distances."""
+        names = {0: "endoftext", 1: "im_start", 2: "im_end", 9: "vision_start", 10: "vision_end", 12: "image_pad"}
+        return {self.first_special + at: f"<|{name}|>" for at, name in {**names, 13: "video_pad"}.items()}
+
+    def config(self, dtype: str) -> dict:
+        """config.json as the hub's: flat, with `rope_scaling`."""
+        return {
+            "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+            "model_type": "qwen2_5_vl",
+            "torch_dtype": dtype,
+            **self.decoder.config(),
+            "hidden_act": "silu",
+            "max_position_embeddings": 128000,
+            "rms_norm_eps": 1e-6,
+            "rope_theta": 1000000.0,
+            "rope_scaling": {"type": "mrope", "mrope_section": list(self.sections)},
+            "use_sliding_window": False,
+            "tie_word_embeddings": self.tied,
+            "bos_token_id": self.first_special,
+            "eos_token_id": self.first_special + 2,
+            "vision_start_token_id": self.first_special + 9,
+            "vision_end_token_id": self.first_special + 10,
+            "image_token_id": self.first_special + 12,
+            "video_token_id": self.first_special + 13,
+            "vision_config": {
+                "depth": self.vision_layers,
+                "hidden_act": "silu",
+                "hidden_size": self.vision_width,
+                "intermediate_size": self.vision_mlp,
+                "num_heads": self.vision_heads,
+                "in_chans": 3,
+                "out_hidden_size": self.decoder.width,
+                "patch_size": 14,
+                "spatial_merge_size": 2,
+                "temporal_patch_size": 2,
+                "tokens_per_second": 2,
+                "window_size": 112,
+                "fullatt_block_indexes": list(self.full_attention),
+            },
+        }
+
+    def save_companions(self, folder: Path) -> None:
+        """Tokenizer and image processor files."""
+        extra = {name.strip("<|>"): name for name in self.special.values()}
+        names = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+        _byte_tokenizer(self.decoder.vocab, self.special, extra, **names).save_pretrained(folder)
+        fewest, most = (tokens * 28**2 for tokens in self.limits)
+        Qwen2VLImageProcessorPil(min_pixels=fewest, max_pixels=most).save_pretrained(folder)
+
+
+_CLIP_L = (1024, 4096, 24, 16, 336)
+_QWEN_TOWER = (1280, 3420, 32, 16, (7, 15, 23, 31), (16, 24, 24))
+
+SHAPES: dict[str, LlavaShape | QwenShape] = {
+    "llava-1.5-7b": LlavaShape(DecoderShape(32064, 4096, 11008, 32, 32, 32), *_CLIP_L),
+    "llava-1.5-13b": LlavaShape(DecoderShape(32064, 5120, 13824, 40, 40, 40), *_CLIP_L),
+    "llava-small": LlavaShape(DecoderShape(2048, 512, 1376, 12, 8, 8), 256, 1024, 6, 4, 112),
+    "llava-tiny": LlavaShape(DecoderShape(384, 32, 48, 4, 4, 4), 24, 40, 3, 2, 56),
+    "llava-tiny-gqa": LlavaShape(DecoderShape(384, 32, 48, 4, 4, 2), 24, 40, 3, 2, 56),
+    "qwen2.5-vl-3b": QwenShape(DecoderShape(151936, 2048, 11008, 36, 16, 2), *_QWEN_TOWER, True, 151643),
+    "qwen2.5-vl-7b": QwenShape(DecoderShape(152064, 3584, 18944, 28, 28, 4), *_QWEN_TOWER, False, 151643),
+    "qwen-tiny": QwenShape(
+        DecoderShape(384, 32, 48, 4, 4, 2), 24, 40, 4, 2, (1, 3), (1, 2, 1), False, 320, limits=(4, 64)
+    ),
+}
+
+
+def _byte_tokenizer(
+    vocab: int, special: dict[int, str], extra: dict[str, str], **tokens: str
+) -> PreTrainedTokenizerFast:
+    """Bytes as tokens. Every id of the model has a name, so that random output can be decoded."""
+    free = iter([*sorted(pre_tokenizers.ByteLevel.alphabet()), *(f"<extra_{i}>" for i in range(vocab))])
+    names = [special[i] if i in special else next(free) for i in range(vocab)]
+    core = Tokenizer(models.BPE(vocab={name: i for i, name in enumerate(names)}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=core, extra_special_tokens=extra, **tokens)
