@@ -35,9 +35,7 @@ def load(path: str | Path, dtype: str | None = None, mrope_compat: str | None = 
     if mrope_compat is not None:
         one_of("mrope_compat", mrope_compat, COMPATS)
         if not config.decoder.rope_sections:
-            raise RerouteError(
-                f"mrope_compat={mrope_compat!r} is for M-RoPE, which {config.family} lacks"
-            )
+            raise RerouteError(f"mrope_compat={mrope_compat!r} is for M-RoPE, which {config.family} lacks")
         config = replace(config, mrope_compat=mrope_compat)
     params = load_params(source, abstract_params(config), table_of(config), dtype)
     build = FAMILIES[config.family].model
