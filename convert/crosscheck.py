@@ -112,7 +112,7 @@ def crosscheck(args: argparse.Namespace) -> list[Line]:
         raise RerouteError(f"{args.src} is a converted checkpoint: give the Hugging Face one, it is converted here")
     config = ModelConfig.from_hf(source.config)
     tokenizer, processor = _companions(source, config)
-    schedule = _schedule(args, config, FAMILIES[config.family].typical_grid(config, processor))
+    schedule = _schedule(args, config, FAMILIES[config.family].typical_grid(config, lambda: processor))
     prompts = _prompts(config, tokenizer, processor, args.prompts)
     expected = _in_torch(source, config, prompts, schedule, args.max_new_tokens)
     model = reroute_jax.load(args.src, dtype="float32")
@@ -165,7 +165,7 @@ def _companions(source: Source, config: ModelConfig):
 def _prompts(config: ModelConfig, tokenizer, processor, count: int) -> list[Prompt]:
     """`count` rendered scenes with a referring question each, and a prompt without an image."""
     family, style, prompts = FAMILIES[config.family], REC_STYLE_OF_FAMILY[config.family], []
-    for row in refcoco_rows("test", count):
+    for row in refcoco_rows("test", count, family=config.family):
         pixels, thw = family.preprocess([row["image"]], processor)
         grids = tuple(family.image_grids(pixels, thw, config))
         ids = family.prompt_ids(rec(row["answer"][0], style), grids, tokenizer, config)

@@ -31,10 +31,9 @@ ROUTES = {
     "nuwa-flat": {"method": "nuwa", "action": "reroute", "variant": "flat"},
     "nuwa-pyramid": {"method": "nuwa", "action": "reroute", "variant": "pyramid"},
     "nuwa-0.25-delete": {"method": "nuwa", "action": "delete", "keep_ratio": 0.25},
-    "nuwa-0.25-reroute": {"method": "nuwa", "action": "reroute", "keep_ratio": 0.25},
     "nuwa-0.5-delete": {"method": "nuwa", "action": "delete", "keep_ratio": 0.5},
     "nuwa-0.75-delete": {"method": "nuwa", "action": "delete", "keep_ratio": 0.75},
-    "nuwa-0.75-reroute": {"method": "nuwa", "action": "reroute", "keep_ratio": 0.75},
+    "nuwa-0.5-reroute": {"method": "nuwa", "action": "reroute", "keep_ratio": 0.5},
     "nuwa-window-order": {"method": "nuwa", "action": "delete", "keep_ratio": 0.25, "qwen_sim_order": "window"},
     "nuwa-bidirectional": {"method": "nuwa", "action": "delete", "keep_ratio": 0.5, "qwen_layer14_causal": False},
     "nuwa-first-image": {"method": "nuwa", "action": "delete", "keep_ratio": 0.5, "first_image_only": True},
@@ -49,6 +48,9 @@ EDGES = {
     "last-layer": Schedule.from_decisions((2, 7), (9, 4), 8, "delete"),
     "keep-all": Schedule.from_decisions((2, 4), (1.0, 1.0), 8, "reroute"),
 }
+# Generation compiles twice more; routes that differ in scores only are left out of it.
+GENERATED = {"fastv-delete", "pdrop-reroute", "pdrop-renumber", "pdrop-first-image", "nuwa-delete", "nuwa-0.5-reroute"}
+GENERATED |= {"random-reroute", "pool", "layer-0"}
 
 # A row with one image, one with two, one with a small one, one without.
 GRIDS = (((7, 5),), ((5, 6), (9, 3)), ((3, 4),), ())
@@ -100,18 +102,19 @@ def test_equals_the_reference(name):
     schedule, rows = schedule_of(name), range(len(ROWS))
     given = batch(rows)
     result = model.prefill(**given, schedule=schedule, trace=True)
-    tokens = model.generate_ids(**given, schedule=schedule, max_new_tokens=NEW)
     for row in rows:
-        check(result, tokens, row, expected(name, row), row)
+        check(result, row, expected(name, row), row)
+    if name in GENERATED:
+        tokens = model.generate_ids(**given, schedule=schedule, max_new_tokens=NEW)
+        np.testing.assert_array_equal(tokens, [expected(name, row).tokens for row in rows])
 
 
-def check(result, tokens, row, wanted, source):
+def check(result, row, wanted, source):
     np.testing.assert_allclose(result.logits[row], wanted.logits, atol=1e-4)
     np.testing.assert_array_equal(result.trace.kv_tokens[row], [len(ran) for ran in wanted.ran])
-    np.testing.assert_array_equal(tokens[row], wanted.tokens)
-    if result.trace.anchors is not None:
+    if wanted.anchors is not None:
         found = result.trace.anchors[row]
-        np.testing.assert_array_equal(found[found >= 0], [] if wanted.anchors is None else wanted.anchors)
+        np.testing.assert_array_equal(found[found >= 0], wanted.anchors)
     count = sum(rows * cols for rows, cols in GRIDS[source])
     assert len(wanted.decisions) == (len(result.trace.selected) if count else 0)
     for number, selected in enumerate(result.trace.selected):
@@ -123,15 +126,12 @@ def check(result, tokens, row, wanted, source):
             np.testing.assert_allclose(scores[:count], decision.scores, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["pdrop-reroute", "nuwa-0.5-delete", "random-reroute"])
-@pytest.mark.parametrize("row", [0, 1, 2])
+@pytest.mark.parametrize(("name", "row"), [("pdrop-reroute", 0), ("nuwa-0.5-delete", 1), ("random-reroute", 2)])
 def test_a_row_alone_in_its_own_bucket(name, row):
     """Other shapes are compiled than in the batch; nothing may depend on them."""
     _, model = qwen_pair()
-    given = batch([row])
-    result = model.prefill(**given, schedule=schedule_of(name), trace=True)
-    tokens = model.generate_ids(**given, schedule=schedule_of(name), max_new_tokens=NEW)
-    check(result, tokens, 0, expected(name, row), row)
+    result = model.prefill(**batch([row]), schedule=schedule_of(name), trace=True)
+    check(result, 0, expected(name, row), row)
 
 
 def test_the_defects_of_the_release_change_the_answer():

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
@@ -31,6 +32,7 @@ from reroute_jax.vision.clip import ClipTower
 POINTER_LAYERS = (5, 8)  # decoder layers whose output carries the pointer objective
 PLACE_LAYER, CORNER_LAYER = 1, 3  # Qwen2.5-VL: of the row and column of a token, and of the box of its object
 REACH = 2 * RADII["big"][1] + 1  # pixels from a point of an object to its sides, 0 included
+KINDS = (len(SHAPES), len(COLOURS), len(SIZES))
 CELLS = max(max(grid) for grid in GRIDS)  # rows, and columns, of the largest images
 ATTENTION_SHARE = 0.3
 
@@ -41,10 +43,10 @@ class AuxiliaryHeads(nnx.Module):
         self.object = Linear(decoder, 1, ("embed", "mlp"), **keep)
         self.corners = Linear(decoder, 4 * decoder, ("embed", "mlp"), **keep)
         if family == "llava":
-            kinds = len(SHAPES) + len(COLOURS) + len(SIZES)
-            self.presence = Linear(vision, kinds, ("embed", "mlp"), **keep)
+            self.presence = Linear(vision, sum(KINDS), ("embed", "mlp"), **keep)
         else:
             self.reach = Linear(decoder, 4 * REACH, ("embed", "mlp"), **keep)
+            self.kinds = Linear(decoder, sum(KINDS), ("embed", "mlp"), **keep)
             self.place = Linear(decoder, 2 * CELLS, ("embed", "mlp"), **keep)
         self.asking = nnx.List([Linear(decoder, decoder, ("embed", "mlp"), **keep) for _ in POINTER_LAYERS])
         self.asked = nnx.List([Linear(decoder, decoder, ("embed", "mlp"), **keep) for _ in POINTER_LAYERS])
@@ -135,8 +137,7 @@ def _corners_loss(model, heads: AuxiliaryHeads, x, batch: Packed, targets: Targe
 
 def _presence_loss(heads: AuxiliaryHeads, states, batch: Packed) -> Float[Array, ""]:
     """Which shapes, colours and sizes the scene holds, read off the class token after the last two blocks."""
-    counts = (len(SHAPES), len(COLOURS), len(SIZES))
-    present = jnp.concatenate([_present(batch.attributes[..., c], n) for c, n in enumerate(counts)], -1)
+    present = jnp.concatenate([_present(batch.attributes[..., c], n) for c, n in enumerate(KINDS)], -1)
     return sum(_binary(heads.presence(state[:, 0]), present).mean() for state in states[-2:])
 
 
@@ -148,6 +149,17 @@ def _reach_loss(heads: AuxiliaryHeads, normed, batch: Packed, targets: Targets) 
     read = heads.reach(normed).reshape(*normed.shape[:2], 4, REACH)
     wanted = jnp.asarray(blurred(REACH), jnp.float32)[bins]
     return 0.5 * 4 * _mean(_cross_entropy(read, wanted).mean(-1), batch.patch_thing >= 0)
+
+
+def _kinds_loss(heads: AuxiliaryHeads, x, batch: Packed) -> Float[Array, ""]:
+    """Shape, colour and size of the object of each visual token, which its place must not drown."""
+    label = jnp.take_along_axis(batch.attributes, jnp.maximum(batch.patch_thing, 0)[..., None], axis=1)
+    logits = jnp.split(heads.kinds(x), np.cumsum(KINDS)[:-1], axis=-1)
+    losses = [
+        _cross_entropy(part, jax.nn.one_hot(label[..., c], n))
+        for c, (part, n) in enumerate(zip(logits, KINDS, strict=True))
+    ]
+    return _mean(sum(losses), batch.patch_thing >= 0)
 
 
 def _attention_loss(received: Float[Array, "R P"], on: Bool[Array, "R P"], real: Bool[Array, "R P"]):
@@ -203,15 +215,14 @@ def answer_loss(
         prefix, x = shared_prefix_layer(layer, prefix, x, ropes, runs, asked)
         if number in POINTER_LAYERS:
             head = POINTER_LAYERS.index(number)
-            # LLaVA's decoder grew up with this objective; a trained one has states too large for new heads.
-            read = (prefix, x) if model.config.family == "llava" else (_normed(prefix), _normed(x))
-            pointers.append(_pointer(heads.asking[head], heads.asked[head], *read, batch, targets))
+            pointers.append(_pointer(heads.asking[head], heads.asked[head], prefix, x, batch, targets))
         if model.config.family == "qwen2_5_vl" and number in (PLACE_LAYER, CORNER_LAYER):
             seen = _normed(prefix[:, shown])
             if number == PLACE_LAYER:
                 places.append(_place_loss(heads, seen, batch, targets))
             else:
-                places.append(_corners_loss(model, heads, seen, batch, targets, soft))
+                corners = _corners_loss(model, heads, seen, batch, targets, soft)
+                places.append(corners + _kinds_loss(heads, seen, batch))
     logits = decoder.logits(x).reshape(scenes, asked, slots, -1)
     losses = _cross_entropy(logits, soft[batch.label]) * batch.weight
     answer = losses.sum() / batch.weight.sum()

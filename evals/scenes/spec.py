@@ -9,9 +9,9 @@ from reroute_jax.config import ModelConfig
 GRID = CANVAS // TOKEN
 IMAGE_SLOTS = {"llava": GRID * GRID, "qwen2_5_vl": max(rows * cols for rows, cols in GRIDS)}  # visual tokens at most
 # Real Qwen2.5-VL has 1,000,000 for grids of 20 and more a side. M-RoPE gives columns the slowest third of the
-# frequencies: at this base their angles still differ by 0.4 over 12 columns, and by about 1 over a whole prompt, so
-# that words are matched with tokens wherever both stand.
-QWEN_ROPE_THETA = 200.0
+# frequencies: at this base the fastest of them still turns by 0.7 over 12 columns, and the slowest by less than 1 over
+# a prompt, so that words are matched with tokens wherever both stand.
+QWEN_ROPE_THETA = 100.0
 
 
 def hf_config(family: str = "llava") -> dict:

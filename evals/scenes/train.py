@@ -7,11 +7,10 @@ Phases, each resumable, each ending in a saved state. LLaVA, from scratch:
     plain    the last third -> checkpoint scenes-llava
     bypass   the last third again, in which random visual tokens skip random layers -> scenes-llava-bypass
 
-Qwen2.5-VL, its tower from scratch, its decoder from the shipped scenes-llava (see warm.py):
+Qwen2.5-VL, from scratch but for the words, whose embeddings and output rows are those of the shipped scenes-llava:
 
     vision   tower on dense targets
-    places   all but the tower's blocks, with rotary angles so large that rows and columns are learned soon
-    joint    the same with the final rotary angles, under which words find objects more easily -> checkpoint scenes-qwen
+    joint    all but the tower's blocks; from half of the steps on with more yes/no questions -> checkpoint scenes-qwen
 
 Which scenes a step sees depends on its number alone, so an interrupted run ends where an undisturbed one does.
 """
@@ -24,7 +23,7 @@ import multiprocessing
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -43,7 +42,7 @@ from evals.scenes.losses import AuxiliaryHeads, answer_loss, dense_loss, look, t
 from evals.scenes.packing import Packed, coordinate_starts, pack, soft_labels
 from evals.scenes.spec import IMAGE_SLOTS, model_config
 from evals.scenes.tokenizer import vocabulary
-from evals.scenes.warm import warm_decoder
+from evals.scenes.warm import with_words
 from evals.scenes.world import COLOURS
 from reroute_jax.loading import load
 from reroute_jax.models.llava import Llava
@@ -51,7 +50,7 @@ from reroute_jax.models.qwen2_5_vl import QwenVL
 from reroute_jax.params import named_parameters, with_parameters
 
 SEED = 0
-STEPS = {"llava": (1400, 3900), "qwen2_5_vl": (1000, 1600)}  # vision, and what ends in a checkpoint
+STEPS = {"llava": (1400, 3900), "qwen2_5_vl": (1000, 1400)}  # vision, and what ends in a checkpoint
 WARM_START = Path(__file__).parent / "checkpoints" / "scenes-llava"
 SAVE_EVERY = 250
 VALIDATION_SCENES = 64
@@ -59,19 +58,14 @@ VALIDATION_SCENES = 64
 STILL, MERGER_RATE = 0.08, 0.3
 # Questions of each kind a scene is packed with. Boxes are learned first; yes/no takes longest.
 YESNO_MIX = {"attribute": 2, "place": 2, "relation": 2, "yesno": 8, "colour": 1, "count": 1}
-EVEN_MIX = {"attribute": 4, "place": 2, "relation": 3, "yesno": 4, "colour": 3, "count": 1}
 LAST_MIX = {"attribute": 3, "place": 2, "relation": 2, "yesno": 6, "colour": 2, "count": 1}
 # By family and phase: mix, share of the phase's schedule after which it changes, mix from there on.
 MIXES = {
     ("llava", "joint"): (TRAINING_QUESTIONS, 0.45, YESNO_MIX),
     ("llava", "plain"): (TRAINING_QUESTIONS, 0.45, YESNO_MIX),
     ("llava", "bypass"): (TRAINING_QUESTIONS, 0.45, YESNO_MIX),
-    ("qwen2_5_vl", "places"): (TRAINING_QUESTIONS, 0.3, YESNO_MIX),
-    ("qwen2_5_vl", "joint"): (EVEN_MIX, 0.35, LAST_MIX),
+    ("qwen2_5_vl", "joint"): (TRAINING_QUESTIONS, 0.5, LAST_MIX),
 }
-# Steps of the phase `places`, and of the learning rate schedule that it follows to there.
-PLACES_STEPS, PLACES_SCHEDULE = 1250, 1800
-PLACES_THETA = 50.0
 DENSE_SHARE, POINTER_SHARE, PLACE_SHARE = 0.4, 0.25, 0.4
 BYPASS_SHARE = 0.65  # of the rows of a bypass step; segments of 1 to 3 layers keep 15 to 90% of the visual tokens
 
@@ -79,9 +73,7 @@ BYPASS_SHARE = 0.65  # of the rows of a bypass step; segments of 1 to 3 layers k
 @dataclass(frozen=True)
 class Phase:
     """Steps [start, stop) on `rows` scenes each; starts from the end of phase `after`. `total`: steps of its learning
-    rate schedule. branches: whether the optimiser goes on where `after` left it. checkpoint: what it ends in.
-    rope_theta: base of the decoder's rotary positions, None for the configuration's own.
-    """
+    rate schedule. branches: whether the optimiser goes on where `after` left it. checkpoint: what it ends in."""
 
     family: str
     name: str
@@ -92,7 +84,6 @@ class Phase:
     rows: int
     branches: bool = False
     checkpoint: str | None = None
-    rope_theta: float | None = None
 
     @property
     def kind(self) -> tuple[str, str]:
@@ -103,8 +94,7 @@ def phases(family: str, vision_steps: int, joint_steps: int) -> tuple[Phase, ...
     if family == "qwen2_5_vl":
         return (
             Phase(family, "vision", None, 0, vision_steps, vision_steps, 16),
-            Phase(family, "places", "vision", 0, PLACES_STEPS, PLACES_SCHEDULE, 8, rope_theta=PLACES_THETA),
-            Phase(family, "joint", "places", 0, joint_steps, joint_steps, 8, checkpoint="scenes-qwen"),
+            Phase(family, "joint", "vision", 0, joint_steps, joint_steps, 8, checkpoint="scenes-qwen"),
         )
     branch, last = joint_steps * 2 // 3, {"total": joint_steps, "rows": 8, "branches": True}
     return (
@@ -116,10 +106,8 @@ def phases(family: str, vision_steps: int, joint_steps: int) -> tuple[Phase, ...
 
 
 class Trainee(nnx.Module):
-    def __init__(self, family: str, rope_theta: float | None = None, *, rngs: nnx.Rngs):
+    def __init__(self, family: str, *, rngs: nnx.Rngs):
         config = model_config(family)
-        if rope_theta is not None:
-            config = replace(config, decoder=replace(config.decoder, rope_theta=rope_theta))
         model = {"llava": Llava, "qwen2_5_vl": QwenVL}[family]
         self.model = model(config, rngs=rngs, dtype=jnp.float32)
         self.heads = AuxiliaryHeads(family, config.vision.hidden_size, config.decoder.hidden_size, rngs=rngs)
@@ -150,7 +138,7 @@ MUON = {
     ("qwen2_5_vl", "vision"): ("model.vision.layers.", _MERGER),
     ("qwen2_5_vl", "joint"): (_DECODER, _MERGER),
 }
-# Learning rates relative to the rest. A decoder that comes trained waits for the tower, which then stands still.
+# Learning rates relative to the rest. The words wait for the tower, whose blocks then stand still.
 RATES = {
     ("llava", "vision"): {},
     ("llava", "joint"): dict.fromkeys(
@@ -258,7 +246,7 @@ def _iou(a: np.ndarray, b: np.ndarray) -> float:
 
 def run_phase(phase: Phase, out: Path) -> dict:
     """Train one phase, resuming from its last saved step; returns the final parameters."""
-    trainee = Trainee(phase.family, phase.rope_theta, rngs=nnx.Rngs(SEED))
+    trainee = Trainee(phase.family, rngs=nnx.Rngs(SEED))
     config, patches = model_config(phase.family), IMAGE_SLOTS[phase.family]
     soft = jnp.asarray(soft_labels(phase.family))
     solver = optimiser(phase)
@@ -267,7 +255,7 @@ def run_phase(phase: Phase, out: Path) -> dict:
         params = restore(out / phase.after, params)
     elif phase.family == "qwen2_5_vl":
         llava = named_parameters(load(WARM_START, "float32").module)
-        params = warm_decoder(llava, params, config.decoder.num_kv_heads)
+        params = with_words(llava, params)
     state = {"params": params, "solver": solver.init(params)}
     manager = ocp.CheckpointManager(out / phase.name, options=ocp.CheckpointManagerOptions(max_to_keep=1))
     if manager.latest_step() is not None:

@@ -1,4 +1,4 @@
-"""A decoder to start Qwen2.5-VL's from: that of the trained embedded LLaVA, in another shape and vocabulary."""
+"""Words to start Qwen2.5-VL's training from: those of the trained embedded LLaVA."""
 
 from __future__ import annotations
 
@@ -21,29 +21,18 @@ _STAND_INS = {
 }
 
 
-def warm_decoder(
-    llava: Mapping[str, jax.Array], fresh: Mapping[str, jax.Array], kv_heads: int, prefix: str = "model."
+def with_words(
+    llava: Mapping[str, jax.Array], fresh: Mapping[str, jax.Array], prefix: str = "model."
 ) -> dict[str, jax.Array]:
-    """`fresh` with its decoder's parameters replaced by those of `llava` (names without `prefix`).
-
-    Groups of K/V heads become their mean, as in the paper on grouped-query attention (arXiv 2305.13245). Tokens keep
-    their word's embedding and output row, and numbers get those of the nearest coordinate; what has no counterpart,
-    biases and a few prompt tokens, stays fresh.
-    """
-    warm = dict(fresh)
-    new, old = zip(*_shared_tokens(), strict=True)
-    for name, value in llava.items():
-        if not name.startswith("decoder."):
-            continue
-        if name == "decoder.embed.table":
-            value = fresh[prefix + name].at[jnp.array(new)].set(value[jnp.array(old)])
-        elif name == "decoder.head.kernel":
-            value = fresh[prefix + name].at[:, jnp.array(new)].set(value[:, jnp.array(old)])
-        elif name.endswith((".attn.k.kernel", ".attn.v.kernel")):
-            width, heads, dim = value.shape
-            value = value.reshape(width, kv_heads, heads // kv_heads, dim).mean(axis=2)
-        warm[prefix + name] = value
-    return warm
+    """`fresh` with `llava`'s (names without `prefix`) embedding and output row of every word the two share. Numbers get
+    those of the nearest coordinate; a few tokens of the prompt have no counterpart and stay fresh."""
+    new, old = (jnp.array(ids) for ids in zip(*_shared_tokens(), strict=True))
+    table, head = "decoder.embed.table", "decoder.head.kernel"
+    return {
+        **fresh,
+        prefix + table: fresh[prefix + table].at[new].set(llava[table][old]),
+        prefix + head: fresh[prefix + head].at[:, new].set(llava[head][:, old]),
+    }
 
 
 def _shared_tokens() -> list[tuple[int, int]]:

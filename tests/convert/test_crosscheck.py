@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 import convert.crosscheck as crosscheck
 from convert.crosscheck import Line, difference, main, merge, table, unequal
 from tests.tiny import tiny_llava
+from tests.tiny_qwen import tiny_qwen
 
 FAST = ["--prompts", "1", "--max-new-tokens", "3"]
 
@@ -34,6 +35,19 @@ def test_frameworks_agree_without_and_with_routing(checkpoint, capsys):
     for quantity in ("anchors", "layer 2: selected", "layer 3: scores", "keys cached per layer", "greedy tokens"):
         assert f"\n{routed}{quantity} " in out
     assert "0 of 2 " in out and "DIFFERENT" not in out and out.endswith("PyTorch and JAX agree\n")
+
+
+def test_frameworks_agree_on_qwen(tmp_path, capsys):
+    """Positions of three channels, merged dynamic grids, the score of three queries, the repetition penalty."""
+    folder = tiny_qwen(tmp_path, layers=4, vision_layers=3)
+    assert main([str(folder), *FAST, "--method", "nuwa", "--action", "delete", "--keep-ratio", "0.5"]) == 0
+    out = capsys.readouterr().out
+    routed = "nuwa delete keep_ratio=0.5: "
+    for quantity in ("image features", "logits, all positions", "greedy tokens"):
+        assert f"\n{quantity} " in out
+    for quantity in ("merged image features", "anchors", "layer 2: selected", "layer 2: scores", "greedy tokens"):
+        assert f"\n{routed}{quantity} " in out
+    assert "DIFFERENT" not in out and out.endswith("PyTorch and JAX agree\n")
 
 
 def test_a_wrong_weight_is_noticed_where_it_is(checkpoint, tmp_path, capsys, monkeypatch):
