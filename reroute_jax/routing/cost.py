@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 
 from reroute_jax.config import DecoderConfig
-from reroute_jax.routing.plan import Schedule, Stage
+from reroute_jax.routing.plan import SCORING_QUERIES, Schedule, Stage
 
 FORMS = ("fastv", "swiglu", "gqa")
 
@@ -18,7 +18,8 @@ class Compute:
     """Multiply-accumulates of one row's prefill through the decoder layers, the papers' "FLOPs" (8.1).
 
     fastv: two-matrix MLP; swiglu: three; gqa: three, and keys and values at their own width. scoring: of the decisions,
-    in the least form, the key projection of all rows and one query (8.2); in none of the three.
+    in the least form, the key projection of all rows and one query (8.2; three with Nuwa's Qwen score); in none of the
+    three.
     """
 
     fastv: int
@@ -91,7 +92,7 @@ def account(
         average=sum(per_layer) / config.num_layers,
         nominal=nominal,
         visual_only=_compute(config, per_layer, scored),
-        prompt=_compute(config, [v + text for v in per_layer], [v + text for v in scored]),
+        prompt=_compute(config, [v + text for v in per_layer], [(v + text, queries) for v, queries in scored]),
         kv_visual=sum(per_layer),
         kv_tokens=kv_tokens,
         kv_bytes=2 * kv_tokens * _kv_width(config) * jnp.dtype(dtype).itemsize,
@@ -104,12 +105,12 @@ def _nominal(stage: Stage, visual: int) -> float:
     return float(visual if stage.count is None else min(stage.count, visual))
 
 
-def _scored(schedule: Schedule, visual: int) -> list[int]:
-    """Visual rows at each decision that attention scores: all of a reroute's layout, a deletion's survivors (8.2)."""
+def _scored(schedule: Schedule, visual: int) -> list[tuple[int, int]]:
+    """(visual rows, queries) of each attention score: all of a reroute's layout, a deletion's survivors (8.2)."""
     rows, present = [], visual
     for stage in schedule.resolve(visual).stages:
-        if stage.score in ("last_token", "previous_layer"):
-            rows.append(present)
+        if stage.score in SCORING_QUERIES:
+            rows.append((present, SCORING_QUERIES[stage.score]))
         if stage.cap is not None and not schedule.recover:
             present = stage.cap
     return rows
@@ -119,7 +120,7 @@ def _kv_width(config: DecoderConfig) -> int:
     return config.num_kv_heads * config.head_dim
 
 
-def _compute(config: DecoderConfig, layers: Sequence[int], scored: Sequence[int]) -> Compute:
+def _compute(config: DecoderConfig, layers: Sequence[int], scored: Sequence[tuple[int, int]]) -> Compute:
     d, m, kv = config.hidden_size, config.mlp_dim, _kv_width(config)
     attention = sum(2 * t * t * d for t in layers)
     tokens = sum(layers)
@@ -127,5 +128,5 @@ def _compute(config: DecoderConfig, layers: Sequence[int], scored: Sequence[int]
         fastv=attention + tokens * (4 * d * d + 2 * d * m),
         swiglu=attention + tokens * (4 * d * d + 3 * d * m),
         gqa=attention + tokens * (2 * d * d + 2 * d * kv + 3 * d * m),
-        scoring=sum(t * d * kv + d * d + t * d for t in scored),
+        scoring=sum(t * d * kv + queries * (d * d + t * d) for t, queries in scored),
     )

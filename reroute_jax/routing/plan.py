@@ -17,7 +17,8 @@ import numpy as np
 from reroute_jax.errors import RerouteError
 from reroute_jax.routing.solver import pool_grid
 
-SCORES = ("last_token", "previous_layer", "previous_layer_last_three", "prior")
+SCORING_QUERIES = {"last_token": 1, "previous_layer": 1, "previous_layer_last_three": 3}
+SCORES = (*SCORING_QUERIES, "prior")
 _PREVIOUS = ("previous_layer", "previous_layer_last_three")
 SIM_ORDERS = ("raster", "window")
 POSITION_MODES = ("original", "renumber")

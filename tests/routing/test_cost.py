@@ -76,8 +76,8 @@ def test_pool():
     assert (cost.kv_visual, cost.average, cost.visual_only.scoring) == (64 * 32, 64, 0)
 
 
-def scoring(rows, d=4096, kv=4096):
-    return sum(t * d * kv + d * d + t * d for t in rows)
+def scoring(rows, d=4096, kv=4096, queries=1):
+    return sum(t * d * kv + queries * (d * d + t * d) for t in rows)
 
 
 def test_scoring_pass():
@@ -96,6 +96,9 @@ def test_scoring_pass():
     assert compute(method="fastv", decisions="every")[1] == scoring([640] * 29)
     qwen = account(preset("qwen25vl_fastv_K3_avg64", 28), QWEN_7B, text=4, **IMAGE)
     assert qwen.prompt.scoring == scoring([580], 3584, 512)
+    nuwa = plan("nuwa", num_layers=28, budget=192, action="delete", family="qwen2_5_vl", **IMAGE)
+    merged = nuwa.merged_count(576, (24, 24))
+    assert account(nuwa, QWEN_7B, text=4, **IMAGE).prompt.scoring == scoring([merged + 4], 3584, 512, queries=3)
 
 
 def test_total_adds_scoring_to_one_form():
