@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import reroute_jax
-from evals.report import render, summarise
+from evals.data import IMAGE_BACKEND, SCENES
+from evals.report import heading, render, summarise
 from evals.routes import add_route_arguments, plan_routes
 from evals.runner import SUMMARY_FILE, Answerer, Task, answer, fingerprint, open_folder, write_json
+from evals.tables import OWN_HUB, Hub
 from reroute_jax.errors import RerouteError
 from reroute_jax.mrope import COMPATS
 
@@ -27,6 +29,9 @@ CAVEATS = {
 }
 DTYPES = ("float32", "bfloat16", "float16")
 PACKAGES = ("jax", "jaxlib", "flax", "transformers", "tokenizers", "numpy", "pillow")
+
+# Of an answer where the task sets none: what the reference's model classes take.
+MAX_NEW_TOKENS = {"llava": 1024, "qwen2_5_vl": 128}
 
 INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 BAD_INPUT = 2
@@ -77,6 +82,21 @@ def benchmark_parser(name: str, description: str) -> Parser:
     return parser
 
 
+def add_data_arguments(parser: argparse.ArgumentParser, hub: Hub) -> None:
+    """--data, --split and --skip-bad, for a benchmark that has real data."""
+    config = f" ({hub.config})" if hub.config else ""
+    parser.add_argument(
+        "--data",
+        default=SCENES,
+        help=f"'{SCENES}': a rendered stand-in; '{OWN_HUB}': {hub.name}{config}; another hub id; or a local folder, "
+        "parquet file or JSON lines with the same columns (default: %(default)s)",
+    )
+    parser.add_argument("--split", help=f"default: test of the scenes, {hub.split} of other data")
+    parser.add_argument(
+        "--skip-bad", action="store_true", help="count and report images that cannot be decoded instead of stopping"
+    )
+
+
 def positive(text: str) -> int:
     """argparse type: a whole number from 1 on."""
     return whole(text, 1)
@@ -107,7 +127,21 @@ def run_benchmark(
     settings: what else the answers depend on. Raises RerouteError for a folder made with other settings.
     """
     routes = plan_routes(args, model)
-    everything = {
+    everything = {**run_settings(args, model, task, settings), "runs": routes.settings}
+    folder = args.out or _default_folder(everything)
+    open_folder(folder, everything)
+    records = {run.name: answer(model, task, run, folder, args.batch_size) for run in routes.runs}
+    summary = summarise(records, routes, metrics, model, args.seed, task)
+    write_summary(folder, summary, everything)
+    print(f"{heading(summary, everything, _versions())}\n\n{render(summary, task.difference_scale)}\n")
+    if args.model in CAVEATS:
+        print(f"Note: {CAVEATS[args.model]}.\n")
+    print(f"Answers and {SUMMARY_FILE}: {folder}")
+
+
+def run_settings(args: argparse.Namespace, model: Answerer, task: Task, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """All that the answers depend on, the schedule aside. settings: those of the task alone."""
+    return {
         "task": task.name,
         "questions": task.total,
         **settings,
@@ -116,18 +150,14 @@ def run_benchmark(
         "batch_size": args.batch_size,
         "seed": args.seed,
         **_protocol(model),
-        "runs": routes.settings,
     }
-    folder = args.out or _default_folder(everything)
-    open_folder(folder, everything)
-    records = {run.name: answer(model, task, run, folder, args.batch_size) for run in routes.runs}
-    summary = summarise(records, routes, metrics, model, args.seed)
-    caveat = {"caveat": CAVEATS[args.model]} if args.model in CAVEATS else {}
-    write_json(folder / SUMMARY_FILE, {**summary, **caveat, "settings": everything, "versions": _versions()})
-    print(f"{task.name}, {task.total} questions, {args.model}\n\n{render(summary)}\n")
-    if caveat:
-        print(f"Note: {caveat['caveat']}.\n")
-    print(f"Answers and {SUMMARY_FILE}: {folder}")
+
+
+def write_summary(folder: Path, summary: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """SUMMARY_FILE: the summary with what it was made from and what has to be known of it."""
+    model = settings["model"]
+    caveat = {"caveat": CAVEATS[model]} if model in CAVEATS else {}
+    write_json(folder / SUMMARY_FILE, {**summary, **caveat, "settings": settings, "versions": _versions()})
 
 
 def _model_settings(name: str, model: Answerer) -> dict[str, Any]:
@@ -139,7 +169,7 @@ def _model_settings(name: str, model: Answerer) -> dict[str, Any]:
 def _protocol(model: Answerer) -> dict[str, Any]:
     """Choices of the reference's protocol that are built in, or made by the model."""
     shared = {
-        "image_backend": "pil",
+        "image_backend": IMAGE_BACKEND,
         "float32_truth": True,
         "coord_frame": "original",
         "repetition_penalty": model.config.repetition_penalty,

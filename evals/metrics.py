@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,11 @@ from reroute_jax.errors import RerouteError
 
 RESAMPLES = 2000
 CONFIDENCE = 0.95
+
+# Means of columns -> metrics made from them, both along the last axis; any axes before it are resamples.
+Estimate = Callable[[Float[np.ndarray, "*draws columns"]], Float[np.ndarray, "*draws names"]]
+# A metric made from the means of named columns, each an array with one number a resample.
+Derived = Callable[[Mapping[str, np.ndarray]], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -60,31 +65,68 @@ def means(scores: Float[np.ndarray, "rows names"]) -> Float[np.ndarray, " names"
     return np.nanmean(scores, axis=0)
 
 
+def estimator(columns: Sequence[str], names: Sequence[str], derived: Mapping[str, Derived]) -> Estimate:
+    """Each of `names` is one of `derived`, or else the mean of the column of that name."""
+
+    def estimate(found: Float[np.ndarray, "*draws columns"]) -> Float[np.ndarray, "*draws names"]:
+        by_column = dict(zip(columns, np.moveaxis(found, -1, 0), strict=True))
+        values = [derived[name](by_column) if name in derived else by_column[name] for name in names]
+        return np.stack([np.broadcast_to(value, found.shape[:-1]) for value in values], axis=-1)
+
+    return estimate
+
+
+def ratio(part: np.ndarray | float, whole: np.ndarray | float) -> np.ndarray:
+    """part / whole, and 0 where `whole` is 0."""
+    part, whole = np.broadcast_arrays(np.asarray(part, np.float64), whole)
+    return np.divide(part, whole, out=np.zeros(part.shape), where=whole != 0)
+
+
+def _plain(found: np.ndarray) -> np.ndarray:
+    return found
+
+
 def retention(
-    kept: Float[np.ndarray, "rows names"], full: Float[np.ndarray, "rows names"], resampler: Resampler
+    kept: Float[np.ndarray, "rows columns"],
+    full: Float[np.ndarray, "rows columns"],
+    resampler: Resampler,
+    estimate: Estimate = _plain,
 ) -> list[Interval]:
-    """100 * mean(kept) / mean(full), a percentage, for each metric over the same questions."""
-    draws = np.split(resampler.means(np.column_stack([kept, full])), 2, axis=1)
+    """100 * kept / full, a percentage, for each metric over the same questions. estimate: makes metrics from means."""
+    (first, second), draws = _paired(kept, full, resampler, estimate)
     with np.errstate(divide="ignore", invalid="ignore"):
-        return _intervals(100 * means(kept) / means(full), 100 * draws[0] / draws[1])
+        return _intervals(100 * first / second, 100 * draws[0] / draws[1])
 
 
 def difference(
-    first: Float[np.ndarray, "rows names"], second: Float[np.ndarray, "rows names"], resampler: Resampler
+    first: Float[np.ndarray, "rows columns"],
+    second: Float[np.ndarray, "rows columns"],
+    resampler: Resampler,
+    estimate: Estimate = _plain,
 ) -> list[Interval]:
-    """mean(first - second) for each metric over the same questions."""
-    return _intervals(means(first - second), resampler.means(first - second))
+    """first - second for each metric over the same questions. estimate: makes metrics from means."""
+    values, draws = _paired(first, second, resampler, estimate)
+    return _intervals(values[0] - values[1], draws[0] - draws[1])
+
+
+def _paired(
+    first: np.ndarray, second: np.ndarray, resampler: Resampler, estimate: Estimate
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """The metrics of both runs, over all questions and over each draw of them."""
+    draws = np.split(resampler.means(np.column_stack([first, second])), 2, axis=1)
+    return [estimate(means(first)), estimate(means(second))], [estimate(draw) for draw in draws]
 
 
 def _intervals(values: Float[np.ndarray, " names"], draws: Float[np.ndarray, "resamples names"]) -> list[Interval]:
-    tail = 100 * (1 - CONFIDENCE) / 2
-    return [_interval(value, draw, [tail, 100 - tail]) for value, draw in zip(values, draws.T, strict=True)]
+    return [interval(value, draw) for value, draw in zip(values, draws.T, strict=True)]
 
 
-def _interval(value: float, draws: Float[np.ndarray, " resamples"], percentiles: list[float]) -> Interval:
+def interval(value: float, draws: Float[np.ndarray, " resamples"]) -> Interval:
+    """An estimate with the middle CONFIDENCE of its resamples."""
     if not np.isfinite(value):
         return Interval(None, None, None)
     if not np.isfinite(draws).all():
         return Interval(float(value), None, None)
-    low, high = np.percentile(draws, percentiles)
+    tail = 100 * (1 - CONFIDENCE) / 2
+    low, high = np.percentile(draws, [tail, 100 - tail])
     return Interval(float(value), float(low), float(high))

@@ -27,3 +27,8 @@ def rec(expression: str, style: str) -> str:
 def single_word(question: str) -> str:
     """Short-answer VQA prompt of POPE, GQA, MME and the scenes' questions; the question is inserted as it is."""
     return f"{question}\nAnswer the question using a single word or phrase."
+
+
+def option_letter(question: str) -> str:
+    """Multiple-choice prompt of MMBench and ScienceQA; the question with its options is inserted as it is."""
+    return f"{question}\nAnswer with the option's letter from the given choices directly."

@@ -1,4 +1,7 @@
-"""RefCOCO-style grounding: the box of the object an expression refers to. `python -m evals.refcoco --help`."""
+"""RefCOCO grounding: the box of the object an expression refers to. `python -m evals.refcoco --help`.
+
+Splits val, test, testA, testB; the val of the hub's set holds more objects than the usual one.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -19,15 +23,14 @@ from evals.boxes import (
     parse_box,
     rec_metrics,
 )
-from evals.cli import benchmark_parser, exit_code, load_model, run_benchmark
-from evals.data import PARITY_JPEG_ROUNDTRIPS, SCENES, Doc, Source, rec_docs, rec_source
+from evals.cli import MAX_NEW_TOKENS, add_data_arguments, benchmark_parser, exit_code, load_model, run_benchmark
+from evals.data import PARITY_JPEG_ROUNDTRIPS, REFCOCO, SCENES, Doc, Source, rec_docs, rec_source
 from evals.routes import check_routes
-from evals.runner import Record, Task, fingerprint
+from evals.runner import Answerer, Record, Task, fingerprint
+from evals.tables import Hub
 
 NAME = "refcoco"
-# The task sets no length, so the reference's model classes do; the embedded models need four tokens of theirs.
-MAX_NEW_TOKENS = {"llava": 1024, "qwen2_5_vl": 128}
-SCENES_MAX_NEW_TOKENS = 64
+SCENES_MAX_NEW_TOKENS = 64  # the embedded models need four tokens for a coordinate
 SCENES_LIMIT = 200  # both runs of the first command in under 3 minutes on 2 CPU cores
 METRICS = (*REC_METRICS, *(name + RESIZED for name in REC_METRICS))
 
@@ -40,6 +43,8 @@ def make_task(
     roundtrips: int,
     max_new: int,
     model_size: Callable[[Image.Image], tuple[int, int]] | None = None,
+    name: str = NAME,
+    skip_bad: bool = False,
 ) -> Task:
     """The first `limit` questions of a source as a task.
 
@@ -59,8 +64,8 @@ def make_task(
         return record | {"box" + RESIZED: resized, "metrics": record["metrics"] | extra}
 
     return Task(
-        name=NAME,
-        docs=lambda start: rec_docs(source, start, total, roundtrips),
+        name=name,
+        docs=lambda start: rec_docs(source, start, total, roundtrips, skip_bad),
         total=total,
         prompt=lambda doc: prompts.rec(doc.text, style),
         score=score,
@@ -68,20 +73,16 @@ def make_task(
     )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit code."""
-    args = _parser().parse_args(argv)
-    return exit_code(lambda: _run(args))
+def main(argv: Sequence[str] | None = None, name: str = NAME, hub: Hub = REFCOCO) -> int:
+    """Command line of the set called `name`; returns the exit code."""
+    args = parser(name, hub).parse_args(argv)
+    return exit_code(lambda: _run(args, name, hub))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = benchmark_parser(NAME, "Grounding accuracy with all visual tokens and with routed ones.")
-    parser.add_argument(
-        "--data",
-        default=SCENES,
-        help="'scenes', a hub id such as lmms-lab/RefCOCO, or a local parquet file or folder (default: %(default)s)",
-    )
-    parser.add_argument("--split", help="default: test of the scenes, val of other data")
+def parser(name: str = NAME, hub: Hub = REFCOCO) -> argparse.ArgumentParser:
+    """Of the command of the set called `name`."""
+    parser = benchmark_parser(name, "Grounding accuracy with all visual tokens and with routed ones.")
+    add_data_arguments(parser, hub)
     parser.add_argument(
         "--prompt-style", choices=prompts.REC_STYLES, help="default: what the reference uses for the model family"
     )
@@ -98,10 +99,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(args: argparse.Namespace) -> None:
+def _run(args: argparse.Namespace, name: str, hub: Hub) -> None:
     check_routes(args)
-    source = rec_source(args.data, args.split)  # bad data is refused before a model is loaded
+    source = rec_source(args.data, args.split, hub=hub)  # bad data is refused before a model is loaded
     model = load_model(args.model, args.dtype, args.mrope_compat)
+    run_benchmark(args, model, *questions(args, source, model, name))
+
+
+def questions(
+    args: argparse.Namespace, source: Source, model: Answerer, name: str = NAME
+) -> tuple[Task, tuple[str, ...], dict[str, Any]]:
+    """What `args` ask a model about a source that was opened: the task, its metrics, and its settings."""
     family, scenes = model.config.family, args.data == SCENES
     if scenes:
         source = rec_source(args.data, args.split, family)
@@ -119,8 +127,8 @@ def _run(args: argparse.Namespace) -> None:
     }
     # A family that answers in pixels means those of the whole image after its resize. LLaVA sees a crop.
     model_size = model.model_size if coord_format == COORD_FORMAT_OF_FAMILY[family] == "pixel" else None
-    task = make_task(source, limit, style, coord_format, args.jpeg_roundtrips, max_new, model_size)
-    run_benchmark(args, model, task, METRICS, settings)
+    task = make_task(source, limit, style, coord_format, args.jpeg_roundtrips, max_new, model_size, name, args.skip_bad)
+    return task, METRICS, settings
 
 
 if __name__ == "__main__":

@@ -108,7 +108,7 @@ def plan_routes(args: argparse.Namespace, model: Answerer) -> Routes:
     method, action = args.method or DEFAULT_METHOD, args.action or DEFAULT_ACTION
     full = Run(FULL, model.plan("none"))
     if args.preset is not None:
-        routed = _run(preset(args.preset, model.config.num_layers))
+        routed = named_run(preset(args.preset, model.config.num_layers))
         return Routes((full, routed) if routed.schedule.decisions else (full,), ())
     if not args.compare:
         routed = _planned(args, model, method, action)
@@ -134,10 +134,11 @@ def _planned(
     share = args.budget
     if share is None and "keep_ratio" not in switches:
         share = DEFAULT_BUDGET
-    return _run(model.plan(method, budget=share, action=action, **switches))
+    return named_run(model.plan(method, budget=share, action=action, **switches))
 
 
-def _run(schedule: Schedule) -> Run:
+def named_run(schedule: Schedule) -> Run:
+    """The run of a schedule, called by its label."""
     return Run(re.sub(r"[^\w.=]+", "-", schedule.label), schedule)
 
 

@@ -6,23 +6,29 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Protocol
 
 from PIL import Image
 from tqdm import tqdm
 
-from evals.data import Doc
+from evals.data import IMAGE_BACKEND, Doc
+from evals.metrics import Derived
 from reroute_jax.config import ModelConfig
 from reroute_jax.errors import RerouteError
 from reroute_jax.routing.plan import Schedule
 
 Record = dict[str, Any]
 
+BAD_IMAGE, INCOMPLETE = "bad image", "incomplete"  # why a question counts for nothing
 SETTINGS_FILE = "settings.json"
 SUMMARY_FILE = "summary.json"
+WINDOW = 4  # batches whose questions are sorted by size
+LOOKAHEAD = WINDOW  # batches made ready while one is answered: a window's images are decoded in one go
 _SAMPLE_BYTES = 1 << 16  # read at either end of a file for its fingerprint
 
 
@@ -41,9 +47,9 @@ class Answerer(Protocol):
 
     def model_size(self, image: Image.Image) -> tuple[int, int]: ...
 
-    def generate(
-        self, pairs: Sequence[tuple[Image.Image, str]], *, schedule: Schedule, max_new_tokens: int, batch_size: int
-    ) -> list[str]: ...
+    def prepare(self, pairs: Sequence[tuple[Image.Image, str]], batch_size: int) -> Any: ...
+
+    def answer(self, questions: Any, *, schedule: Schedule, max_new_tokens: int) -> list[str]: ...
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,13 @@ class Task:
     """A benchmark. All members are pure, so that a run can be repeated and resumed.
 
     docs: its questions from doc_id `start` on; `total` of them from 0.
-    score: (answer, question) -> fields of the JSON line; "metrics" among them maps a name to a number.
+    score: (answer, question) -> fields of the JSON line; "metrics" among them maps a name to a number. What is
+        reported is the mean of such a number over the questions that have it, and what `derived` makes of these means:
+        reported name -> function of the means by name, arrays with one number a resample. A name that starts with "_"
+        exists for `derived` alone.
+    finish: all records of a run in order -> the same with metrics that need several of them filled in. One with
+        "left_out", a reason, and no metrics is counted under that reason.
+    difference_scale: what tables multiply differences by, 100 for metrics that are fractions.
     """
 
     name: str
@@ -60,6 +72,21 @@ class Task:
     prompt: Callable[[Doc], str]
     score: Callable[[str, Doc], Record]
     max_new_tokens: int
+    derived: Mapping[str, Derived] = field(default_factory=dict)
+    finish: Callable[[Sequence[Record]], list[Record]] = list
+    difference_scale: int = 100
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A batch that can be asked at once. asked: what `Answerer.prepare` made of its `docs`, None where all are bad.
+
+    records: the JSON lines of `docs` as far as they are known before the answers.
+    """
+
+    docs: list[Doc]
+    records: list[Record]
+    asked: Any
 
 
 @dataclass(frozen=True)
@@ -96,61 +123,133 @@ def open_folder(folder: Path, settings: Mapping[str, Any]) -> None:
 def answer(model: Answerer, task: Task, run: Run, folder: Path, batch_size: int) -> list[Record]:
     """Answer what is still unanswered in `folder`/NAME.jsonl, and return all its records in order.
 
-    Lines are written batch by batch and synced, so that a kill loses one batch at most. A partly written batch is
-    answered again as a whole: the batches, and with them the answers, are those of a run that was never stopped.
+    Lines are in the order of the questions, and synced after each batch as far as the order allows. After a kill, what
+    is lost are the batches of one window at most. A batch that is not in the file as a whole is answered again as a
+    whole: the batches, and with them the answers, are those of a run that was never stopped.
     """
     file = folder / f"{run.name}.jsonl"
-    done = _recover(file, batch_size, task.total)
-    docs = task.docs(done)
+    done, batches = _resume(file, model, task, batch_size)
+    ready = _ahead(_ready(model, task, run, batch, batch_size) for batch in batches)
+    waiting: dict[int, Record] = {}
     with (
         open(file, "ab") as lines,
         tqdm(total=task.total, initial=done, desc=run.name, unit="question", smoothing=0.1) as bar,
+        closing(ready),
     ):
-        while batch := list(islice(docs, batch_size)):
-            records = _answer_batch(model, task, run, batch, batch_size)
-            lines.write(b"".join(_line(record) for record in records))
+        for batch in ready:
+            waiting |= {record["doc_id"]: record for record in _answered(model, task, run, batch)}
+            while done in waiting:
+                lines.write(_line(waiting.pop(done)))
+                done += 1
             lines.flush()
             os.fsync(lines.fileno())
-            bar.update(len(batch))
+            bar.update(len(batch.docs))
     records = _read(file)
     if len(records) != task.total:
         raise RerouteError(f"{file} has {len(records)} answers for {task.total} questions: delete it and run again")
     return records
 
 
-def _answer_batch(model: Answerer, task: Task, run: Run, batch: Sequence[Doc], batch_size: int) -> list[Record]:
-    prompts = [task.prompt(doc) for doc in batch]
-    pairs = [(doc.image, prompt) for doc, prompt in zip(batch, prompts, strict=True)]
-    texts = model.generate(pairs, schedule=run.schedule, max_new_tokens=task.max_new_tokens, batch_size=batch_size)
-    grids = [model.visual_grid(doc.image) for doc in batch]
+def sized_batches(docs: Iterator[Any], batch_size: int, size: Callable[[Any], int]) -> Iterator[list[Any]]:
+    """The questions in batches of like size: sorted, in the order of their numbers where equal, window by window."""
+    while window := list(islice(docs, WINDOW * batch_size)):
+        window.sort(key=size)
+        for start in range(0, len(window), batch_size):
+            yield window[start : start + batch_size]
+
+
+def _resume(file: Path, model: Answerer, task: Task, batch_size: int) -> tuple[int, Iterator[list[Doc]]]:
+    """Cut `file` where batches and lines both end: how many questions it then answers, and the batches to be asked."""
+
+    def size(doc: Doc) -> int:
+        if doc.image is None:
+            return 0
+        rows, cols = model.visual_grid(doc.image)
+        return rows * cols
+
+    found = _whole_lines(file)
+    done, batches = len(found), iter(())
+    if done < task.total:
+        window = WINDOW * batch_size
+        done = done // window * window
+        batches = sized_batches(task.docs(done), batch_size, size)
+        begun = list(islice(batches, WINDOW)) if done < len(found) else []
+        written = _written(begun, done, len(found))
+        done += sum(map(len, begun[:written]))
+        batches = chain(begun[written:], batches)
+    if file.exists():
+        with open(file, "r+b") as lines:
+            lines.truncate(sum(map(len, found[:done])))
+            os.fsync(lines.fileno())
+        _read(file)
+    return done, batches
+
+
+def _written(batches: Sequence[Sequence[Doc]], start: int, stop: int) -> int:
+    """How many of the first batches are together the questions from `start` on to one before `stop` or less."""
+    count, numbers = 0, []
+    for position, batch in enumerate(batches, 1):
+        numbers += [doc.doc_id for doc in batch]
+        if max(numbers) + 1 == start + len(numbers) <= stop:
+            count = position
+    return count
+
+
+def _whole_lines(file: Path) -> list[bytes]:
+    lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
+    return lines if not lines or lines[-1].endswith(b"\n") else lines[:-1]
+
+
+def _ahead(items: Iterator[Ready]) -> Iterator[Ready]:
+    """The same items, up to LOOKAHEAD of them made in a background thread before they are asked for.
+
+    An error comes where its item would. Closing waits for the item in the making, and no other is begun.
+    """
+    pool = ThreadPoolExecutor(1, "questions")
+    try:
+        made: list[Future] = [pool.submit(next, items, None) for _ in range(LOOKAHEAD)]
+        while (item := made.pop(0).result()) is not None:
+            made.append(pool.submit(next, items, None))
+            yield item
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _ready(model: Answerer, task: Task, run: Run, docs: list[Doc], batch_size: int) -> Ready:
+    records = [_record(model, task, run, doc) for doc in docs]
+    pairs = [(doc.image, record["prompt"]) for doc, record in zip(docs, records, strict=True) if not doc.bad]
+    return Ready(docs, records, model.prepare(pairs, batch_size) if pairs else None)
+
+
+def _record(model: Answerer, task: Task, run: Run, doc: Doc) -> Record:
+    identity = {
+        "task": task.name,
+        "doc_id": doc.doc_id,
+        "question_id": doc.question_id,
+        "cluster": doc.cluster or doc.question_id,
+    }
+    if doc.bad:
+        return identity | {"left_out": BAD_IMAGE, "why": doc.bad, "metrics": {}}
+    prompt, (rows, cols) = task.prompt(doc), model.visual_grid(doc.image)
+    return identity | {
+        "schedule": run.schedule.label,
+        "image_backend": IMAGE_BACKEND,
+        "image_size": list(doc.size),
+        "model_size": list(model.model_size(doc.image)),
+        "visual_grid": [rows, cols],
+        "text_tokens": len(model.prompt_ids(prompt, [(rows, cols)])) - rows * cols,
+        "prompt": prompt,
+    }
+
+
+def _answered(model: Answerer, task: Task, run: Run, batch: Ready) -> list[Record]:
+    """The records of a batch with the answers and what they score."""
+    limits = {"schedule": run.schedule, "max_new_tokens": task.max_new_tokens}
+    texts = iter([] if batch.asked is None else model.answer(batch.asked, **limits))
     return [
-        {
-            "task": task.name,
-            "doc_id": doc.doc_id,
-            "question_id": doc.question_id,
-            "prompt": prompt,
-            "text": text,
-            "image_size": list(doc.size),
-            "model_size": list(model.model_size(doc.image)),
-            "visual_grid": [rows, cols],
-            "text_tokens": len(model.prompt_ids(prompt, [(rows, cols)])) - rows * cols,
-            **task.score(text.strip(), doc),
-        }
-        for doc, prompt, text, (rows, cols) in zip(batch, prompts, texts, grids, strict=True)
+        record if doc.bad else record | {"text": (text := next(texts)), **task.score(text.strip(), doc)}
+        for doc, record in zip(batch.docs, batch.records, strict=True)
     ]
-
-
-def _recover(file: Path, batch_size: int, total: int) -> int:
-    """Cut `file` after its last whole batch, and return how many questions it answers."""
-    if not file.exists():
-        return 0
-    whole = file.read_bytes().split(b"\n")[:-1]
-    done = len(whole) if len(whole) == total else len(whole) // batch_size * batch_size
-    with open(file, "r+b") as lines:
-        lines.truncate(sum(len(line) + 1 for line in whole[:done]))
-        os.fsync(lines.fileno())
-    _read(file)
-    return done
 
 
 def _read(file: Path) -> list[Record]:

@@ -75,6 +75,19 @@ class PrefillResult:
 
 
 @dataclass(frozen=True)
+class Questions:
+    """A batch on the host. rows: prompt ids, `[S]` each; those behind the first `count` only fill the batch up.
+
+    pixels, grids: of all images, as the family's image processor gives them; None without images.
+    """
+
+    rows: tuple[np.ndarray, ...]
+    count: int
+    pixels: np.ndarray | None
+    grids: np.ndarray | None
+
+
+@dataclass(frozen=True)
 class Model:
     """A loaded checkpoint. `module` holds the parameters; nothing here changes after loading."""
 
@@ -191,20 +204,33 @@ class Model:
         sampling = Sampling(temperature, top_p, penalty, self.config.eos_tokens, self.config.pad_token)
         answers = []
         for start in range(0, len(pairs), batch_size):
-            chunk = list(pairs[start : start + batch_size])
-            images = [self._open(image) for image, _ in chunk]
-            rows = [
-                self.prompt_ids(text, [self.visual_grid(image) for image in group])
-                for (_, text), group in zip(chunk, images, strict=True)
-            ]
-            flat = [image for group in images for image in group]
-            pixels, grids = self.family.preprocess(flat, self.image_processor) if flat else (None, None)
-            # Rows of one token fill a short batch to a power of two, so that few sizes are compiled.
-            padding = min(batch_size, 1 << (len(rows) - 1).bit_length()) - len(rows)
-            rows += [np.array([self.config.eos_tokens[0]])] * padding
-            tokens = self._generate(rows, pixels, grids, schedule, max_new_tokens, sampling, seed)[: len(chunk)]
-            answers += [self.tokenizer.decode(_until(row, sampling.eos), skip_special_tokens=True) for row in tokens]
+            questions = self.prepare(pairs[start : start + batch_size], batch_size)
+            answers += self._answer(questions, schedule, max_new_tokens, sampling, seed)
         return answers
+
+    def prepare(self, pairs: Sequence[tuple], batch_size: int) -> Questions:
+        """What `answer` needs of up to `batch_size` pairs, as of `generate`: all work on the host, for any thread."""
+        images = [self._open(image) for image, _ in pairs]
+        rows = [
+            self.prompt_ids(text, [self.visual_grid(image) for image in group])
+            for (_, text), group in zip(pairs, images, strict=True)
+        ]
+        flat = [image for group in images for image in group]
+        pixels, grids = self.family.preprocess(flat, self.image_processor) if flat else (None, None)
+        # Rows of one token fill a short batch to a power of two, so that few sizes are compiled.
+        padding = min(batch_size, 1 << (len(rows) - 1).bit_length()) - len(rows)
+        rows += [np.array([self.config.eos_tokens[0]])] * padding
+        return Questions(tuple(rows), len(pairs), pixels, grids)
+
+    def answer(self, questions: Questions, *, schedule: Schedule | None = None, max_new_tokens: int = 64) -> list[str]:
+        """Greedy answers to what `prepare` made, in order: those of `generate`."""
+        sampling = Sampling(0.0, 1.0, self.config.repetition_penalty, self.config.eos_tokens, self.config.pad_token)
+        return self._answer(questions, schedule, max_new_tokens, sampling, 0)
+
+    def _answer(self, questions: Questions, schedule, max_new: int, sampling: Sampling, seed: int) -> list[str]:
+        ids, pixels, grids = list(questions.rows), questions.pixels, questions.grids
+        tokens = self._generate(ids, pixels, grids, schedule, max_new, sampling, seed)[: questions.count]
+        return [self.tokenizer.decode(_until(row, sampling.eos), skip_special_tokens=True) for row in tokens]
 
     def _open(self, image) -> list[Image.Image]:
         if image is None:

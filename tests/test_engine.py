@@ -104,6 +104,7 @@ def test_generate_keeps_order_whatever_the_batch(tmp_path):
     schedule = model.plan("nuwa", budget=192)
     alone = [model.generate([pair], schedule=schedule, max_new_tokens=6)[0] for pair in pairs]
     assert model.generate(pairs, schedule=schedule, max_new_tokens=6, batch_size=3) == alone
+    assert model.answer(model.prepare(pairs[:3], 3), schedule=schedule, max_new_tokens=6) == alone[:3]
     assert len(set(alone)) > 1
 
 

@@ -16,7 +16,7 @@ NUWA_END = " in this image and output the bbox coordinates in JSON format."
 
 
 class StubModel:
-    """Boxes drawn from a hash of image, prompt and schedule. interrupt_after: calls of generate until Ctrl-C."""
+    """Boxes drawn from a hash of image, prompt and schedule. interrupt_after: batches until Ctrl-C."""
 
     dtype = "float32"
 
@@ -45,15 +45,21 @@ class StubModel:
     def generate(
         self, pairs: Sequence[tuple], *, schedule: Schedule, max_new_tokens: int, batch_size: int
     ) -> list[str]:
+        return self.answer(self.prepare(pairs, batch_size), schedule=schedule, max_new_tokens=max_new_tokens)
+
+    def prepare(self, pairs: Sequence[tuple], batch_size: int) -> list[tuple]:
+        assert 1 <= len(pairs) <= batch_size
+        return list(pairs)
+
+    def answer(self, questions: Sequence[tuple], *, schedule: Schedule, max_new_tokens: int) -> list[str]:
         if self._left is not None:
             if self._left == 0:
                 raise KeyboardInterrupt
             self._left -= 1
-        assert 1 <= len(pairs) <= batch_size
-        self.batches.append(len(pairs))
+        self.batches.append(len(questions))
         self.max_new_tokens.add(max_new_tokens)
-        self.prompts += [prompt for _, prompt in pairs]
-        return [self._answer(image, prompt, schedule.label) for image, prompt in pairs]
+        self.prompts += [prompt for _, prompt in questions]
+        return [self._answer(image, prompt, schedule.label) for image, prompt in questions]
 
     def _answer(self, image, prompt: str, label: str) -> str:
         rng = random.Random(zlib.crc32(image.tobytes() + prompt.encode() + label.encode()))

@@ -8,8 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import ExifTags, Image
 
-from evals.data import _hub, rec_docs, rec_source, vqa_docs
-from evals.scenes.data import refcoco_rows, vqa_rows
+from evals.data import REC_COLUMNS, Source, rec_docs, rec_source
+from evals.scenes.data import refcoco_rows
+from evals.tables import _hub
 from reroute_jax.errors import RerouteError
 
 IMAGE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
@@ -228,7 +229,7 @@ def test_folder_without_parquet_and_file_with_a_split_are_refused(tmp_path: Path
 
 def test_a_name_that_is_nothing_is_refused() -> None:
     for name in ("refcoco", "/no/such/folder", "data/missing.parquet"):
-        with pytest.raises(RerouteError, match="expected 'scenes', a hub id owner/name or local parquet"):
+        with pytest.raises(RerouteError, match="expected 'scenes', 'hub', a hub id owner/name, or local parquet"):
             rec_source(name, None)
 
 
@@ -239,14 +240,15 @@ def test_hub_loader_reads_a_hub_like_folder(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.chdir(tmp_path)
     stored = encoded(photo(), "JPEG")
     write(tmp_path / "owner" / "name" / "data" / "val-00000-of-00001.parquet", [row("q", stored, ["a", "b"])])
-    source = _hub(str(tmp_path / "owner" / "name"), "val")
-    assert source.count == 2
+    table = _hub(str(tmp_path / "owner" / "name"), None, "val", REC_COLUMNS)
+    assert table.count == 1
+    source = Source(table.name, lambda: table.rows(REC_COLUMNS), 2)
     hub, local = rec_docs(source, 0, 9, 2), rec_docs(rec_source("owner/name", None), 0, 9, 2)
     for one, other in zip(hub, local, strict=True):
         assert (one.text, one.truth, one.question_id) == (other.text, other.truth, other.question_id)
         assert (np.asarray(one.image) == np.asarray(other.image)).all()
     with pytest.raises(RerouteError, match="unknown split 'testA'"):
-        _hub(str(tmp_path / "owner" / "name"), "testA")
+        _hub(str(tmp_path / "owner" / "name"), None, "testA", REC_COLUMNS)
 
 
 def test_scenes_are_read_as_they_are_made() -> None:
@@ -278,10 +280,3 @@ def test_scenes_are_drawn_for_the_models_family() -> None:
 def test_unknown_split_of_the_scenes_is_refused() -> None:
     with pytest.raises(RerouteError, match="testA"):
         rec_source("scenes", "testA")
-
-
-def test_vqa_rows_become_documents() -> None:
-    rows = list(vqa_rows("test", 3, start=4))
-    docs = list(vqa_docs(vqa_rows("test", 3, start=4), "scenes", 4))
-    assert [doc.doc_id for doc in docs] == [4, 5, 6]
-    assert [(d.text, d.truth, d.category) for d in docs] == [(r["question"], r["answer"], r["category"]) for r in rows]

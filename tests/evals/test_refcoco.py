@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from evals import refcoco, scenes_vqa
+from evals import refcoco, scenes_vqa, vqa
 from evals.boxes import REC_METRICS
 from evals.cli import CHECKPOINTS, load_model
 from evals.data import rec_source
@@ -18,7 +18,7 @@ QUESTIONS = 12
 def stub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> StubModel:
     model = StubModel()
     monkeypatch.setattr(refcoco, "load_model", lambda *arguments: model)
-    monkeypatch.setattr(scenes_vqa, "load_model", lambda *arguments: model)
+    monkeypatch.setattr(vqa, "load_model", lambda *arguments: model)
     monkeypatch.chdir(tmp_path)
     return model
 

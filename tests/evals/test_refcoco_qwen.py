@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from evals import refcoco, scenes_vqa
+from evals import refcoco, scenes_vqa, vqa
 from evals.boxes import REC_METRICS, RESIZED
 from evals.data import Doc, rec_docs, rec_source
 from reroute_jax.routing.cost import account
@@ -112,6 +112,6 @@ def test_vqa_asks_about_the_familys_scenes(tmp_path: Path, monkeypatch: pytest.M
     model = QwenStub([])
     sizes = set()
     monkeypatch.setattr(model, "_answer", lambda image, prompt, label: sizes.add(image.size) or "yes")
-    monkeypatch.setattr(scenes_vqa, "load_model", lambda *arguments: model)
+    monkeypatch.setattr(vqa, "load_model", lambda *arguments: model)
     assert scenes_vqa.main([*QWEN, "--limit", "12", "--out", str(tmp_path)]) == 0
     assert len(sizes) > 3

@@ -1,13 +1,20 @@
 import json
+import signal
+import subprocess
+import sys
+import threading
+import time
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import pytest
 
 from evals.data import rec_source
 from evals.refcoco import make_task
-from evals.runner import Run, Task, answer, fingerprint, open_folder
+from evals.runner import LOOKAHEAD, WINDOW, Run, Task, _ahead, answer, fingerprint, open_folder
 from reroute_jax.errors import RerouteError
+from tests.evals import slow_run
 from tests.evals.stub import StubModel
 
 BATCH = 4
@@ -84,7 +91,7 @@ def test_a_damaged_line_is_refused_by_number(task: Task, tmp_path: Path) -> None
 
 def test_more_answers_than_questions_are_refused(task: Task, tmp_path: Path) -> None:
     answer(StubModel(), task, full(), tmp_path, BATCH)
-    with pytest.raises(RerouteError, match="has 8 answers for 6 questions"):
+    with pytest.raises(RerouteError, match="has 10 answers for 6 questions"):
         answer(StubModel(), replace(task, total=6, docs=lambda start: iter(())), full(), tmp_path, BATCH)
 
 
@@ -126,3 +133,100 @@ def test_fingerprint_sees_names_sizes_and_both_ends(tmp_path: Path) -> None:
     seen.append(write())
     assert len(set(seen)) == 5
     assert fingerprint(tmp_path / "a.safetensors")
+
+
+def worker_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("questions")]
+
+
+def test_ctrl_c_and_errors_leave_no_thread_behind(task: Task, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        answer(StubModel(interrupt_after=1), task, full(), tmp_path, BATCH)
+    assert worker_threads() == []
+
+    def docs(start: int):
+        yield from islice(task.docs(start), 9 - start)
+        raise RerouteError("question 9 is broken")
+
+    with pytest.raises(RerouteError, match="question 9 is broken"):
+        answer(StubModel(), replace(task, docs=docs), full(), tmp_path, 2)
+    assert worker_threads() == []
+    assert (tmp_path / "full.jsonl").read_bytes().count(b"\n") == 8  # the window before
+
+
+def test_questions_are_made_ready_in_another_thread(task: Task, tmp_path: Path) -> None:
+    class Threads(StubModel):
+        def prepare(self, pairs, batch_size):
+            self.thread = threading.current_thread().name
+            return super().prepare(pairs, batch_size)
+
+    model = Threads()
+    answer(model, task, full(), tmp_path, BATCH)
+    assert model.thread.startswith("questions")
+
+
+def test_lookahead_is_bounded_ordered_and_passes_errors_on() -> None:
+    made = []
+
+    def items():
+        for number in range(20):
+            made.append(number)
+            yield number
+        raise ValueError("no more")
+
+    ready = _ahead(items())
+    assert next(ready) == 0
+    ready.close()
+    assert len(made) <= 2 + LOOKAHEAD
+    assert worker_threads() == []
+    made.clear()
+    found = []
+    with pytest.raises(ValueError, match="no more"):
+        for number in _ahead(items()):
+            assert len(made) <= number + 2 + LOOKAHEAD
+            found.append(number)
+    assert found == list(range(20))
+
+
+def test_batches_hold_images_of_like_size_and_lines_keep_the_order(tmp_path: Path) -> None:
+    model = slow_run.MixedModel()
+    records = slow_run.run(model, tmp_path)
+    assert [record["doc_id"] for record in records] == list(range(slow_run.TOTAL))
+    assert len({size for batch in model.sizes for size in batch}) == 4
+    windows = [model.sizes[start : start + WINDOW] for start in range(0, len(model.sizes), WINDOW)]
+    assert [len(window) for window in windows] == [4, 4, 4, 3]
+    for window in windows:
+        sizes = [size for batch in window for size in batch]
+        assert sizes == sorted(sizes)
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    folder = tmp_path_factory.mktemp("mixed")
+    slow_run.run(slow_run.MixedModel(), folder)
+    return (folder / "full.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("part", [i / 13 for i in range(14)])
+def test_sorted_batches_cut_anywhere_resume_to_the_same_bytes(mixed: bytes, tmp_path: Path, part: float) -> None:
+    """The answers of this model depend on their batch, so that the batches have to be the same ones."""
+    keep = int(part * len(mixed))
+    (tmp_path / "full.jsonl").write_bytes(mixed[:keep])
+    model = slow_run.MixedModel()
+    slow_run.run(model, tmp_path)
+    assert (tmp_path / "full.jsonl").read_bytes() == mixed
+    assert sum(model.batches) <= slow_run.TOTAL - mixed[:keep].count(b"\n") + WINDOW * slow_run.BATCH
+
+
+def test_killed_run_resumes_to_the_same_bytes(mixed: bytes, tmp_path: Path) -> None:
+    """kill -9 from outside, in the middle of the second window or behind it."""
+    file, least = tmp_path / "full.jsonl", 15
+    command = [sys.executable, "-m", "tests.evals.slow_run", str(tmp_path)]
+    process = subprocess.Popen(command, cwd=Path(__file__).parents[2])
+    while process.poll() is None and (not file.exists() or file.read_bytes().count(b"\n") < least):
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert least <= file.read_bytes().count(b"\n") < slow_run.TOTAL
+    slow_run.run(slow_run.MixedModel(), tmp_path)
+    assert file.read_bytes() == mixed

@@ -1,0 +1,346 @@
+"""The matrix of models, methods, actions, budgets and tasks as one table and a figure. `python -m evals.table --help`.
+
+Every run has a folder OUT/MODEL/TASK/RUN of its own, so that a matrix can be stopped, repeated and widened: what is
+there is not asked again. All runs of a model on a task share its answers with all tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib.util import find_spec
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from convert.source import open_source
+from evals import gqa, mmbench, mme, pope, refcoco, refcocog, refcocoplus, scienceqa, textvqa, vqa, vqav2
+from evals.cli import (
+    CAVEATS,
+    CHECKPOINTS,
+    DTYPES,
+    EMBEDDED,
+    Parser,
+    exit_code,
+    load_model,
+    positive,
+    run_settings,
+    whole,
+    write_summary,
+)
+from evals.data import REFCOCO, SCENES, Source, rec_source
+from evals.report import score_runs, summarise
+from evals.routes import FULL, Routes, budget, named_run
+from evals.runner import Answerer, Run, Task, answer, open_folder
+from evals.sheet import Entry, Outcome, Sheet, draw, markdown, write_csv
+from evals.tables import OWN_HUB, Hub
+from reroute_jax.config import ModelConfig
+from reroute_jax.errors import RerouteError
+from reroute_jax.models import FAMILIES
+from reroute_jax.mrope import COMPATS
+from reroute_jax.routing.methods import METHODS, plan
+from reroute_jax.routing.plan import ACTIONS, Schedule
+from reroute_jax.routing.presets import PRESETS, preset
+
+GROUNDING, ANSWERING = "grounding", "answering"
+# What the released configurations call the families, and the deletions that they compare with.
+RELEASED = {"llava": "llava15", "qwen2_5_vl": "qwen25vl"}
+DELETIONS = {"fastv": "fastv_K3", "pdrop": "pdrop_earlyL2"}
+MATRIX = {"methods": ("fastv", "pdrop", "nuwa"), "actions": ACTIONS, "budgets": (192, 128, 64)}  # where not given
+OFFICIAL_NOTE = (
+    "The stage-wise configurations are the computation of their namesakes and share their answers. The released avg64 "
+    "rows of PDrop's schedules average more than 64 tokens of 576: compare at the realised share."
+)
+PLOT_HINT = "the figure needs matplotlib: pip install 'reroute_jax[plot]'"
+
+
+@dataclass(frozen=True)
+class Command:
+    """A benchmark in the table. metric: its headline. kind: of the average that it counts for.
+
+    parser: of its own command. source: opens the data that the arguments name. questions: (arguments, source, model)
+    -> the task, its metrics and settings.
+    """
+
+    metric: str
+    kind: str
+    parser: Callable[[], argparse.ArgumentParser]
+    source: Callable[[argparse.Namespace], Source]
+    questions: Callable[[argparse.Namespace, Source, Answerer], tuple[Task, Sequence[str], Mapping[str, Any]]]
+
+
+def _grounding(name: str, hub: Hub) -> Command:
+    return Command(
+        "refcoco_ACC@0.5",
+        GROUNDING,
+        partial(refcoco.parser, name, hub),
+        lambda args: rec_source(args.data, args.split, hub=hub),
+        partial(refcoco.questions, name=name),
+    )
+
+
+def _answering(benchmark: vqa.Benchmark, metric: str) -> Command:
+    return Command(
+        metric,
+        ANSWERING,
+        partial(vqa.parser, benchmark),
+        lambda args: vqa.row_source(benchmark, args.data, args.split),
+        partial(vqa.questions, benchmark),
+    )
+
+
+COMMANDS = {
+    "refcoco": _grounding("refcoco", REFCOCO),
+    "refcocoplus": _grounding("refcocoplus", refcocoplus.HUB),
+    "refcocog": _grounding("refcocog", refcocog.HUB),
+    "pope": _answering(pope.BENCHMARK, "pope_accuracy"),
+    "gqa": _answering(gqa.BENCHMARK, "exact_match"),
+    "mme": _answering(mme.BENCHMARK, "mme_total"),
+    "mmbench": _answering(mmbench.BENCHMARK, "gpt_eval_score"),
+    "textvqa": _answering(textvqa.BENCHMARK, "exact_match"),
+    "scienceqa": _answering(scienceqa.BENCHMARK, "exact_match"),
+    "vqav2": _answering(vqav2.BENCHMARK, "exact_match"),
+}
+# The splits of the paper's grounding average.
+EIGHT_SPLITS = (
+    *(f"{name}:{split}" for name, split in product(("refcoco", "refcocoplus"), ("val", "testA", "testB"))),
+    *(f"refcocog:{split}" for split in ("val", "test")),
+)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A task of the matrix with its data opened. name: as the user gave it. args: those of its own command."""
+
+    name: str
+    command: Command
+    args: argparse.Namespace
+    source: Source
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What a model is to run: rows, and the runs whose answers fill them, the one with all tokens first."""
+
+    entries: tuple[Entry, ...]
+    routes: Routes
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    args = _parser().parse_args(argv)
+    return exit_code(lambda: _run(args))
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="python -m evals.table", description="One table and a figure of many runs.")
+
+    def listed(name: str, of: Callable[[str], Any], about: str, default: Sequence[Any] | None = None) -> None:
+        shown = ",".join(map(str, default or MATRIX[name]))
+        about = f"{about} (default: {shown})"
+        parser.add_argument(f"--{name}", type=partial(_listed, of), default=default, metavar="A,B", help=about)
+
+    listed("models", str, f"hub ids, folders, or embedded ones: {', '.join(EMBEDDED)}", EMBEDDED[:1])
+    tasks = f"of {', '.join(COMMANDS)}, each with a split as in refcoco:testA where it is not the default one"
+    listed("tasks", str, f"{tasks}; '{GROUNDING}': the paper's eight grounding splits", ("refcoco",))
+    listed("methods", _one_of(METHODS), f"of {', '.join(name for name in METHODS if name != 'none')}")
+    listed("actions", _one_of(ACTIONS), f"of {', '.join(ACTIONS)}")
+    listed("budgets", budget, "192, 128, 64, or shares")
+    parser.add_argument(
+        "--official",
+        action="store_true",
+        help="the released configurations of each model's family instead of methods, actions and budgets",
+    )
+    parser.add_argument(
+        "--data",
+        default=SCENES,
+        help=f"'{SCENES}': rendered stand-ins; '{OWN_HUB}': each task's own set on the hub; or a folder that holds a "
+        "folder of each task's name in the hub's layout (default: %(default)s)",
+    )
+    parser.add_argument("--dtype", choices=DTYPES, help="as of the other commands")
+    parser.add_argument("--mrope-compat", choices=COMPATS, help="as of the other commands")
+    parser.add_argument("--batch-size", type=positive, default=8, help="questions at a time (default: %(default)s)")
+    parser.add_argument("--limit", type=positive, help="only the first so many questions of each task")
+    parser.add_argument(
+        "--seed", type=whole, default=0, help="of the method `random` and of the intervals (default: 0)"
+    )
+    parser.add_argument(
+        "--skip-bad", action="store_true", help="count and report images that cannot be decoded instead of stopping"
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/table"), help="folder (default: %(default)s)")
+    return parser
+
+
+def _listed(of: Callable[[str], Any], text: str) -> tuple[Any, ...]:
+    """argparse type: values between commas, each once."""
+    values = tuple(of(part) for part in text.split(","))
+    if len(set(values)) != len(values):
+        raise argparse.ArgumentTypeError(f"{text!r} names one of its parts twice")
+    return values
+
+
+def _one_of(allowed: Sequence[str]) -> Callable[[str], str]:
+    def check(text: str) -> str:
+        if text not in allowed:
+            raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(allowed)}")
+        return text
+
+    return check
+
+
+def _run(args: argparse.Namespace) -> None:
+    """Everything that can be refused is looked at before the first model is loaded."""
+    if find_spec("matplotlib") is None:
+        raise RerouteError(PLOT_HINT)
+    given = [f"--{name}" for name in MATRIX if getattr(args, name) is not None]
+    if args.official and given:
+        raise RerouteError(f"--official fixes the whole schedules, leave out {', '.join(given)}")
+    if "none" in (args.methods or ()):
+        raise RerouteError("method 'none' is the run with all tokens, which is always there: leave it out of --methods")
+    planned = {model: _planned(model, args) for model in args.models}
+    asked = [_asked(name, args) for name in _task_names(args.tasks)]
+    sheets = [_sheet(model, planned[model], asked, args) for model in args.models]
+    text = markdown(sheets)
+    (args.out / "table.md").write_text(text, encoding="utf-8")
+    write_csv(sheets, args.out / "table.csv")
+    draw(sheets, [args.out / "figure.png", args.out / "figure.svg"])
+    print(f"{text}\ntable.md, table.csv, figure.png, figure.svg, answers and summaries: {args.out}")
+
+
+def _task_names(given: Sequence[str]) -> list[str]:
+    names = [name for one in given for name in (EIGHT_SPLITS if one == GROUNDING else (one,))]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise RerouteError(f"--tasks names {twice[0]} twice")
+    return names
+
+
+def _asked(name: str, args: argparse.Namespace) -> Asked:
+    """Raises RerouteError for an unknown task or split, and for data that are not there."""
+    task, _, split = name.partition(":")
+    if task not in COMMANDS:
+        raise RerouteError(f"unknown task {task!r}: expected some of {', '.join(COMMANDS)}, or {GROUNDING}")
+    command = COMMANDS[task]
+    own = command.parser().parse_args([])
+    own.data = args.data if args.data in (SCENES, OWN_HUB) else _task_folder(args.data, task)
+    own.split = split or None
+    for shared in ("dtype", "mrope_compat", "batch_size", "limit", "seed", "skip_bad"):
+        setattr(own, shared, getattr(args, shared))
+    return Asked(name, command, own, command.source(own))
+
+
+def _task_folder(data: str, task: str) -> str:
+    """Checked here: a relative path that does not exist reads like a hub id."""
+    folder = Path(data).expanduser() / task
+    if not folder.is_dir():
+        raise RerouteError(f"no folder {folder}: --data is '{SCENES}', '{OWN_HUB}', or a folder with one for each task")
+    return str(folder)
+
+
+def _planned(model: str, args: argparse.Namespace) -> Planned:
+    """Rows and runs of a model, from its configuration alone. Raises RerouteError naming a run that does not fit it."""
+    source = open_source(CHECKPOINTS / model if model in EMBEDDED else model)
+    config = ModelConfig.from_hf(source.config)
+    family = FAMILIES[config.family]
+    rows, cols = family.typical_grid(config, lambda: family.image_processor(source.folder))
+    sizes = {"num_layers": config.num_layers, "visual": rows * cols, "grid": (rows, cols), "family": config.family}
+    full = Run(FULL, plan("none", **sizes))
+    try:
+        if args.official:
+            return _official(config, full)
+        return _matrix(partial(plan, **sizes), full, args)
+    except RerouteError as error:
+        raise RerouteError(f"{model}: {error}") from error
+
+
+def _matrix(planner: Callable[..., Schedule], full: Run, args: argparse.Namespace) -> Planned:
+    """The product of budgets, methods and actions; a method without actions comes once a budget."""
+    methods, actions, budgets = (getattr(args, name) or MATRIX[name] for name in MATRIX)
+    entries, runs = [Entry(FULL, FULL)], [full]
+    for share, name in product(budgets, methods):
+        method = METHODS[name]
+        names: dict[str, str] = {}
+        for action in actions if method.has_actions else ("reroute",):
+            seed = {"seed": args.seed} if "seed" in method.switches else {}
+            run = named_run(planner(name, budget=share, action=action, **seed))
+            names[action] = run.name
+            runs.append(run)
+        for action, run_name in names.items():
+            against = names.get("delete") if action == "reroute" else None
+            shown = action if method.has_actions else ""
+            entries.append(Entry(run_name, run_name, name, shown, str(share), against))
+    return Planned(tuple(entries), _routes(entries, runs))
+
+
+def _official(config: ModelConfig, full: Run) -> Planned:
+    """The released configurations of the model's family. Those that differ in their label alone share one run."""
+    prefix = RELEASED[config.family]
+    runs: dict[Schedule, Run] = {}
+    entries = []
+    for name, (family, variant, tier) in PRESETS.items():
+        if family != prefix:
+            continue
+        schedule = preset(name, config.num_layers)
+        if variant is None:
+            entries.append(Entry(name, FULL))
+            continue
+        run = runs.setdefault(replace(schedule, label=""), named_run(schedule))
+        host = next(host for host in DELETIONS if host in variant)
+        deletes = variant in DELETIONS.values()
+        against = None if deletes else f"{prefix}_{DELETIONS[host]}_avg{tier}"
+        entries.append(Entry(name, run.name, host, "delete" if deletes else "reroute", str(tier), against))
+    return Planned(tuple(entries), _routes(entries, [full, *runs.values()]))
+
+
+def _routes(entries: Sequence[Entry], runs: Sequence[Run]) -> Routes:
+    contrasts = dict.fromkeys((entry.run, entry.against) for entry in entries if entry.against is not None)
+    return Routes(tuple(runs), tuple(contrasts))
+
+
+def _sheet(name: str, planned: Planned, asked: Sequence[Asked], args: argparse.Namespace) -> Sheet:
+    """All answers of a model, which is in memory no longer than this."""
+    model = load_model(name, args.dtype, args.mrope_compat)
+    outcomes = []
+    for number, one in enumerate(asked, 1):
+        print(f"{name}, {one.name} ({number} of {len(asked)} tasks), {len(planned.routes.runs)} runs", flush=True)
+        outcomes.append(_outcome(name, model, planned.routes, one, args))
+    notes = [OFFICIAL_NOTE] * args.official
+    notes += [f"Note: {CAVEATS[name]}."] if name in CAVEATS else []
+    notes += [
+        f"{one.task}: {len(found)} questions left out, {reason}."
+        for one in outcomes
+        for reason, found in one.summary.get("left_out", {}).items()
+    ]
+    return Sheet(name, planned.entries, tuple(outcomes), tuple(notes))
+
+
+def _outcome(name: str, model: Answerer, routes: Routes, asked: Asked, args: argparse.Namespace) -> Outcome:
+    own = argparse.Namespace(**{**vars(asked.args), "model": name})
+    task, metrics, settings = asked.command.questions(own, asked.source, model)
+    settings = run_settings(own, model, task, settings)
+    folder = args.out / _file_name(name) / _file_name(asked.name)
+    for run in routes.runs:
+        open_folder(folder / run.name, settings | {"runs": Routes((run,), ()).settings})
+    records = {run.name: answer(model, task, run, folder / run.name, args.batch_size) for run in routes.runs}
+    summary = summarise(records, routes, metrics, model, args.seed, task)
+    write_summary(folder, summary, settings | {"runs": routes.settings})
+    return Outcome(
+        asked.name,
+        asked.command.kind,
+        asked.command.metric,
+        task.difference_scale,
+        summary,
+        score_runs(records, metrics, args.seed, task),
+    )
+
+
+def _file_name(text: str) -> str:
+    return re.sub(r"[^\w.-]+", "-", text).strip("-")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,47 @@
+"""A run that takes its time, so that it can be killed: `python -m tests.evals.slow_run FOLDER`."""
+
+import sys
+import time
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from evals.data import rec_source
+from evals.refcoco import make_task
+from evals.runner import Record, Run, Task, answer
+from reroute_jax.routing.plan import Schedule
+from tests.evals.stub import StubModel
+
+BATCH = 3
+TOTAL = 43  # several windows, the last one with a short batch
+
+
+class MixedModel(StubModel):
+    """Sees images in four sizes. An answer depends on its whole batch. pause: seconds a batch."""
+
+    def __init__(self, pause: float = 0.0) -> None:
+        super().__init__()
+        self.pause = pause
+        self.sizes: list[list[int]] = []
+
+    def visual_grid(self, image) -> tuple[int, int]:
+        return 1 + zlib.crc32(image.tobytes()) % 4, 8
+
+    def answer(self, questions: Sequence[tuple], *, schedule: Schedule, max_new_tokens: int) -> list[str]:
+        time.sleep(self.pause)
+        self.sizes.append([self.visual_grid(image)[0] for image, _ in questions])
+        mark = zlib.crc32("".join(prompt for _, prompt in questions).encode())
+        found = super().answer(questions, schedule=schedule, max_new_tokens=max_new_tokens)
+        return [f"{text} {mark}" for text in found]
+
+
+def mixed_task() -> Task:
+    return make_task(rec_source("scenes", None), TOTAL, "full", "normalized", 2, 16)
+
+
+def run(model: StubModel, folder: Path) -> list[Record]:
+    return answer(model, mixed_task(), Run("full", model.plan("none")), folder, BATCH)
+
+
+if __name__ == "__main__":
+    run(MixedModel(pause=0.2), Path(sys.argv[1]))
