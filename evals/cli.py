@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 import reroute_jax
 from evals.data import IMAGE_BACKEND, SCENES
+from evals.padding import IMAGE_MODES, Colour, mean_colour
 from evals.report import heading, render, summarise
 from evals.routes import add_route_arguments, plan_routes
 from evals.runner import SUMMARY_FILE, Answerer, Task, answer, fingerprint, open_folder, write_json
@@ -72,6 +73,17 @@ def benchmark_parser(name: str, description: str) -> Parser:
     parser.add_argument(
         "--mrope-compat", choices=COMPATS, help="rotary positions as transformers of this version gave Qwen's images"
     )
+    parser.add_argument(
+        "--vicuna-system",
+        action="store_true",
+        help="open LLaVA's prompts with the system sentence of its own evaluation",
+    )
+    parser.add_argument(
+        "--llava-image-mode",
+        choices=IMAGE_MODES,
+        default=IMAGE_MODES[0],
+        help="crop as the reference, or pad to a square as LLaVA's own evaluation (default: %(default)s)",
+    )
     parser.add_argument("--batch-size", type=positive, default=8, help="questions at a time (default: %(default)s)")
     parser.add_argument("--limit", type=positive, help="only the first so many questions")
     parser.add_argument("--max-new-tokens", type=positive, help="length of an answer (default: the task's)")
@@ -109,14 +121,14 @@ def whole(text: str, least: int = 0) -> int:
     return int(text)
 
 
-def load_model(name: str, dtype: str | None, mrope_compat: str | None = None) -> Answerer:
-    """The model of the arguments --model, --dtype and --mrope-compat."""
+def load_model(name: str, dtype: str | None, mrope_compat: str | None = None, vicuna_system: bool = False) -> Answerer:
+    """The model of the arguments --model, --dtype, --mrope-compat and --vicuna-system."""
     if name not in EMBEDDED:
-        return reroute_jax.load(name, dtype=dtype, mrope_compat=mrope_compat)
+        return reroute_jax.load(name, dtype=dtype, mrope_compat=mrope_compat, vicuna_system=vicuna_system)
     path = CHECKPOINTS / name
     if not (path / "config.json").is_file():
         raise RerouteError(f"the embedded model {name} is not at {path}: make it with `python -m evals.scenes.train`")
-    return reroute_jax.load(path, dtype=dtype or "float32", mrope_compat=mrope_compat)
+    return reroute_jax.load(path, dtype or "float32", mrope_compat, vicuna_system)
 
 
 def run_benchmark(
@@ -149,7 +161,7 @@ def run_settings(args: argparse.Namespace, model: Answerer, task: Task, settings
         "max_new_tokens": task.max_new_tokens,
         "batch_size": args.batch_size,
         "seed": args.seed,
-        **_protocol(model),
+        **_protocol(model, args.llava_image_mode),
     }
 
 
@@ -166,7 +178,19 @@ def _model_settings(name: str, model: Answerer) -> dict[str, Any]:
     return {"model": name, "model_files": fingerprint(path) if path.exists() else None, "dtype": str(model.dtype)}
 
 
-def _protocol(model: Answerer) -> dict[str, Any]:
+def pad_colour(args: argparse.Namespace, model: Answerer) -> Colour | None:
+    """What --llava-image-mode pad fills squares with; None where images are not padded.
+
+    Raises RerouteError for another family than LLaVA.
+    """
+    if args.llava_image_mode == "crop":
+        return None
+    if model.config.family != "llava":
+        raise RerouteError(f"--llava-image-mode pad is for LLaVA, {args.model} is {model.config.family}: leave it out")
+    return mean_colour(model.image_processor.image_mean)
+
+
+def _protocol(model: Answerer, llava_image_mode: str) -> dict[str, Any]:
     """Choices of the reference's protocol that are built in, or made by the model."""
     shared = {
         "image_backend": IMAGE_BACKEND,
@@ -175,7 +199,7 @@ def _protocol(model: Answerer) -> dict[str, Any]:
         "repetition_penalty": model.config.repetition_penalty,
     }
     if model.config.family == "llava":
-        return shared | {"llava_image_mode": "crop", "vicuna_system": False}
+        return shared | {"llava_image_mode": llava_image_mode, "vicuna_system": model.config.vicuna_system}
     limits = [model.image_processor.size[edge] for edge in ("shortest_edge", "longest_edge")]
     return shared | {"image_resizes": 2, "pixel_limits": limits, "mrope_compat": model.config.mrope_compat}
 

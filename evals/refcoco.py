@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,21 @@ from evals.boxes import (
     parse_box,
     rec_metrics,
 )
-from evals.cli import MAX_NEW_TOKENS, add_data_arguments, benchmark_parser, exit_code, load_model, run_benchmark
+from evals.cli import (
+    MAX_NEW_TOKENS,
+    add_data_arguments,
+    benchmark_parser,
+    exit_code,
+    load_model,
+    pad_colour,
+    run_benchmark,
+)
 from evals.data import PARITY_JPEG_ROUNDTRIPS, REFCOCO, SCENES, Doc, Source, rec_docs, rec_source
+from evals.padding import Colour, from_square, padded
 from evals.routes import check_routes
 from evals.runner import Answerer, Record, Task, fingerprint
 from evals.tables import Hub
+from reroute_jax.errors import RerouteError
 
 NAME = "refcoco"
 SCENES_MAX_NEW_TOKENS = 64  # the embedded models need four tokens for a coordinate
@@ -45,17 +55,21 @@ def make_task(
     model_size: Callable[[Image.Image], tuple[int, int]] | None = None,
     name: str = NAME,
     skip_bad: bool = False,
+    pad: Colour | None = None,
 ) -> Task:
     """The first `limit` questions of a source as a task.
 
     model_size: (width, height) in pixels that the model sees of an image. With it, metrics named RESIZED stand beside
     those of the reference, which divides by the stored image's size although the model answers in its own pixels.
+    pad: colour of the squares that images are shown in, whose fractions the boxes then are.
     """
     total = min(count for count in (source.count, limit) if count is not None)
 
     def score(text: str, doc: Doc) -> Record:
         parsed = parse_box(text)
         box = normalise_box(parsed, coord_format, doc.size)
+        if pad is not None:
+            box = from_square(box, doc.size)
         record = {"parsed": parsed, "box": box, "truth": doc.truth, "metrics": rec_metrics(box, doc.truth)}
         if model_size is None:
             return record
@@ -63,9 +77,13 @@ def make_task(
         extra = {name + RESIZED: value for name, value in rec_metrics(resized, doc.truth).items()}
         return record | {"box" + RESIZED: resized, "metrics": record["metrics"] | extra}
 
+    def docs(start: int) -> Iterator[Doc]:
+        found = rec_docs(source, start, total, roundtrips, skip_bad)
+        return found if pad is None else padded(found, pad)
+
     return Task(
         name=name,
-        docs=lambda start: rec_docs(source, start, total, roundtrips, skip_bad),
+        docs=docs,
         total=total,
         prompt=lambda doc: prompts.rec(doc.text, style),
         score=score,
@@ -102,7 +120,7 @@ def parser(name: str = NAME, hub: Hub = REFCOCO) -> argparse.ArgumentParser:
 def _run(args: argparse.Namespace, name: str, hub: Hub) -> None:
     check_routes(args)
     source = rec_source(args.data, args.split, hub=hub)  # bad data is refused before a model is loaded
-    model = load_model(args.model, args.dtype, args.mrope_compat)
+    model = load_model(args.model, args.dtype, args.mrope_compat, args.vicuna_system)
     run_benchmark(args, model, *questions(args, source, model, name))
 
 
@@ -127,8 +145,13 @@ def questions(
     }
     # A family that answers in pixels means those of the whole image after its resize. LLaVA sees a crop.
     model_size = model.model_size if coord_format == COORD_FORMAT_OF_FAMILY[family] == "pixel" else None
-    task = make_task(source, limit, style, coord_format, args.jpeg_roundtrips, max_new, model_size, name, args.skip_bad)
-    return task, METRICS, settings
+    pad = pad_colour(args, model)
+    if pad is not None and coord_format != "normalized":
+        raise RerouteError(
+            f"--llava-image-mode pad needs boxes in fractions, not {coord_format}: leave --coord-format out"
+        )
+    how = style, coord_format, args.jpeg_roundtrips, max_new, model_size, name, args.skip_bad, pad
+    return make_task(source, limit, *how), METRICS, settings
 
 
 if __name__ == "__main__":

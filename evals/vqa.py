@@ -11,9 +11,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from evals.cli import MAX_NEW_TOKENS, add_data_arguments, benchmark_parser, exit_code, load_model, run_benchmark
+from evals.cli import (
+    MAX_NEW_TOKENS,
+    add_data_arguments,
+    benchmark_parser,
+    exit_code,
+    load_model,
+    pad_colour,
+    run_benchmark,
+)
 from evals.data import SCENES, Doc, Source, bad_row_named, row_docs
 from evals.metrics import Derived
+from evals.padding import Colour, padded
 from evals.routes import check_routes
 from evals.runner import Answerer, Record, Task, fingerprint
 from evals.tables import IMAGE, Hub, Row, open_table
@@ -79,13 +88,22 @@ def row_source(benchmark: Benchmark, data: str, split: str | None, family: str =
     return Source(table.name, lambda: table.rows((*benchmark.columns, IMAGE)), table.count)
 
 
-def make_task(benchmark: Benchmark, source: Source, limit: int | None, max_new: int, skip_bad: bool = False) -> Task:
-    """The first `limit` questions of a source as a task; all of them without a limit."""
+def make_task(
+    benchmark: Benchmark,
+    source: Source,
+    limit: int | None,
+    max_new: int,
+    skip_bad: bool = False,
+    pad: Colour | None = None,
+) -> Task:
+    """The first `limit` questions of a source as a task; all of them without a limit. pad: colour of the squares that
+    images are shown in."""
     total = min(count for count in (source.count, limit) if count is not None)
 
     def docs(start: int) -> Iterator[Doc]:
         how = benchmark.columns, benchmark.prompt, benchmark.key, benchmark.cluster
-        for doc in row_docs(source, start, total, *how, skip_bad=skip_bad):
+        found = row_docs(source, start, total, *how, skip_bad=skip_bad)
+        for doc in found if pad is None else padded(found, pad):
             if not doc.bad:
                 with bad_row_named(f"{source.name}, question {doc.question_id}"):
                     benchmark.score("", doc)  # a truth that nothing can be compared with is refused before it is asked
@@ -124,7 +142,7 @@ def parser(benchmark: Benchmark) -> argparse.ArgumentParser:
 def _run(benchmark: Benchmark, args: argparse.Namespace) -> None:
     check_routes(args)
     source = row_source(benchmark, args.data, args.split)  # bad data is refused before a model is loaded
-    model = load_model(args.model, args.dtype, args.mrope_compat)
+    model = load_model(args.model, args.dtype, args.mrope_compat, args.vicuna_system)
     run_benchmark(args, model, *questions(benchmark, args, source, model))
 
 
@@ -143,5 +161,5 @@ def questions(
         "data": source.name,
         "data_files": fingerprint(data) if not scenes and data.exists() else None,
     }
-    task = make_task(benchmark, source, limit, args.max_new_tokens or max_new, args.skip_bad)
+    task = make_task(benchmark, source, limit, args.max_new_tokens or max_new, args.skip_bad, pad_colour(args, model))
     return task, benchmark.metrics, settings

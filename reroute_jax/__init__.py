@@ -14,9 +14,11 @@ if TYPE_CHECKING:
 __all__ = ["RerouteError", "Schedule", "load"]
 
 
-def load(path: str | Path, dtype: str | None = None, mrope_compat: str | None = None) -> Model:
+def load(
+    path: str | Path, dtype: str | None = None, mrope_compat: str | None = None, vicuna_system: bool = False
+) -> Model:
     """Load a hub id, a Hugging Face folder (converted on the fly) or a converted folder; see `loading.load`."""
     # Imported here: `convert` needs this package's configuration, and loading needs `convert`.
     from reroute_jax.loading import load as load_model
 
-    return load_model(path, dtype, mrope_compat)
+    return load_model(path, dtype, mrope_compat, vicuna_system)

@@ -90,7 +90,8 @@ class ModelConfig:
     """A vision-language model. repetition_penalty: what the family generates with unless told otherwise.
 
     Of Qwen2.5-VL alone: video_token, which is refused; mrope_compat, whose rotary positions to reproduce (`mrope.py`),
-    and temporal_rate, temporal positions a second of video, which that needs.
+    and temporal_rate, temporal positions a second of video, which that needs. Of LLaVA alone: vicuna_system, whether a
+    prompt opens with Vicuna's system sentence.
     """
 
     family: str
@@ -104,6 +105,7 @@ class ModelConfig:
     video_token: int | None = None
     temporal_rate: int | None = None
     mrope_compat: str | None = None
+    vicuna_system: bool = False
 
     @classmethod
     def from_hf(cls, config: Mapping) -> ModelConfig:

@@ -20,11 +20,15 @@ from reroute_jax.params import with_parameters
 from reroute_jax.routing.plan import one_of
 
 
-def load(path: str | Path, dtype: str | None = None, mrope_compat: str | None = None) -> Model:
+def load(
+    path: str | Path, dtype: str | None = None, mrope_compat: str | None = None, vicuna_system: bool = False
+) -> Model:
     """Load a hub id, a Hugging Face folder (converted on the fly) or a converted folder.
 
     dtype: "float32", "bfloat16" or "float16"; None keeps the stored one. mrope_compat: "hf-5.4" for the rotary
     positions that transformers 5.4 gave to Qwen2.5-VL's images, to compare with numbers made with it (`mrope.py`).
+    vicuna_system: open LLaVA's prompts with the system sentence of its own evaluation, which the checkpoint's chat
+    template leaves out.
     Raises RerouteError for a checkpoint that is absent, damaged, of an unknown architecture, or does not fit its
     config.json.
     """
@@ -37,6 +41,10 @@ def load(path: str | Path, dtype: str | None = None, mrope_compat: str | None = 
         if not config.decoder.rope_sections:
             raise RerouteError(f"mrope_compat={mrope_compat!r} is for M-RoPE, which {config.family} lacks")
         config = replace(config, mrope_compat=mrope_compat)
+    if vicuna_system:
+        if config.family != "llava":
+            raise RerouteError(f"vicuna_system is for LLaVA's prompts, which {config.family} does not have")
+        config = replace(config, vicuna_system=True)
     params = load_params(source, abstract_params(config), table_of(config), dtype)
     build = FAMILIES[config.family].model
     empty = nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0), dtype=jnp.float32))

@@ -21,6 +21,12 @@ from reroute_jax.routing.merge import MergeArrays, nuwa, pooled
 from reroute_jax.routing.plan import NuwaMerge, PoolMerge
 from reroute_jax.vision.clip import ClipTower, Projector, nuwa_inputs
 
+# vicuna_v1 of LLaVA's own evaluation.
+VICUNA_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions. "
+)
+
 
 class Llava(nnx.Module):
     """The parameters of one model; functions in this file and in `decoder.py` run them."""
@@ -64,7 +70,8 @@ def _pack(pixel_values, grids: Sequence[Grid], config: ModelConfig, images: int)
 
 
 def _prompt_ids(text: str, grids: Sequence[Grid], tokenizer, config: ModelConfig) -> np.ndarray:
-    ids = tokenizer(chat_prompt(text, len(grids)))["input_ids"]
+    system = VICUNA_SYSTEM if config.vicuna_system else ""
+    ids = tokenizer(system + chat_prompt(text, len(grids)))["input_ids"]
     return np.array(expand_image_tokens(ids, config.image_token, [rows * cols for rows, cols in grids]))
 
 
