@@ -2,6 +2,7 @@ import io
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -110,7 +111,6 @@ def test_jpeg_is_saved_twice_more_byte_for_byte(tmp_path: Path) -> None:
 
 def test_jpeg_is_treated_as_the_datasets_library_does(tmp_path: Path) -> None:
     """The reference's own preprocessing: two passes through an image column of `datasets`."""
-    datasets = pytest.importorskip("datasets")
     stored = encoded(photo(seed=1), "JPEG", quality=90)
     rows = {"image": [{"bytes": stored, "path": None}]}
     table = datasets.Dataset.from_dict(rows, features=datasets.Features({"image": datasets.Image()}))
@@ -235,7 +235,6 @@ def test_a_name_that_is_nothing_is_refused() -> None:
 
 def test_hub_loader_reads_a_hub_like_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`datasets` reads a local folder as it reads a repository, so the loader is exercised without a network."""
-    datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     stored = encoded(photo(), "JPEG")

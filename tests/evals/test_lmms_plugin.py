@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+import datasets
 import numpy as np
 import pytest
 from PIL import Image
@@ -174,7 +175,6 @@ def test_grounding_equals_our_own_runner(
     batch_size: int,
 ) -> None:
     """Same documents, same batches, same answers, same metrics, for the routed run as for the full one."""
-    datasets = pytest.importorskip("datasets")
     for name, value in PROTOCOL[family].items():
         monkeypatch.setenv(name, value)
     docs = list(rec_docs(rec_source(str(photos), None), 0, 99, 2))
@@ -213,7 +213,6 @@ def test_grounding_equals_our_own_runner(
 
 def test_documents_are_those_of_our_own_reader(photos: Path, tmp_path: Path) -> None:
     """Pixels after two re-saves, float32 truth, sizes, order."""
-    datasets = pytest.importorskip("datasets")
     stored = datasets.load_dataset("parquet", data_files=str(photos), split="train", cache_dir=str(tmp_path))
     utils = rec_utils()
     split = utils.expressions(stored)
@@ -333,7 +332,6 @@ def test_other_kinds_of_requests_say_so(adapter: ModuleType, monkeypatch: pytest
 @pytest.mark.parametrize("name", ["BBOX_COORD_FORMAT", "REFCOCO_PROMPT_STYLE"])
 @pytest.mark.parametrize("value", [None, "pixels"])
 def test_tasks_refuse_an_unknown_protocol(monkeypatch: pytest.MonkeyPatch, name: str, value: str | None) -> None:
-    pytest.importorskip("datasets")
     for known, right in PROTOCOL["llava"].items():
         monkeypatch.setenv(known, right)
     if value is None:
