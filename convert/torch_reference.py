@@ -103,12 +103,44 @@ def run(
     prior: fp32 [decisions, n] by original visual index, for stages with score="prior".
     Raises ValueError unless the prompt has one run of image tokens for each image, as long as its features.
     """
-    family = _FAMILIES[model.config.model_type]
     ids = torch.as_tensor(np.asarray(input_ids)).long()
     schedule = schedule or Schedule((Stage(0, len(model.model.language_model.layers)),), recover=False)
-    images = [] if pixel_values is None else family.images(model, pixel_values, image_grid_thw, schedule.merge)
+    images = encode(model, pixel_values, image_grid_thw, schedule)
+    walk, logits = prefill(model, ids, images, image_grid_thw, schedule, prior)
+    return Reference(
+        features=torch.cat([image.features for image in images]).float().numpy() if images else None,
+        anchors=_visual_index(images).numpy() if images and isinstance(schedule.merge, NuwaMerge) else None,
+        decisions=walk.decisions,
+        ran=walk.ran,
+        hidden=[hidden.float().numpy() for hidden in walk.hidden],
+        logits=logits.numpy(),
+        tokens=decode(model, ids, logits, walk, max_new_tokens, eos_tokens, repetition_penalty),
+    )
+
+
+# --- The three steps of a run -----------------------------------------------------------------------------------------
+
+
+def encode(
+    model: PreTrainedModel, pixel_values: np.ndarray | None, image_grid_thw: np.ndarray | None, schedule: Schedule
+) -> list[Image]:
+    """The prompt's images, as many tokens as the schedule's merge leaves of each."""
+    if pixel_values is None:
+        return []
+    return _FAMILIES[model.config.model_type].images(model, pixel_values, image_grid_thw, schedule.merge)
+
+
+def prefill(
+    model: PreTrainedModel,
+    ids: Tensor,
+    images: Sequence[Image],
+    image_grid_thw: np.ndarray | None,
+    schedule: Schedule,
+    prior: np.ndarray | None,
+) -> tuple[Walk, Tensor]:
+    """The record of a prompt `ids [S]`, and fp32 logits `[vocab]` at its last token."""
     runs = _image_runs(ids == model.config.image_token_id, [image.count for image in images])
-    positions, next_position = family.positions(model, ids, image_grid_thw)
+    positions, next_position = _FAMILIES[model.config.model_type].positions(model, ids, image_grid_thw)
     rows = _decoder_input(model, ids, positions, images, runs, schedule.first_image_only)
 
     def layer(number: int, rows: Rows) -> tuple[Tensor, tuple[Tensor, Tensor]]:
@@ -126,16 +158,34 @@ def run(
 
     visual = sum(image.count for image in images)
     rows, walk = route(rows, schedule, layer, score, visual, next_position)
-    logits = _head(model, rows.hidden[-1])
-    return Reference(
-        features=torch.cat([image.features for image in images]).float().numpy() if images else None,
-        anchors=_visual_index(images).numpy() if images and isinstance(schedule.merge, NuwaMerge) else None,
-        decisions=walk.decisions,
-        ran=walk.ran,
-        hidden=[hidden.float().numpy() for hidden in walk.hidden],
-        logits=logits.numpy(),
-        tokens=_decode(model, ids, logits, walk, max_new_tokens, eos_tokens, repetition_penalty),
-    )
+    return walk, _head(model, rows.hidden[-1])
+
+
+def decode(
+    model: PreTrainedModel,
+    ids: Tensor,
+    logits: Tensor,
+    walk: Walk,
+    max_new_tokens: int,
+    eos_tokens: Sequence[int],
+    penalty: float,
+) -> list[int]:
+    """Greedy tokens (2.5): a new token enters every layer's cache and sees all that is there, without a mask."""
+    cache, seen, tokens = list(walk.cache), set(ids.tolist()), []
+    while len(tokens) < max_new_tokens:
+        token = int(penalised(logits, seen, penalty).argmax())
+        tokens.append(token)
+        seen.add(token)
+        if token in eos_tokens or len(tokens) == max_new_tokens:
+            break
+        x = model.model.language_model.embed_tokens(torch.tensor([token]))
+        for layer, start in enumerate(walk.next_position):
+            position = torch.tensor([start + len(tokens) - 1])
+            q, *new = _project(model, layer, Rows(x, position[None], position, position))
+            keys, values = cache[layer] = tuple(torch.cat(pair, dim=1) for pair in zip(cache[layer], new, strict=True))
+            x = _finish_layer(model, layer, x, attend(q, keys, values))
+        logits = _head(model, x[0])
+    return tokens
 
 
 # --- Routing (sections 2, 3, 6) ---------------------------------------------------------------------------------------
@@ -283,33 +333,6 @@ def _finish_layer(model: PreTrainedModel, layer: int, x: Tensor, attended: Tenso
 
 def _head(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     return model.lm_head(model.model.language_model.norm(hidden)).float()
-
-
-def _decode(
-    model: PreTrainedModel,
-    ids: Tensor,
-    logits: Tensor,
-    walk: Walk,
-    max_new_tokens: int,
-    eos_tokens: Sequence[int],
-    penalty: float,
-) -> list[int]:
-    """Greedy tokens (2.5): a new token enters every layer's cache and sees all that is there, without a mask."""
-    cache, seen, tokens = list(walk.cache), set(ids.tolist()), []
-    while len(tokens) < max_new_tokens:
-        token = int(penalised(logits, seen, penalty).argmax())
-        tokens.append(token)
-        seen.add(token)
-        if token in eos_tokens or len(tokens) == max_new_tokens:
-            break
-        x = model.model.language_model.embed_tokens(torch.tensor([token]))
-        for layer, start in enumerate(walk.next_position):
-            position = torch.tensor([start + len(tokens) - 1])
-            q, *new = _project(model, layer, Rows(x, position[None], position, position))
-            keys, values = cache[layer] = tuple(torch.cat(pair, dim=1) for pair in zip(cache[layer], new, strict=True))
-            x = _finish_layer(model, layer, x, attend(q, keys, values))
-        logits = _head(model, x[0])
-    return tokens
 
 
 def penalised(logits: Tensor, seen: set[int], penalty: float) -> Tensor:

@@ -19,6 +19,7 @@ from evals.report import heading, render, summarise
 from evals.routes import add_route_arguments, plan_routes
 from evals.runner import SUMMARY_FILE, Answerer, Task, answer, fingerprint, open_folder, write_json
 from evals.tables import OWN_HUB, Hub
+from reroute_jax.compilation import keep_programs
 from reroute_jax.errors import RerouteError
 from reroute_jax.mrope import COMPATS
 
@@ -90,6 +91,9 @@ def benchmark_parser(name: str, description: str) -> Parser:
     parser.add_argument(
         "--seed", type=whole, default=0, help="of the method `random` and of the intervals (default: 0)"
     )
+    parser.add_argument(
+        "--compilation-cache", type=Path, metavar="DIR", help="keep compiled programs there for the next run"
+    )
     parser.add_argument("--out", type=Path, help="run folder (default: runs/ and a name made from the settings)")
     return parser
 
@@ -138,6 +142,8 @@ def run_benchmark(
 
     settings: what else the answers depend on. Raises RerouteError for a folder made with other settings.
     """
+    if args.compilation_cache is not None:
+        keep_programs(args.compilation_cache)
     routes = plan_routes(args, model)
     everything = {**run_settings(args, model, task, settings), "runs": routes.settings}
     folder = args.out or _default_folder(everything)

@@ -23,6 +23,7 @@ DEFAULT_METHOD, DEFAULT_ACTION, DEFAULT_BUDGET = "nuwa", "reroute", 128
 # Switches of `reroute_jax.routing.methods.plan`, given on as they are: the arguments that argparse gets for each.
 SWITCHES: Mapping[str, dict[str, Any]] = {
     "decisions": {"help": "'every' or 'every:K': decide at every layer, or every K-th, from the method's first one on"},
+    "first_decision": {"type": int, "help": "fastv, pdrop and the controls: layer of the first decision"},
     "ratios": {
         "choices": ("solved", "official"),
         "help": "keep ratios solved for this model and budget, or the released ones",

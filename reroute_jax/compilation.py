@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, wraps
+from pathlib import Path
 
 import jax
 
@@ -36,3 +37,10 @@ def compiled(**jit_options) -> Callable[[Callable], Callable]:
         return call
 
     return decorate
+
+
+def keep_programs(folder: Path) -> None:
+    """Store compiled programs in `folder`, and take from it those that an earlier process stored: for this process, and
+    for all of JAX in it. Programs that compile in under half a second are compiled again."""
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

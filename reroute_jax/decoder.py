@@ -125,7 +125,8 @@ def prefill(
     features: image features of the whole batch, flattened, decoder width. anchors: the index of each among the
     batch's original (unmerged) features. plan, max_new: static; `max_new` cache slots are reserved for decode.
     """
-    rows = _prompt_rows(decoder, prompt, features, anchors)
+    with jax.named_scope("embedding"):
+        rows = _prompt_rows(decoder, prompt, features, anchors)
     stages, decisions, before_last = [], [], rows.hidden
     for stage in plan.stages:
         if stage.cap is None:
@@ -133,23 +134,27 @@ def prefill(
         else:
             number = len(decisions)
             scores, keys = _scores(decoder, stage, rows, before_last, prompt.prior, number, plan)
-            chosen = select(scores, rows.eligible, stage.cap, prompt.keep[number])
-            decisions.append(_decision(scores, chosen, rows, prompt))
-            slots = compact_slots(chosen | (rows.valid & (rows.visual < 0)), prompt.text_slots + stage.cap)
+            with jax.named_scope("select"):
+                chosen = select(scores, rows.eligible, stage.cap, prompt.keep[number])
+                decisions.append(_decision(scores, chosen, rows, prompt))
+                slots = compact_slots(chosen | (rows.valid & (rows.visual < 0)), prompt.text_slots + stage.cap)
             if plan.monotonic:
                 rows = replace(rows, eligible=chosen)
-            active = gather(rows, slots)
-            if plan.position_mode == "renumber":
-                # The keys that scoring computed are rotated by the old positions.
-                active, keys = replace(active, rope=_consecutive(active.valid, decoder.config)), None
-            keys = None if keys is None else gather_keys(keys, slots)
+            with jax.named_scope("gather"):
+                active = gather(rows, slots)
+                if plan.position_mode == "renumber":
+                    # The keys that scoring computed are rotated by the old positions.
+                    active, keys = replace(active, rope=_consecutive(active.valid, decoder.config)), None
+                keys = None if keys is None else gather_keys(keys, slots)
         active, before_last, cached = _run_stage(decoder, stage, active, keys, max_new, plan)
         compacted = plan.position_mode == "renumber" and stage.cap is not None
         next_position = active.last + 1 if compacted else prompt.next_position
         stages.append(StageCache(*cached, valid=active.valid, next_position=next_position))
-        rows = scatter(rows, slots, active) if plan.recover and slots is not None else active
-    last = take_rows(active.hidden, active.last[:, None])[:, 0]
-    return Prefilled(decoder.logits(last), KVCache(tuple(stages)), tuple(decisions))
+        with jax.named_scope("scatter"):
+            rows = scatter(rows, slots, active) if plan.recover and slots is not None else active
+    with jax.named_scope("head"):
+        logits = decoder.logits(take_rows(active.hidden, active.last[:, None])[:, 0])
+    return Prefilled(logits, KVCache(tuple(stages)), tuple(decisions))
 
 
 def decode_step(
@@ -200,8 +205,10 @@ def _scores(
     # Nuwa's Qwen release reads the last three tokens and the head that attends most (5.4).
     three = stage.score == "previous_layer_last_three"
     queries = jnp.maximum(rows.last[:, None] - (jnp.arange(2, -1, -1) if three else jnp.arange(1)), 0)
-    mask = _mask(rows, layer == plan.bidirectional_layer)
-    probabilities, keys = decoder.layers[layer].probabilities(hidden, rows.rope, queries, take_rows(mask, queries))
+    slots = jnp.arange(rows.valid.shape[1])
+    mask = rows.valid[:, None] if layer == plan.bidirectional_layer else slots <= queries[..., None]
+    mask = jnp.broadcast_to(mask, (*queries.shape, len(slots)))
+    probabilities, keys = decoder.layers[layer].probabilities(hidden, rows.rope, queries, mask)
     scores = probabilities.mean(axis=2).max(axis=1) if three else probabilities.mean(axis=(1, 2))
     return scores, keys if own else None
 
@@ -213,18 +220,16 @@ def _run_stage(decoder: Decoder, stage: StagePlan, rows: Rows, keys, max_new: in
     with jax.named_scope(f"layers_{stage.lo}_{stage.hi}"):
         for number in range(stage.lo, stage.hi):
             before_last = x
-            mask = _mask(rows, number == plan.bidirectional_layer)
+            # Rows are right-padded, so that the plain triangle hides padding from every valid row.
+            mask = _all_valid(rows) if number == plan.bidirectional_layer else None
             x, k, v = decoder.layers[number].prefill(x, rows.rope, mask, keys if number == stage.lo else None)
             cached_keys.append(with_room(k, max_new))
             cached_values.append(with_room(v, max_new))
     return replace(rows, hidden=x), before_last, (tuple(cached_keys), tuple(cached_values))
 
 
-def _mask(rows: Rows, bidirectional: bool) -> Bool[Array, "B T T"]:
-    """Rows are right-padded, so that the plain triangle hides padding from every valid row."""
-    slots = rows.valid.shape[1]
-    mask = rows.valid[:, None] if bidirectional else jnp.tril(jnp.ones((slots, slots), bool))
-    return jnp.broadcast_to(mask, (len(rows.valid), slots, slots))
+def _all_valid(rows: Rows) -> Bool[Array, "B T T"]:
+    return jnp.broadcast_to(rows.valid[:, None], (*rows.valid.shape, rows.valid.shape[1]))
 
 
 def _consecutive(valid: Bool[Array, "B T"], config: DecoderConfig) -> Rope:

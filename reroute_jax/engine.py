@@ -16,15 +16,16 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 from reroute_jax import decoder as walker
-from reroute_jax.batching import Batch, make_batch, split_images, valid_rows
+from reroute_jax import generation
+from reroute_jax.batching import Batch, Row, make_batch, split_images, valid_rows
 from reroute_jax.compilation import compiled
 from reroute_jax.config import ModelConfig
 from reroute_jax.decoder import Prefilled
 from reroute_jax.errors import RerouteError
-from reroute_jax.generation import Sampling, decode
+from reroute_jax.generation import Sampling
 from reroute_jax.images import open_image
 from reroute_jax.models import FAMILIES
-from reroute_jax.models.family import Family
+from reroute_jax.models.family import Family, Grid
 from reroute_jax.routing import methods
 from reroute_jax.routing.merge import merge_arrays
 from reroute_jax.routing.plan import Schedule
@@ -33,7 +34,7 @@ log = logging.getLogger("reroute_jax")
 
 
 @compiled(static_argnames="merge")
-def _encode(module, pixels, arrays, first, merge):
+def encode(module, pixels, arrays, first, merge):
     """Features of all images in one row of slots, and the index of each among the batch's original visual tokens."""
     features, anchors = FAMILIES[module.config.family].encode_images(module, pixels, arrays, merge)
     log.info("compiling encode_images for %d images of %d tokens", *features.shape[:2])
@@ -41,15 +42,15 @@ def _encode(module, pixels, arrays, first, merge):
 
 
 @compiled(static_argnames=("plan", "max_new"))
-def _prefill(decoder, prompt, features, anchors, plan, max_new) -> Prefilled:
+def prefill(decoder, prompt, features, anchors, plan, max_new) -> Prefilled:
     log.info("compiling prefill for ids %s, %d stages", prompt.ids.shape, len(plan.stages))
     return walker.prefill(decoder, prompt, features, anchors, plan, max_new)
 
 
 @compiled(static_argnames=("sampling", "max_new"), donate_argnames="cache")
-def _decode(decoder, logits, cache, seen, key, sampling, max_new):
+def decode(decoder, logits, cache, seen, key, sampling, max_new):
     log.info("compiling decode for logits %s, %d new tokens", logits.shape, max_new)
-    return decode(decoder, logits, cache, seen, key, sampling, max_new)
+    return generation.decode(decoder, logits, cache, seen, key, sampling, max_new)
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,14 @@ class Questions:
     count: int
     pixels: np.ndarray | None
     grids: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Arguments of the compiled functions for one batch. images: of `encode`, behind the module; None without any."""
+
+    batch: Batch
+    images: tuple | None
 
 
 @dataclass(frozen=True)
@@ -232,6 +241,23 @@ class Model:
         tokens = self._generate(ids, pixels, grids, schedule, max_new, sampling, seed)[: questions.count]
         return [self.tokenizer.decode(_until(row, sampling.eos), skip_special_tokens=True) for row in tokens]
 
+    def warm_up(self, pairs: Sequence[tuple], *, batch_size: int = 8, **options) -> None:
+        """Compile what `generate` will need for (image, question) pairs like these, with the same `options`: their
+        buckets, at every number of rows that a batch is filled up to.
+
+        One pair of each bucket is answered, so give examples and not everything. Raises what `generate` does.
+        """
+        shapes = {}
+        for image, text in pairs:
+            grids = [self.visual_grid(one) for one in self._open(image)]
+            row = Row(self.prompt_ids(text, grids), tuple(grids))
+            sizes = [self.family.token_bucket(rows * cols) for rows, cols in grids]
+            prompt = make_batch([row], self.config, options.get("schedule") or self.plan("none")).prompt
+            shapes.setdefault((prompt.ids.shape, prompt.text_slots, tuple(sizes)), (image, text))
+        for pair in shapes.values():
+            for rows in sorted({min(batch_size, 1 << power) for power in range(batch_size.bit_length() + 1)}):
+                self.generate([pair] * rows, batch_size=batch_size, **options)
+
     def _open(self, image) -> list[Image.Image]:
         if image is None:
             return []
@@ -242,26 +268,38 @@ class Model:
         """Ids of the chat prompt of a question behind images of these grids, image tokens expanded."""
         return self.family.prompt_ids(text, grids, self.tokenizer, self.config)
 
+    def inputs(self, rows: Sequence[np.ndarray], pixels, image_grid_thw, schedule: Schedule | None) -> Inputs:
+        """Padded arrays for rows of unpadded ids, with pixels and grids as `prefill` takes them. Host work only.
+
+        Raises RerouteError where they do not fit each other or the model.
+        """
+        schedule = schedule or Schedule.from_decisions((), (), self.config.num_layers)
+        grids = self.family.image_grids(pixels, image_grid_thw, self.config)
+        batch = make_batch(split_images(rows, grids, self.config), self.config, schedule)
+        return Inputs(batch, self._images(pixels, grids, len(rows), schedule) if grids else None)
+
     def _generate(self, ids, pixels, grids, schedule, max_new: int, sampling: Sampling, seed: int) -> np.ndarray:
         if max_new < 1:
             raise RerouteError(f"max_new_tokens is {max_new}, expected at least 1")
         batch, _, result = self._run(ids, pixels, grids, schedule, max_new)
         key = jax.random.key(seed)
-        tokens, _ = _decode(self.module.decoder, result.logits, result.cache, batch.seen, key, sampling, max_new)
+        tokens, _ = decode(self.module.decoder, result.logits, result.cache, batch.seen, key, sampling, max_new)
         return np.asarray(tokens)
 
     def _run(self, ids, pixels, grids, schedule: Schedule | None, max_new: int):
-        schedule = schedule or Schedule.from_decisions((), (), self.config.num_layers)
-        grids = self.family.image_grids(pixels, grids, self.config)
-        batch = make_batch(split_images(ids, grids, self.config), self.config, schedule)
-        features, anchors = self._features(pixels, grids, len(ids), schedule)
-        result = _prefill(self.module.decoder, batch.prompt, features, anchors, batch.plan, max_new)
+        inputs = self.inputs(ids, pixels, grids, schedule)
+        features, anchors = self._features(inputs)
+        batch = inputs.batch
+        result = prefill(self.module.decoder, batch.prompt, features, anchors, batch.plan, max_new)
         return batch, anchors, result
 
-    def _features(self, pixels, grids, rows: int, schedule: Schedule):
-        if not grids:
-            width = self.config.decoder.hidden_size
-            return jnp.zeros((1, width)), jnp.zeros(1, jnp.int32)
+    def _features(self, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
+        """Image features of the batch, flattened, and the index of each among the original visual tokens."""
+        if inputs.images is None:
+            return jnp.zeros((1, self.config.decoder.hidden_size)), jnp.zeros(1, jnp.int32)
+        return encode(self.module, *inputs.images)
+
+    def _images(self, pixels, grids: Sequence[Grid], rows: int, schedule: Schedule) -> tuple:
         # Rows without an image must not change the shape that is compiled for.
         images = max(len(grids), rows)
         sizes = [row * col for row, col in grids]
@@ -269,7 +307,7 @@ class Model:
         first[: len(sizes)] = np.cumsum([0, *sizes[:-1]])
         arrays = merge_arrays(schedule.merge, grids, images, self.family.token_bucket(max(sizes)))
         packed = self.family.pack(pixels, grids, self.config, images)
-        return _encode(self.module, packed, arrays, first, schedule.merge)
+        return packed, arrays, first, schedule.merge
 
 
 def _from_folder(read, folder: Path):

@@ -46,7 +46,7 @@ def test_several_images_are_one_pool():
 def test_one_program_per_bucket():
     _, model = pair(4)
     schedule = model.plan("fastv", budget=128)
-    functions = (engine._encode, engine._prefill, engine._decode)
+    functions = (engine.encode, engine.prefill, engine.decode)
     model.generate_ids(
         input_ids=random_ids(70)[None], pixel_values=random_pixels(1), schedule=schedule, max_new_tokens=3
     )
@@ -57,7 +57,7 @@ def test_one_program_per_bucket():
     assert [function.jitted()._cache_size() for function in functions] == before
     ids = random_ids(36 + TEXT_BUCKETS[4], start=2)[None]
     model.generate_ids(input_ids=ids, pixel_values=random_pixels(1), schedule=schedule, max_new_tokens=3)
-    assert engine._prefill.jitted()._cache_size() == before[1] + 1
+    assert engine.prefill.jitted()._cache_size() == before[1] + 1
 
 
 def test_cache_of_each_stage_has_its_own_length():
@@ -161,3 +161,20 @@ def test_unreadable_images_are_named(tmp_path):
     for path in (tmp_path / "cut.png", tmp_path / "absent.png"):
         with pytest.raises(RerouteError, match=path.name):
             model.generate([(path, "what is this ?")])
+
+
+def test_warm_up_compiles_what_generate_needs():
+    _, model = pair(4)
+    schedule = model.plan("fastv", budget=128)
+    picture = Image.fromarray(np.zeros((90, 70, 3), np.uint8))
+    pairs = [(picture, "red cup left"), (picture, "red cup right"), (picture, "where is the small blue cup " * 6)]
+    options = {"schedule": schedule, "max_new_tokens": 2, "batch_size": 3}
+    before = engine.prefill.jitted()._cache_size()
+    model.warm_up(pairs, **options)
+    # Two buckets of text, at 1, 2 and 3 rows.
+    assert engine.prefill.jitted()._cache_size() == before + 6
+    functions = (engine.encode, engine.prefill, engine.decode)
+    before = [function.jitted()._cache_size() for function in functions]
+    for rows in (1, 2, 3):
+        model.generate(pairs[:rows], **options)
+    assert [function.jitted()._cache_size() for function in functions] == before

@@ -84,18 +84,18 @@ def account(
     entering = schedule.merged_count(visual, grid)
     per_layer = visual_per_layer(schedule, entering)
     nominal = sum((s.hi - s.lo) * _nominal(s, entering) for s in schedule.stages) / config.num_layers
-    scored = _scored(schedule, entering)
+    scored = scored_rows(schedule, entering)
     kv_tokens = sum(per_layer) + config.num_layers * text
     return Account(
         label=schedule.label,
         visual=visual,
         average=sum(per_layer) / config.num_layers,
         nominal=nominal,
-        visual_only=_compute(config, per_layer, scored),
-        prompt=_compute(config, [v + text for v in per_layer], [(v + text, queries) for v, queries in scored]),
+        visual_only=compute(config, per_layer, scored),
+        prompt=compute(config, [v + text for v in per_layer], [(v + text, queries) for v, queries in scored]),
         kv_visual=sum(per_layer),
         kv_tokens=kv_tokens,
-        kv_bytes=2 * kv_tokens * _kv_width(config) * jnp.dtype(dtype).itemsize,
+        kv_bytes=2 * kv_tokens * kv_width(config) * jnp.dtype(dtype).itemsize,
     )
 
 
@@ -105,7 +105,7 @@ def _nominal(stage: Stage, visual: int) -> float:
     return float(visual if stage.count is None else min(stage.count, visual))
 
 
-def _scored(schedule: Schedule, visual: int) -> list[tuple[int, int]]:
+def scored_rows(schedule: Schedule, visual: int) -> list[tuple[int, int]]:
     """(visual rows, queries) of each attention score: all of a reroute's layout, a deletion's survivors (8.2)."""
     rows, present = [], visual
     for stage in schedule.resolve(visual).stages:
@@ -116,12 +116,12 @@ def _scored(schedule: Schedule, visual: int) -> list[tuple[int, int]]:
     return rows
 
 
-def _kv_width(config: DecoderConfig) -> int:
+def kv_width(config: DecoderConfig) -> int:
     return config.num_kv_heads * config.head_dim
 
 
-def _compute(config: DecoderConfig, layers: Sequence[int], scored: Sequence[tuple[int, int]]) -> Compute:
-    d, m, kv = config.hidden_size, config.mlp_dim, _kv_width(config)
+def compute(config: DecoderConfig, layers: Sequence[int], scored: Sequence[tuple[int, int]]) -> Compute:
+    d, m, kv = config.hidden_size, config.mlp_dim, kv_width(config)
     attention = sum(2 * t * t * d for t in layers)
     tokens = sum(layers)
     return Compute(

@@ -61,6 +61,7 @@ class Switches:
     """What a method may be asked to do differently; `plan` explains each."""
 
     decisions: str | None = None
+    first_decision: int | None = None
     ratios: str = "solved"
     score_source: str | None = None
     position_mode: str = "original"
@@ -84,7 +85,7 @@ class Switches:
             one_of("variant", self.variant, ("flat", "pyramid"))
         if self.decisions is not None and not re.fullmatch(r"every(:[1-9]\d*)?", self.decisions):
             raise RerouteError(f"decisions is {self.decisions!r}, expected 'every' or 'every:K' with K from 1 on")
-        if self.ratios == "official" and self.decisions is not None:
+        if self.ratios == "official" and (self.decisions is not None or self.first_decision is not None):
             raise RerouteError("ratios='official' belongs to a method's own decisions, use ratios='solved' here")
 
     @property
@@ -169,6 +170,7 @@ def plan(
 
     Switches, each refused where a method has no use for it:
     decisions: "every" or "every:K", decide at each K-th layer from the method's first decision on, flat solved ratio.
+    first_decision: layer of the first one (the K of FastV), instead of the released 2 or 3.
     ratios: "solved" for this depth and budget, or "official", the released ones (tiers only).
     score_source: "own_layer" or "previous_layer" attention (3.5), the latter for deletions; default as released.
     position_mode: "original", or "renumber" after each decision.
@@ -227,12 +229,16 @@ def _solved(request: Request, shape: str, layers: Sequence[int], **more) -> Sche
     return request.schedule(layers, solve(shape, layers, request.num_layers, request.visual, request.average), **more)
 
 
+def _own_layers(request: Request, shape: str) -> tuple[int, ...]:
+    return decision_layers(shape, request.num_layers, request.switches.first_decision)
+
+
 def _none(request: Request) -> Schedule:
     return request.schedule((), ())
 
 
 def _flat(request: Request, **more) -> Schedule:
-    layers = decision_layers("flat", request.num_layers)
+    layers = _own_layers(request, "flat")
     return _solved(request, "flat", layers[:1] if request.action == "delete" else layers, **more)
 
 
@@ -244,7 +250,7 @@ def _fastv(request: Request) -> Schedule:
 def _pdrop(request: Request) -> Schedule:
     """Deletion: geometric ratios. Reroute: `ours_vs_pdrop`, the pyramid (7.3)."""
     shape = "geometric" if request.action == "delete" else "pyramid"
-    return _solved(request, shape, decision_layers(shape, request.num_layers), score=request.score)
+    return _solved(request, shape, _own_layers(request, shape), score=request.score)
 
 
 def _nuwa(request: Request) -> Schedule:
@@ -366,7 +372,7 @@ def _layout(request: Request) -> Schedule:
     """PDrop's reroute where a token once deferred may not return: isolates what recovery is worth."""
     if request.action == "delete":
         raise RerouteError("method 'layout' is reroute without recovery, it has no action='delete'")
-    return _solved(request, "pyramid", decision_layers("pyramid", request.num_layers), monotonic=True)
+    return _solved(request, "pyramid", _own_layers(request, "pyramid"), monotonic=True)
 
 
 @dataclass(frozen=True)
@@ -380,16 +386,17 @@ class Method:
 
 
 _ROUTED = frozenset({"decisions", "position_mode", "first_image_only"})
+_STAGED = _ROUTED | {"first_decision", "ratios"}
 _NUWA = frozenset({"score_source", "variant", "nuwa_first_score", "self_weight_override", "keep_ratio"})
 _NUWA_DEFECTS = frozenset({"qwen_sim_order", "qwen_layer14_causal"})
 
 METHODS: dict[str, Method] = {
     "none": Method(_none, has_actions=False, has_budget=False),
-    "fastv": Method(_fastv, _ROUTED | {"ratios", "score_source"}),
-    "pdrop": Method(_pdrop, _ROUTED | {"ratios", "score_source"}),
+    "fastv": Method(_fastv, _STAGED | {"score_source"}),
+    "pdrop": Method(_pdrop, _STAGED | {"score_source"}),
     "nuwa": Method(_nuwa, _ROUTED | _NUWA | _NUWA_DEFECTS),
-    "random": Method(_random, _ROUTED | {"ratios", "seed"}),
-    "uniform": Method(_uniform, _ROUTED | {"ratios"}),
+    "random": Method(_random, _STAGED | {"seed"}),
+    "uniform": Method(_uniform, _STAGED),
     "pool": Method(_pool, frozenset({"position_mode"}), has_actions=False),
-    "layout": Method(_layout, _ROUTED | {"ratios"}, has_actions=False),
+    "layout": Method(_layout, _STAGED, has_actions=False),
 }

@@ -40,14 +40,18 @@ def scaled_layer(reference: int, num_layers: int) -> int:
     return reference * num_layers // _DEPTH
 
 
-def decision_layers(shape: str, num_layers: int) -> tuple[int, ...]:
+def decision_layers(shape: str, num_layers: int, first: int | None = None) -> tuple[int, ...]:
     """Decision layers of "flat", "pyramid" or "geometric" for any depth (7.2), ascending, the released ones at 32.
 
-    Raises RerouteError for a decoder too shallow to decide after its first layer.
+    first: the first of them, where not the shape's own. Raises RerouteError for a decoder too shallow to decide after
+    its first layer, or to have `first`.
     """
-    first = _FIRST[shape]
-    if num_layers < 16:
-        first = max(1, round(first * num_layers / _DEPTH))
+    if first is None:
+        first = _FIRST[shape]
+        if num_layers < 16:
+            first = max(1, round(first * num_layers / _DEPTH))
+    elif not 0 <= first < num_layers:
+        raise RerouteError(f"the first decision is at layer {first}, expected one of 0..{num_layers - 1}")
     layers = [first]
     for reference in _LATER:
         layers.append(max(layers[-1] + 1, scaled_layer(reference, num_layers)))

@@ -217,7 +217,7 @@ def test_budget_is_relative_to_the_image():
 ERRORS = {
     "method": (dict(method="dart", budget=64), "'dart', expected one of: none, fastv, pdrop, nuwa, random"),
     "action": (dict(method="fastv", budget=64, action="drop"), "'drop', expected one of: delete, reroute"),
-    "switch": (dict(method="fastv", budget=64, speed=3), "switch is 'speed', expected one of: decisions, ratios"),
+    "switch": (dict(method="fastv", budget=64, speed=3), "expected one of: decisions, first_decision, ratios"),
     "no budget": (dict(method="fastv"), r"budget is None, expected one of 192, 128, 64 or a share in \(0, 1\)"),
     "budget 65": (dict(method="fastv", budget=65), r"budget is 65, expected one of 192, 128, 64"),
     "budget 1": (dict(method="fastv", budget=1.0), "budget is 1.0"),
@@ -233,6 +233,9 @@ ERRORS = {
     "ratios": (dict(method="fastv", budget=64, ratios="old"), "'old', expected one of: solved, official"),
     "official share": (dict(method="fastv", budget=0.3, ratios="official"), "budgets 192, 128, 64 only"),
     "official every": (dict(method="fastv", budget=64, ratios="official", decisions="every"), "use ratios='solved'"),
+    "official first": (dict(method="fastv", budget=64, ratios="official", first_decision=1), "use ratios='solved'"),
+    "first decision": (dict(method="fastv", budget=64, first_decision=32), r"layer 32, expected one of 0\.\.31"),
+    "first decision of nuwa": (dict(method="nuwa", budget=64, first_decision=1), "no use for first_decision=1"),
     "official nuwa": (dict(method="nuwa", budget=64, ratios="official"), "ratios='official', it is for 'fastv'"),
     "source": (dict(method="fastv", budget=64, score_source="last"), "expected one of: own_layer, previous_layer"),
     "source of reroute": (dict(method="fastv", budget=64, score_source="previous_layer"), "layer 7: under reroute"),

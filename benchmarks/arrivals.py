@@ -1,0 +1,141 @@
+"""`python -m benchmarks.arrivals --rate 8 --requests 2000`
+
+Questions about rendered scenes arrive at random, `--rate` a second on average (a Poisson process), and wait for the
+engine, which answers all that wait at once, up to a batch. Prints p50 and p99 of the time from arrival to answer, how
+many programs were compiled after the warm-up, and resident memory along the way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evals.cli import EMBEDDED, Parser, exit_code, load_model, positive
+from evals.prompts import REC_STYLE_OF_FAMILY, rec
+from evals.routes import budget
+from evals.scenes.data import refcoco_rows
+from reroute_jax import engine
+from reroute_jax.compilation import keep_programs
+from reroute_jax.routing.methods import METHODS
+
+REPORTS = 10
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command. Returns 0, or 2 after one line on bad input."""
+    args = _parser().parse_args(argv)
+    return exit_code(lambda: print(json.dumps(measure(args), indent=2)))
+
+
+def measure(args) -> dict[str, Any]:
+    start = time.perf_counter()
+    if args.compilation_cache is not None:
+        keep_programs(args.compilation_cache)
+    model = load_model(args.model, None)
+    options = {
+        "schedule": model.plan(args.method, **({"budget": args.budget} if METHODS[args.method].has_budget else {})),
+        "max_new_tokens": args.new_tokens,
+        "batch_size": args.batch_size,
+    }
+    pairs = _questions(model.config.family, args.scenes)
+    loaded = time.perf_counter()
+    model.warm_up(pairs, **options)
+    warm, programs = time.perf_counter(), compiled_programs()
+    arrivals = np.cumsum(np.random.default_rng(args.seed).exponential(1 / args.rate, args.requests))
+    latencies, memory = serve(arrivals, list(islice(cycle(pairs), args.requests)), model, options)
+    return {
+        "requests": args.requests,
+        "rate_per_s": args.rate,
+        "load_s": loaded - start,
+        "warm_up_s": warm - loaded,
+        "programs": programs,
+        "programs_compiled_later": compiled_programs() - programs,
+        "latency_p50_ms": 1e3 * float(np.percentile(latencies, 50)),
+        "latency_p99_ms": 1e3 * float(np.percentile(latencies, 99)),
+        "served_per_s": args.requests / (float(arrivals[-1]) + latencies[-1]),
+        "resident_mb": memory,
+        "growth_mb": memory[-1] - memory[0],
+    }
+
+
+def serve(
+    arrivals: np.ndarray,
+    pairs: Sequence[tuple],
+    model,
+    options: dict[str, Any],
+    clock: Callable[[], float] = time.perf_counter,
+    sleep: Callable[[float], None] = time.sleep,
+) -> tuple[list[float], list[float]]:
+    """Seconds from arrival to answer of each request, and resident MB after each tenth of them.
+
+    arrivals: seconds from the start, ascending. options: of `model.generate`, batch_size among them.
+    """
+    start, latencies, memory, served = clock(), [], [], 0
+    while served < len(arrivals):
+        now = clock() - start
+        if arrivals[served] > now:
+            sleep(arrivals[served] - now)
+            continue
+        waiting = int(np.searchsorted(arrivals, now, side="right"))
+        batch = slice(served, min(waiting, served + options["batch_size"]))
+        model.generate(pairs[batch], **options)
+        done = clock() - start
+        latencies += [done - arrived for arrived in arrivals[batch]]
+        while len(memory) < REPORTS * len(latencies) // len(arrivals):
+            memory.append(resident_mb())
+        served = batch.stop
+    return latencies, memory
+
+
+def resident_mb() -> float:
+    """Of this process, on Linux."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def compiled_programs() -> int:
+    return sum(function.jitted()._cache_size() for function in (engine.encode, engine.prefill, engine.decode))
+
+
+def _questions(family: str, scenes: int) -> list[tuple]:
+    rows = refcoco_rows("test", scenes, family=family)
+    style = REC_STYLE_OF_FAMILY[family]
+    return [(row["image"], rec(row["answer"][0], style)) for row in rows]
+
+
+def _rate(text: str) -> float:
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = 0.0
+    if not 0 < rate < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of requests a second")
+    return rate
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="python -m benchmarks.arrivals", description=__doc__)
+    parser.add_argument("--model", default=EMBEDDED[0])
+    parser.add_argument("--method", choices=tuple(METHODS), default="pdrop")
+    parser.add_argument("--budget", type=budget, default=128)
+    parser.add_argument("--rate", type=_rate, default=8.0, help="requests a second (default: %(default)s)")
+    parser.add_argument("--requests", type=positive, default=2000)
+    parser.add_argument("--scenes", type=positive, default=200, help="different ones (default: %(default)s)")
+    parser.add_argument("--batch-size", type=positive, default=8)
+    parser.add_argument("--new-tokens", type=positive, default=16)
+    parser.add_argument("--compilation-cache", type=Path, metavar="DIR")
+    parser.add_argument("--seed", type=int, default=0, help="of the arrivals")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
