@@ -18,11 +18,11 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.checkpoint_shapes import SHAPES, LlavaShape, QwenShape
 from convert.checkpoint import FLOATS, check_free
 from convert.families import abstract_params, table_of
 from convert.safetensors_io import write_folder
 from convert.table import hf_shapes
+from evals.checkpoint_shapes import SHAPES, LlavaShape, QwenShape
 from reroute_jax.config import ModelConfig
 from reroute_jax.errors import RerouteError
 

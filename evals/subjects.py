@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from benchmarks.checkpoint_shapes import SHAPES, LlavaShape, QwenShape
+from evals.checkpoint_shapes import SHAPES, LlavaShape, QwenShape
 from evals.cli import DTYPES, EMBEDDED, load_model, positive
 from reroute_jax.config import ClipConfig, ModelConfig
 from reroute_jax.engine import Inputs, Model

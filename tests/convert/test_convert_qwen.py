@@ -10,13 +10,13 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 import reroute_jax
 from benchmarks import random_checkpoint
-from benchmarks.checkpoint_shapes import SHAPES
 from convert import __main__ as cli
 from convert.checkpoint import load_params, save_hf
 from convert.families import abstract_params, table_of
 from convert.safetensors_io import list_folder, read
 from convert.source import open_source
 from convert.table import hf_shapes, match, to_hf
+from evals.checkpoint_shapes import SHAPES
 from reroute_jax.config import ModelConfig
 from reroute_jax.errors import RerouteError
 from tests.tiny_qwen import SPELLINGS, load_torch, tiny_qwen

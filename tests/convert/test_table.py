@@ -6,7 +6,6 @@ import re
 import numpy as np
 import pytest
 
-from benchmarks.checkpoint_shapes import SHAPES
 from convert import llava
 from convert.families import abstract_params
 from convert.table import (
@@ -27,6 +26,7 @@ from convert.table import (
     patches,
     to_hf,
 )
+from evals.checkpoint_shapes import SHAPES
 from reroute_jax.config import ModelConfig
 from reroute_jax.errors import RerouteError
 

@@ -6,9 +6,9 @@ import jaxtyping
 import numpy as np
 import pytest
 
-from benchmarks.checkpoint_shapes import SHAPES
 from evals import bench, bench_torch
 from evals.bench_report import Record, figure, rows_of, table
+from evals.checkpoint_shapes import SHAPES
 from evals.programs import compile_programs, compile_tower
 from evals.roofline import Machine, decode_bound, layer_weights, prefill_bound
 from evals.subjects import Subject, random_model, sample

@@ -3,8 +3,8 @@
 import jaxtyping
 import pytest
 
-from benchmarks.checkpoint_shapes import DecoderShape, LlavaShape
 from evals import profile
+from evals.checkpoint_shapes import DecoderShape, LlavaShape
 from evals.subjects import Subject, random_model, sample
 from reroute_jax.routing.cost import visual_per_layer
 
