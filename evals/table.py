@@ -17,6 +17,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from convert.source import open_source
 from evals import gqa, mmbench, mme, pope, refcoco, refcocog, refcocoplus, scienceqa, textvqa, vqa, vqav2
 from evals.cli import (
@@ -308,6 +310,7 @@ def _sheet(name: str, planned: Planned, asked: Sequence[Asked], args: argparse.N
     for number, one in enumerate(asked, 1):
         print(f"{name}, {one.name} ({number} of {len(asked)} tasks), {len(planned.routes.runs)} runs", flush=True)
         outcomes.append(_outcome(name, model, planned.routes, one, args))
+    jax.clear_caches()  # the programs of a model that is done
     notes = [OFFICIAL_NOTE] * args.official
     notes += [f"Note: {CAVEATS[name]}."] if name in CAVEATS else []
     notes += [
