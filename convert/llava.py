@@ -8,7 +8,7 @@ Three spellings are in use. The hub's files (written here too) say `vision_tower
 from __future__ import annotations
 
 from convert.decoder_rules import attention_rules, decoder_rules, linear_rules
-from convert.table import CONV, COPY, LINEAR, Rule, Table
+from convert.table import SAME, Rule, Table
 from reroute_jax.config import ModelConfig
 
 _VISION = "vision_tower.vision_model."
@@ -34,15 +34,15 @@ def table(config: ModelConfig) -> Table:
     rules = _vision_rules() + _projector_rules() + decoder_rules(_DECODER)
     if config.decoder.tied_head:
         return Table(rules, _SPELLINGS, (*_IGNORED, _HEAD.replace(".", r"\.")))
-    return Table((*rules, Rule(_HEAD, "decoder.head.kernel", LINEAR)), _SPELLINGS, _IGNORED)
+    return Table((*rules, Rule(_HEAD, "decoder.head.kernel", SAME)), _SPELLINGS, _IGNORED)
 
 
 def _vision_rules() -> tuple[Rule, ...]:
     layer = _VISION + "encoder.layers.{i}."
     return (
-        Rule(_VISION + "embeddings.class_embedding", "vision.class_embed", COPY),
-        Rule(_VISION + "embeddings.patch_embedding.weight", "vision.patch_embed.kernel", CONV),
-        Rule(_VISION + "embeddings.position_embedding.weight", "vision.position_embed", COPY),
+        Rule(_VISION + "embeddings.class_embedding", "vision.class_embed", SAME),
+        Rule(_VISION + "embeddings.patch_embedding.weight", "vision.patch_embed.kernel", SAME),
+        Rule(_VISION + "embeddings.position_embedding.weight", "vision.position_embed", SAME),
         # The misspelling is CLIP's own.
         *_norm(_VISION + "pre_layrnorm", "vision.pre_norm"),
         *_norm(_VISION + "post_layernorm", "vision.post_norm"),
@@ -62,4 +62,4 @@ def _projector_rules() -> tuple[Rule, ...]:
 
 
 def _norm(source: str, target: str) -> tuple[Rule, ...]:
-    return Rule(source + ".weight", target + ".scale", COPY), Rule(source + ".bias", target + ".bias", COPY)
+    return Rule(source + ".weight", target + ".scale", SAME), Rule(source + ".bias", target + ".bias", SAME)

@@ -7,7 +7,7 @@ memory (or with `save_original_format=False`) transformers 5 has `model.visual.*
 from __future__ import annotations
 
 from convert.decoder_rules import decoder_rules, linear_rules, output_rules
-from convert.table import COPY, FUSED_HEADS, FUSED_HEADS_BIAS, LINEAR, Rule, Table, patches
+from convert.table import FUSED_HEADS, FUSED_HEADS_BIAS, SAME, Rule, Table, patches
 from reroute_jax.config import ModelConfig, QwenVisionConfig
 
 _HEAD = "lm_head.weight"
@@ -20,7 +20,7 @@ def table(config: ModelConfig) -> Table:
     rules = _vision_rules(config.vision) + decoder_rules("model.")
     if config.decoder.tied_head:
         return Table(rules, _SPELLINGS, (_HEAD.replace(".", r"\."),))
-    return Table((*rules, Rule(_HEAD, "decoder.head.kernel", LINEAR)), _SPELLINGS)
+    return Table((*rules, Rule(_HEAD, "decoder.head.kernel", SAME)), _SPELLINGS)
 
 
 def _vision_rules(config: QwenVisionConfig) -> tuple[Rule, ...]:
@@ -28,15 +28,15 @@ def _vision_rules(config: QwenVisionConfig) -> tuple[Rule, ...]:
     filters = patches(config.temporal_patch_size, config.patch_size)
     return (
         Rule("visual.patch_embed.proj.weight", "vision.patch_embed.kernel", filters),
-        Rule(source + "norm1.weight", target + "norm1.scale", COPY),
-        Rule(source + "norm2.weight", target + "norm2.scale", COPY),
+        Rule(source + "norm1.weight", target + "norm1.scale", SAME),
+        Rule(source + "norm2.weight", target + "norm2.scale", SAME),
         Rule(source + "attn.qkv.weight", target + "attn.qkv.kernel", FUSED_HEADS),
         Rule(source + "attn.qkv.bias", target + "attn.qkv.bias", FUSED_HEADS_BIAS),
         *output_rules(source + "attn.proj", target + "attn.o"),
         *linear_rules(source + "mlp.gate_proj", target + "mlp.gate"),
         *linear_rules(source + "mlp.up_proj", target + "mlp.up"),
         *linear_rules(source + "mlp.down_proj", target + "mlp.down"),
-        Rule("visual.merger.ln_q.weight", "vision.merger.norm.scale", COPY),
+        Rule("visual.merger.ln_q.weight", "vision.merger.norm.scale", SAME),
         *linear_rules("visual.merger.mlp.0", "vision.merger.fc1"),
         *linear_rules("visual.merger.mlp.2", "vision.merger.fc2"),
     )

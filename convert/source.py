@@ -11,7 +11,7 @@ import huggingface_hub
 
 from reroute_jax.errors import RerouteError
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST_NAME = "reroute_jax.json"
 # What travels with the weights: configurations, tokenizer, image processor, chat template.
 COMPANIONS = ("*.json", "*.model", "*.txt", "*.jinja")

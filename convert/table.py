@@ -17,85 +17,42 @@ NAMES_SHOWN = 20
 
 
 @dataclass(frozen=True)
-class Op:
-    """How one PyTorch tensor becomes one JAX parameter.
+class Layout:
+    """How a parameter's shape differs from that of its tensor in the checkpoint: the same numbers in the same order.
 
-    `rank` is that of the parameter. `hf_shape(shape)` is the only tensor shape accepted for a parameter of that shape.
-    `to_jax(tensor, shape)` and `to_hf(parameter)` are exact inverses.
+    `rank` is that of the parameter, None for any. `hf_shape(shape)` is the tensor's, for a parameter of that shape.
     """
 
     name: str
     rank: int | None
     hf_shape: Callable[[Shape], Shape]
-    to_jax: Callable[[np.ndarray, Shape], np.ndarray]
-    to_hf: Callable[[np.ndarray], np.ndarray]
 
 
-COPY = Op("copy", None, lambda s: s, lambda x, _: x, lambda y: y)
-# nn.Linear keeps [out, in].
-LINEAR = Op("linear", 2, lambda s: (s[1], s[0]), lambda x, _: x.T, lambda y: y.T)
-# [N*H, D] -> [D, N, H]
-SPLIT_HEADS = Op(
-    "split_heads",
-    3,
-    lambda s: (s[1] * s[2], s[0]),
-    lambda x, shape: x.T.reshape(shape),
-    lambda y: y.reshape(y.shape[0], -1).T,
-)
-# [D, N*H] -> [N, H, D]
-MERGE_HEADS = Op(
-    "merge_heads",
-    3,
-    lambda s: (s[2], s[0] * s[1]),
-    lambda x, shape: x.T.reshape(shape),
-    lambda y: y.reshape(-1, y.shape[-1]).T,
-)
+SAME = Layout("same", None, lambda shape: shape)
+# [N*H, D] -> [N, H, D]
+SPLIT_HEADS = Layout("split_heads", 3, lambda s: (s[0] * s[1], s[2]))
+# [D, N*H] -> [D, N, H]
+MERGE_HEADS = Layout("merge_heads", 3, lambda s: (s[0], s[1] * s[2]))
 # [N*H] -> [N, H]
-HEADS_BIAS = Op("heads_bias", 2, lambda s: (s[0] * s[1],), lambda x, shape: x.reshape(shape), lambda y: y.reshape(-1))
-# Queries, keys and values in one: [3*N*H, D] -> [D, 3, N, H]
-FUSED_HEADS = Op(
-    "fused_heads",
-    4,
-    lambda s: (s[1] * s[2] * s[3], s[0]),
-    lambda x, shape: x.T.reshape(shape),
-    lambda y: y.reshape(y.shape[0], -1).T,
-)
+HEADS_BIAS = Layout("heads_bias", 2, lambda s: (s[0] * s[1],))
+# Queries, keys and values in one: [3*N*H, D] -> [3, N, H, D]
+FUSED_HEADS = Layout("fused_heads", 4, lambda s: (s[0] * s[1] * s[2], s[3]))
 # [3*N*H] -> [3, N, H]
-FUSED_HEADS_BIAS = Op(
-    "fused_heads_bias",
-    3,
-    lambda s: (s[0] * s[1] * s[2],),
-    lambda x, shape: x.reshape(shape),
-    lambda y: y.reshape(-1),
-)
-# nn.Conv2d keeps OIHW; lax.conv is given HWIO.
-CONV = Op(
-    "conv",
-    4,
-    lambda s: (s[3], s[2], s[0], s[1]),
-    lambda x, _: x.transpose(2, 3, 1, 0),
-    lambda y: y.transpose(3, 2, 0, 1),
-)
+FUSED_HEADS_BIAS = Layout("fused_heads_bias", 3, lambda s: (s[0] * s[1] * s[2],))
 
 
-def patches(time: int, side: int) -> Op:
-    """nn.Conv3d over patches that do not overlap, [D, 3, time, side, side] -> [3*time*side*side, D]: a linear map."""
-    return Op(
-        "patches",
-        2,
-        lambda s: (s[1], 3, time, side, side),
-        lambda x, shape: x.reshape(shape[::-1]).T,
-        lambda y: y.T.reshape(-1, 3, time, side, side),
-    )
+def patches(time: int, side: int) -> Layout:
+    """nn.Conv3d over patches that do not overlap, [D, 3, time, side, side] -> [D, 3*time*side*side]: a linear map."""
+    return Layout("patches", 2, lambda s: (s[0], 3, time, side, side))
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One row: checkpoint key template, parameter path template, op. `{i}` stands for the same integer in both."""
+    """One row: checkpoint key template, parameter path template, layout. `{i}` stands for the same integer in both."""
 
     source: str
     target: str
-    op: Op
+    layout: Layout
 
 
 @dataclass(frozen=True)
@@ -113,11 +70,10 @@ class Table:
 
 @dataclass(frozen=True)
 class Assignment:
-    """Key `key` of the checkpoint becomes parameter `path` through `op`."""
+    """Key `key` of the checkpoint becomes parameter `path`, reshaped."""
 
     key: str
     path: str
-    op: Op
 
 
 def match(
@@ -142,14 +98,14 @@ def match(
         if found is None or found[0] not in target:
             unknown.append(key)
             continue
-        path, op = found
+        path, layout = found
         setters.setdefault(path, []).append(key)
-        expected = _hf_shape(op, path, target[path])
+        expected = _hf_shape(layout, path, target[path])
         if shape != expected:
             misshaped.append(f"{key} is {list(shape)}, expected {list(expected)}")
         if dtype not in FLOAT_DTYPES:
             not_float.append(f"{key} is {dtype}, expected one of {', '.join(FLOAT_DTYPES)}")
-        assignments.append(Assignment(key, path, op))
+        assignments.append(Assignment(key, path))
     repeated += [f"{path} is set by {' and by '.join(keys)}" for path, keys in setters.items() if len(keys) > 1]
     missing = [f"{hf_key(table, path)[0]} (for {path})" for path in target if path not in setters]
     raise_report(
@@ -172,8 +128,8 @@ def raise_report(headline: str, problems: Mapping[str, list[str]]) -> None:
     raise RerouteError("\n".join(lines))
 
 
-def hf_key(table: Table, path: str) -> tuple[str, Op]:
-    """The checkpoint key that parameter `path` is written under, and the op. Raises RerouteError if no rule has it."""
+def hf_key(table: Table, path: str) -> tuple[str, Layout]:
+    """The checkpoint key that parameter `path` is written under, and its layout. Raises RerouteError without a rule."""
     found = _find(table.rules, path, lambda rule: rule.target, lambda rule: rule.source)
     if found is None:
         raise RerouteError(f"no conversion rule for parameter {path}: expected one that its table names")
@@ -183,14 +139,14 @@ def hf_key(table: Table, path: str) -> tuple[str, Op]:
 def hf_shapes(table: Table, target: Mapping[str, Shape]) -> dict[str, Shape]:
     """Key -> tensor shape of the checkpoint that holds the parameters `target` (path -> shape)."""
     named = {path: hf_key(table, path) for path in target}
-    return {key: _hf_shape(op, path, target[path]) for path, (key, op) in named.items()}
+    return {key: _hf_shape(layout, path, target[path]) for path, (key, layout) in named.items()}
 
 
 def to_hf(table: Table, params: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
     """The parameters as checkpoint tensors (key, array), one at a time, bit for bit and in the written spelling."""
     for path, value in params.items():
-        key, op = hf_key(table, path)
-        yield key, op.to_hf(np.asarray(value))
+        key, layout = hf_key(table, path)
+        yield key, np.asarray(value).reshape(layout.hf_shape(value.shape))
 
 
 def _canonical(table: Table, key: str) -> str:
@@ -201,18 +157,18 @@ def _canonical(table: Table, key: str) -> str:
 
 def _find(
     rules: tuple[Rule, ...], name: str, left: Callable[[Rule], str], right: Callable[[Rule], str]
-) -> tuple[str, Op] | None:
+) -> tuple[str, Layout] | None:
     """Translate `name` from the `left` template of the rule it fits to the `right` one."""
     for rule in rules:
         pattern = re.escape(left(rule)).replace(re.escape("{i}"), r"(?P<i>0|[1-9]\d*)")
         if found := re.fullmatch(pattern, name):
-            return right(rule).format(**found.groupdict()), rule.op
+            return right(rule).format(**found.groupdict()), rule.layout
     return None
 
 
-def _hf_shape(op: Op, path: str, shape: Shape) -> Shape:
-    if op.rank is not None and len(shape) != op.rank:
+def _hf_shape(layout: Layout, path: str, shape: Shape) -> Shape:
+    if layout.rank is not None and len(shape) != layout.rank:
         raise RerouteError(
-            f"{op.name} is for parameters of rank {op.rank}, but {path} is {list(shape)}: correct the rule"
+            f"{layout.name} is for parameters of rank {layout.rank}, but {path} is {list(shape)}: correct the rule"
         )
-    return op.hf_shape(shape)
+    return layout.hf_shape(shape)

@@ -31,9 +31,8 @@ def torch_model(subject: Subject, device: str, threads: int) -> PreTrainedModel:
     wanted = {path: value.shape for path, value in abstract_params(subject.model.config).items()}
     entries = [(key, "F32", tuple(value.shape)) for key, value in state.items()]
     for assignment in match(table_of(subject.model.config), entries, wanted, subject.name):
-        values = np.array(assignment.op.to_hf(np.asarray(params[assignment.path])), order="C")
-        tensor = torch.from_numpy(values.view(np.uint8)).view(kind).reshape(values.shape)
-        state[assignment.key].copy_(tensor)
+        values, target = np.array(params[assignment.path]), state[assignment.key]
+        target.copy_(torch.from_numpy(values.view(np.uint8)).view(kind).reshape(target.shape))
     return model
 
 

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from reroute_jax.cache import KVCache, StageCache, with_room
 from reroute_jax.config import DecoderConfig
-from reroute_jax.layers import DecoderLayer, RMSNorm, Rope, parameter, take_rows
+from reroute_jax.layers import DecoderLayer, RMSNorm, Rope, matmul, parameter, take_rows
 from reroute_jax.positions import rope_tables
 from reroute_jax.routing.ops import Rows, by_visual_index, compact_slots, gather, gather_keys, scatter, select
 from reroute_jax.routing.plan import RoutingPlan, StagePlan
@@ -37,8 +37,8 @@ class Embedding(nnx.Module):
 
 class Head(nnx.Module):
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype):
-        shape = (config.hidden_size, config.vocab_size)
-        self.kernel = parameter(rngs, shape, ("embed", "vocab"), dtype, config.hidden_size)
+        shape = (config.vocab_size, config.hidden_size)
+        self.kernel = parameter(rngs, shape, ("vocab", "embed"), dtype, config.hidden_size)
 
 
 class Decoder(nnx.Module):
@@ -51,8 +51,8 @@ class Decoder(nnx.Module):
 
     def logits(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows vocab"]:
         """fp32 logits of hidden states."""
-        kernel = self.embed.table[...].T if self.head is None else self.head.kernel[...]
-        return jnp.matmul(self.norm(x), kernel, preferred_element_type=jnp.float32)
+        kernel = self.embed.table[...] if self.head is None else self.head.kernel[...]
+        return matmul(self.norm(x), kernel, jnp.float32)
 
 
 @jax.tree_util.register_dataclass

@@ -71,7 +71,7 @@ def tower() -> QwenTower:
     empty = QwenTower(CONFIG, OUT, rngs=nnx.Rngs(0), dtype=jnp.float32)
     theirs = {name: value.detach().numpy() for name, value in torch_tower().named_parameters()}
     shapes = {name: value.shape for name, value in named_parameters(empty).items()}
-    values = {"patch_embed.kernel": theirs["patch_embed.proj.weight"].reshape(WIDTH, -1).T}
+    values = {"patch_embed.kernel": theirs["patch_embed.proj.weight"].reshape(WIDTH, -1)}
     renamed = {"merger.norm": "merger.ln_q", "merger.fc1": "merger.mlp.0", "merger.fc2": "merger.mlp.2"}
     for i in range(LAYERS):
         renamed |= {f"layers.{i}.{norm}": f"blocks.{i}.{norm}" for norm in ("norm1", "norm2")}
@@ -81,7 +81,7 @@ def tower() -> QwenTower:
         for leaf in ("kernel", "bias", "scale"):
             if f"{ours}.{leaf}" in shapes:
                 value = theirs[f"{hf}.bias" if leaf == "bias" else f"{hf}.weight"]
-                values[f"{ours}.{leaf}"] = value.T.reshape(shapes[f"{ours}.{leaf}"])
+                values[f"{ours}.{leaf}"] = value.reshape(shapes[f"{ours}.{leaf}"])
     return with_parameters(empty, {name: jnp.asarray(value) for name, value in values.items()})
 
 

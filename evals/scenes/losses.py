@@ -128,10 +128,10 @@ def _corners_loss(model, heads: AuxiliaryHeads, x, batch: Packed, targets: Targe
     read = heads.corners(x).reshape(*x.shape[:2], 4, -1)
     losses = []
     for corner, first in enumerate(targets.coordinates):
-        rows = jax.lax.dynamic_slice_in_dim(model.decoder.head.kernel[...], first, targets.numbers, axis=1)
+        rows = jax.lax.dynamic_slice_in_dim(model.decoder.head.kernel[...], first, targets.numbers)
         bins = jnp.round(boxes[..., corner] * targets.scale).astype(jnp.int32)
         wanted = soft[first + bins][..., first : first + targets.numbers]
-        losses.append(0.5 * _mean(_cross_entropy(read[:, :, corner] @ rows, wanted), on))
+        losses.append(0.5 * _mean(_cross_entropy(read[:, :, corner] @ rows.T, wanted), on))
     return sum(losses)
 
 
@@ -246,7 +246,7 @@ def shared_prefix_layer(layer: DecoderLayer, prefix, x, ropes: tuple[Rope, Rope]
     causal = jnp.tril(jnp.ones((prefix.shape[1],) * 2, bool)) & runs[:, None]
     passed, k_prefix, v_prefix = layer.prefill(prefix, ropes[0], causal)
     normed = layer.attn_norm(x)
-    q = rotate(layer.attn.q(normed), ropes[1]) * layer.attn.q.kernel.shape[-1] ** -0.5
+    q = rotate(layer.attn.q(normed), ropes[1]) * layer.attn.q.kernel.shape[1] ** -0.5
     k, v = rotate(layer.attn.k(normed), ropes[1]), layer.attn.v(normed)
     group = q.shape[1] // k.shape[1]
     k_prefix, v_prefix, k, v = (jnp.repeat(heads, group, axis=1) for heads in (k_prefix, v_prefix, k, v))

@@ -165,12 +165,12 @@ def _muon_axes(params: dict, prefixes: tuple[str, ...]) -> dict:
             return None
         match name.split(".")[-2]:
             case "q" | "k" | "v":
-                return MuonDimensionNumbers(0, (1, 2))
+                return MuonDimensionNumbers(2, (0, 1))
             case "qkv":
-                return MuonDimensionNumbers(0, (1, 2, 3))
+                return MuonDimensionNumbers(3, (0, 1, 2))
             case "o":
-                return MuonDimensionNumbers((0, 1), 2)
-        return MuonDimensionNumbers(0, 1)
+                return MuonDimensionNumbers((1, 2), 0)
+        return MuonDimensionNumbers(1, 0)
 
     return {name: axes(name) for name in params}
 

@@ -31,7 +31,7 @@ def with_words(
     return {
         **fresh,
         prefix + table: fresh[prefix + table].at[new].set(llava[table][old]),
-        prefix + head: fresh[prefix + head].at[:, new].set(llava[head][:, old]),
+        prefix + head: fresh[prefix + head].at[new].set(llava[head][old]),
     }
 
 

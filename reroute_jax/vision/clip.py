@@ -36,14 +36,14 @@ class LayerNorm(nnx.Module):
 
 class PatchEmbed(nnx.Module):
     def __init__(self, config: ClipConfig, *, rngs: nnx.Rngs, dtype):
-        shape = (config.patch_size, config.patch_size, 3, config.hidden_size)
-        self.kernel = parameter(rngs, shape, (None, None, None, "embed"), dtype, 3 * config.patch_size**2)
+        shape = (config.hidden_size, 3, config.patch_size, config.patch_size)
+        self.kernel = parameter(rngs, shape, ("embed", None, None, None), dtype, 3 * config.patch_size**2)
 
     def __call__(self, pixels: Float[Array, "I 3 height width"]) -> Float[Array, "I n D"]:
         patches = jax.lax.conv_general_dilated(
-            pixels, self.kernel[...], self.kernel.shape[:2], "VALID", dimension_numbers=("NCHW", "HWIO", "NHWC")
+            pixels, self.kernel[...], self.kernel.shape[2:], "VALID", dimension_numbers=("NCHW", "OIHW", "NHWC")
         )
-        return patches.reshape(pixels.shape[0], -1, self.kernel.shape[-1])
+        return patches.reshape(pixels.shape[0], -1, self.kernel.shape[0])
 
 
 class ClipAttention(nnx.Module):

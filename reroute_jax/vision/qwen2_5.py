@@ -42,8 +42,8 @@ class PatchEmbed(nnx.Module):
     """A convolution whose stride is its kernel: one matrix on a patch's values."""
 
     def __init__(self, config: QwenVisionConfig, *, rngs: nnx.Rngs, dtype):
-        shape = (config.patch_values, config.hidden_size)
-        self.kernel = parameter(rngs, shape, (None, "embed"), dtype, config.patch_values)
+        shape = (config.hidden_size, config.patch_values)
+        self.kernel = parameter(rngs, shape, ("embed", None), dtype, config.patch_values)
 
     def __call__(self, patches: Float[Array, "I P values"]) -> Float[Array, "I P D"]:
         return matmul(patches.astype(self.kernel.dtype), self.kernel[...])
@@ -54,12 +54,12 @@ class FusedProjection(nnx.Module):
 
     def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs, dtype):
         shape = (3, heads, width // heads)
-        self.kernel = parameter(rngs, (width, *shape), ("embed", None, "heads", None), dtype, width)
+        self.kernel = parameter(rngs, (*shape, width), (None, "heads", None, "embed"), dtype, width)
         self.bias = constant(0.0, shape, (None, "heads", None), dtype)
 
     def __call__(self, x: Float[Array, "I P D"]) -> Float[Array, "3 I N P H"]:
-        width, *heads = self.kernel.shape
-        y = matmul(x, self.kernel.reshape(width, -1)).reshape(*x.shape[:2], *heads) + self.bias
+        *heads, width = self.kernel.shape
+        y = matmul(x, self.kernel.reshape(-1, width)).reshape(*x.shape[:2], *heads) + self.bias
         return y.transpose(2, 0, 3, 1, 4)
 
 
@@ -123,7 +123,7 @@ class Merger(nnx.Module):
         self.fc2 = Linear(width, out, ("mlp", "embed"), **keep)
 
     def __call__(self, x: Float[Array, "I P D"]) -> Float[Array, "I n E"]:
-        groups = self.norm(x).reshape(x.shape[0], -1, self.fc1.kernel.shape[0])
+        groups = self.norm(x).reshape(x.shape[0], -1, self.fc1.kernel.shape[1])
         return self.fc2(jax.nn.gelu(self.fc1(groups), approximate=False))
 
 
