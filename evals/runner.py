@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import chain, islice
@@ -20,6 +19,7 @@ from evals.data import IMAGE_BACKEND, Doc
 from evals.metrics import Derived
 from reroute_jax.config import ModelConfig
 from reroute_jax.errors import RerouteError
+from reroute_jax.pipeline import ahead
 from reroute_jax.routing.plan import Schedule
 
 Record = dict[str, Any]
@@ -129,7 +129,7 @@ def answer(model: Answerer, task: Task, run: Run, folder: Path, batch_size: int)
     """
     file = folder / f"{run.name}.jsonl"
     done, batches = _resume(file, model, task, batch_size)
-    ready = _ahead(_ready(model, task, run, batch, batch_size) for batch in batches)
+    ready = ahead((_ready(model, task, run, batch, batch_size) for batch in batches), LOOKAHEAD)
     waiting: dict[int, Record] = {}
     with (
         open(file, "ab") as lines,
@@ -198,21 +198,6 @@ def _written(batches: Sequence[Sequence[Doc]], start: int, stop: int) -> int:
 def _whole_lines(file: Path) -> list[bytes]:
     lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
     return lines if not lines or lines[-1].endswith(b"\n") else lines[:-1]
-
-
-def _ahead(items: Iterator[Ready]) -> Iterator[Ready]:
-    """The same items, up to LOOKAHEAD of them made in a background thread before they are asked for.
-
-    An error comes where its item would. Closing waits for the item in the making, and no other is begun.
-    """
-    pool = ThreadPoolExecutor(1, "questions")
-    try:
-        made: list[Future] = [pool.submit(next, items, None) for _ in range(LOOKAHEAD)]
-        while (item := made.pop(0).result()) is not None:
-            made.append(pool.submit(next, items, None))
-            yield item
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _ready(model: Answerer, task: Task, run: Run, docs: list[Doc], batch_size: int) -> Ready:

@@ -39,6 +39,31 @@ class Row:
     grids: tuple[Grid, ...]
 
 
+@dataclass(frozen=True)
+class Shape:
+    """What programs are compiled for, the number of rows excepted.
+
+    text, routed: slots of a row, for tokens that decisions do not and do choose among. visual: for original visual
+    tokens; image: for the features of one image; images: of a row.
+    """
+
+    text: int
+    routed: int
+    visual: int
+    image: int
+    images: int
+
+    @property
+    def slots(self) -> int:
+        """Of a row at the decoder's input."""
+        return self.text + self.routed
+
+
+def row_shape(row: Row, config: ModelConfig, schedule: Schedule) -> Shape:
+    """The shape of a batch of rows like this one. Raises RerouteError for a prompt that is too long."""
+    return _shape([row], [_lay_out(row, config, schedule)], config, schedule)
+
+
 def valid_rows(input_ids, attention_mask) -> list[np.ndarray]:
     """The ids of each row without padding, which may stand on either side.
 
@@ -87,19 +112,14 @@ def split_images(ids: Sequence[np.ndarray], grids: Sequence[Grid], config: Model
 def make_batch(rows: Sequence[Row], config: ModelConfig, schedule: Schedule) -> Batch:
     """Arrays for rows of token ids in which every image stands as its full number of placeholder tokens."""
     schedule.check_depth(config.num_layers)
-    family = FAMILIES[config.family]
     laid = [_lay_out(row, config, schedule) for row in rows]
     original = [[r * c for r, c in row.grids] for row in rows]
-    text = bucket(max(int((~one.routed).sum()) for one in laid), TEXT_BUCKETS, "a prompt, in text tokens,")
-    routed = family.token_bucket(max(int(one.routed.sum()) for one in laid))
-    # A batch without images has one slot, which nothing reads.
-    visual = family.token_bucket(max(1, *(sum(sizes) for sizes in original)))
-    per_image = token_slots([grid for row in rows for grid in row.grids], config, schedule)
-    batch, slots, channels = len(rows), text + routed, laid[0].positions.shape[:-1]
+    shape = _shape(rows, laid, config, schedule)
+    batch, slots, channels = len(rows), shape.slots, laid[0].positions.shape[:-1]
     ids, positions = np.zeros((batch, slots), np.int32), np.zeros((*channels, batch, slots), np.int32)
     valid, feature = np.zeros((batch, slots), bool), np.full((batch, slots), -1, np.int32)
     chosen_among, seen = np.zeros((batch, slots), bool), np.zeros((batch, config.decoder.vocab_size), bool)
-    visual_positions = np.zeros((*channels, batch, visual), np.int32)
+    visual_positions = np.zeros((*channels, batch, shape.visual), np.int32)
     first_image = np.cumsum([0, *(len(sizes) for sizes in original)])
     first_feature = np.cumsum([0, *(sum(sizes) for sizes in original)])
     for b, (row, one) in enumerate(zip(rows, laid, strict=True)):
@@ -107,10 +127,10 @@ def make_batch(rows: Sequence[Row], config: ModelConfig, schedule: Schedule) -> 
         ids[b, filled], positions[..., b, filled], chosen_among[b, filled] = one.ids, one.positions, one.routed
         valid[b, filled] = True
         is_image = one.image >= 0
-        feature[b, filled] = np.where(is_image, (first_image[b] + one.image) * per_image + one.within, -1)
+        feature[b, filled] = np.where(is_image, (first_image[b] + one.image) * shape.image + one.within, -1)
         visual_positions[..., b, : one.visual_positions.shape[-1]] = one.visual_positions
         seen[b, row.ids] = True
-    scheduled = schedule if routed else Schedule.from_decisions((), (), config.num_layers)
+    scheduled = schedule if shape.routed else Schedule.from_decisions((), (), config.num_layers)
     prompt = Prompt(
         ids=ids,
         positions=positions,
@@ -120,19 +140,11 @@ def make_batch(rows: Sequence[Row], config: ModelConfig, schedule: Schedule) -> 
         first_feature=first_feature[:-1].astype(np.int32),
         visual_positions=visual_positions,
         keep=scheduled.keep_counts([int(one.routed.sum()) for one in laid]),
-        prior=_prior(scheduled, rows, visual),
+        prior=_prior(scheduled, rows, shape.visual),
         next_position=np.array([one.next_position for one in laid], np.int32),
-        text_slots=text,
+        text_slots=shape.text,
     )
-    return Batch(prompt, scheduled.resolve(routed), seen)
-
-
-def token_slots(grids: Sequence[Grid], config: ModelConfig, schedule: Schedule) -> int:
-    """Features that `encode_images` returns for each image of a batch with these grids."""
-    if not grids:
-        return 0
-    slots = FAMILIES[config.family].token_bucket(max(rows * cols for rows, cols in grids))
-    return slots if schedule.merge is None else schedule.merge.cap(slots)
+    return Batch(prompt, scheduled.resolve(shape.routed), seen)
 
 
 @dataclass(frozen=True)
@@ -169,6 +181,20 @@ def _lay_out(row: Row, config: ModelConfig, schedule: Schedule) -> _Layout:
         positions[..., is_image],
         next_position,
     )
+
+
+def _shape(rows: Sequence[Row], laid: Sequence[_Layout], config: ModelConfig, schedule: Schedule) -> Shape:
+    token_bucket = FAMILIES[config.family].token_bucket
+    text = bucket(max(int((~one.routed).sum()) for one in laid), TEXT_BUCKETS, "a prompt, in text tokens,")
+    routed = token_bucket(max(int(one.routed.sum()) for one in laid))
+    sizes = [[r * c for r, c in row.grids] for row in rows]
+    # A batch without images has one slot, which nothing reads.
+    visual = token_bucket(max(1, *(sum(of_row) for of_row in sizes)))
+    largest = max((size for of_row in sizes for size in of_row), default=0)
+    image = token_bucket(largest) if largest else 0
+    if largest and schedule.merge is not None:
+        image = schedule.merge.cap(image)
+    return Shape(text, routed, visual, image, max(len(of_row) for of_row in sizes))
 
 
 def _prior(schedule: Schedule, rows: Sequence[Row], visual: int) -> np.ndarray:

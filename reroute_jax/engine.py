@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +18,7 @@ from transformers import AutoTokenizer
 
 from reroute_jax import decoder as walker
 from reroute_jax import generation
-from reroute_jax.batching import Batch, Row, make_batch, split_images, valid_rows
+from reroute_jax.batching import Batch, Row, Shape, make_batch, row_shape, split_images, valid_rows
 from reroute_jax.compilation import compiled
 from reroute_jax.config import ModelConfig
 from reroute_jax.decoder import Prefilled
@@ -26,11 +27,14 @@ from reroute_jax.generation import Sampling
 from reroute_jax.images import open_image
 from reroute_jax.models import FAMILIES
 from reroute_jax.models.family import Family, Grid
+from reroute_jax.pipeline import ahead, full_groups
 from reroute_jax.routing import methods
 from reroute_jax.routing.merge import merge_arrays
 from reroute_jax.routing.plan import Schedule
 
 log = logging.getLogger("reroute_jax")
+
+LOOKAHEAD = 2  # batches that `generate` makes ready while one is answered
 
 
 @compiled(static_argnames="merge")
@@ -89,6 +93,15 @@ class Questions:
 
 
 @dataclass(frozen=True)
+class Asked:
+    """A question whose images are open. number: of the pair it came from."""
+
+    number: int
+    images: list[Image.Image]
+    row: Row
+
+
+@dataclass(frozen=True)
 class Inputs:
     """Arguments of the compiled functions for one batch. images: of `encode`, behind the module; None without any."""
 
@@ -107,6 +120,10 @@ class Model:
     @property
     def family(self) -> Family:
         return FAMILIES[self.config.family]
+
+    @property
+    def _unrouted(self) -> Schedule:
+        return Schedule.from_decisions((), (), self.config.num_layers)
 
     @property
     def dtype(self) -> str:
@@ -197,6 +214,7 @@ class Model:
         schedule: Schedule | None = None,
         max_new_tokens: int = 64,
         batch_size: int = 8,
+        token_budget: int | None = None,
         repetition_penalty: float | None = None,
         temperature: float = 0.0,
         top_p: float = 1.0,
@@ -204,32 +222,54 @@ class Model:
     ) -> list[str]:
         """Answers to (image, question) pairs, in order. An image is a PIL image, a path, a list of them, or None.
 
+        Prompts that take the same programs are answered together, up to `batch_size` of them and, where it is given,
+        up to `token_budget` slots at the decoder's input, padding included. Their images are read and resized on
+        another thread while earlier ones run. A sampled answer (temperature above 0) depends on who shares its batch.
         repetition_penalty: None takes what the family generates with. Raises RerouteError for an image that cannot be
-        read, naming it.
+        read, naming it, and for a prompt beyond the token budget.
         """
-        if batch_size < 1:
-            raise RerouteError(f"batch_size is {batch_size}, expected at least 1")
         penalty = self.config.repetition_penalty if repetition_penalty is None else repetition_penalty
         sampling = Sampling(temperature, top_p, penalty, self.config.eos_tokens, self.config.pad_token)
-        answers = []
-        for start in range(0, len(pairs), batch_size):
-            questions = self.prepare(pairs[start : start + batch_size], batch_size)
-            answers += self._answer(questions, schedule, max_new_tokens, sampling, seed)
+        answers = [""] * len(pairs)
+        with closing(ahead(self._batches(pairs, schedule, batch_size, token_budget), LOOKAHEAD)) as batches:
+            for numbers, questions in batches:
+                texts = self._answer(questions, schedule, max_new_tokens, sampling, seed)
+                for number, text in zip(numbers, texts, strict=True):
+                    answers[number] = text
         return answers
+
+    def _batches(
+        self, pairs: Sequence[tuple], schedule: Schedule | None, batch_size: int, token_budget: int | None
+    ) -> Iterator[tuple[list[int], Questions]]:
+        """The pairs in batches, each with their numbers."""
+        asked = (self._ask(number, pair) for number, pair in enumerate(pairs))
+
+        def shape(one: Asked) -> Shape:
+            return row_shape(one.row, self.config, schedule or self._unrouted)
+
+        def rows(of: Shape) -> int:
+            return most_rows(of, batch_size, token_budget)
+
+        for group in full_groups(asked, shape, rows):
+            yield [one.number for one in group], self._questions(group, rows(shape(group[0])))
 
     def prepare(self, pairs: Sequence[tuple], batch_size: int) -> Questions:
         """What `answer` needs of up to `batch_size` pairs, as of `generate`: all work on the host, for any thread."""
-        images = [self._open(image) for image, _ in pairs]
-        rows = [
-            self.prompt_ids(text, [self.visual_grid(image) for image in group])
-            for (_, text), group in zip(pairs, images, strict=True)
-        ]
-        flat = [image for group in images for image in group]
+        return self._questions([self._ask(number, pair) for number, pair in enumerate(pairs)], batch_size)
+
+    def _ask(self, number: int, pair: tuple) -> Asked:
+        image, text = pair
+        images = self._open(image)
+        grids = tuple(self.visual_grid(one) for one in images)
+        return Asked(number, images, Row(self.prompt_ids(text, grids), grids))
+
+    def _questions(self, asked: Sequence[Asked], most: int) -> Questions:
+        flat = [image for one in asked for image in one.images]
         pixels, grids = self.family.preprocess(flat, self.image_processor) if flat else (None, None)
         # Rows of one token fill a short batch to a power of two, so that few sizes are compiled.
-        padding = min(batch_size, 1 << (len(rows) - 1).bit_length()) - len(rows)
-        rows += [np.array([self.config.eos_tokens[0]])] * padding
-        return Questions(tuple(rows), len(pairs), pixels, grids)
+        padding = min(most, 1 << (len(asked) - 1).bit_length()) - len(asked)
+        filling = [np.array([self.config.eos_tokens[0]])] * padding
+        return Questions((*(one.row.ids for one in asked), *filling), len(asked), pixels, grids)
 
     def answer(self, questions: Questions, *, schedule: Schedule | None = None, max_new_tokens: int = 64) -> list[str]:
         """Greedy answers to what `prepare` made, in order: those of `generate`."""
@@ -241,22 +281,22 @@ class Model:
         tokens = self._generate(ids, pixels, grids, schedule, max_new, sampling, seed)[: questions.count]
         return [self.tokenizer.decode(_until(row, sampling.eos), skip_special_tokens=True) for row in tokens]
 
-    def warm_up(self, pairs: Sequence[tuple], *, batch_size: int = 8, **options) -> None:
+    def warm_up(
+        self, pairs: Sequence[tuple], *, batch_size: int = 8, token_budget: int | None = None, **options
+    ) -> None:
         """Compile what `generate` will need for (image, question) pairs like these, with the same `options`: their
         buckets, at every number of rows that a batch is filled up to.
 
         One pair of each bucket is answered, so give examples and not everything. Raises what `generate` does.
         """
         shapes = {}
-        for image, text in pairs:
-            grids = [self.visual_grid(one) for one in self._open(image)]
-            row = Row(self.prompt_ids(text, grids), tuple(grids))
-            sizes = [self.family.token_bucket(rows * cols) for rows, cols in grids]
-            prompt = make_batch([row], self.config, options.get("schedule") or self.plan("none")).prompt
-            shapes.setdefault((prompt.ids.shape, prompt.text_slots, tuple(sizes)), (image, text))
-        for pair in shapes.values():
-            for rows in sorted({min(batch_size, 1 << power) for power in range(batch_size.bit_length() + 1)}):
-                self.generate([pair] * rows, batch_size=batch_size, **options)
+        for number, pair in enumerate(pairs):
+            row = self._ask(number, pair).row
+            shapes.setdefault(row_shape(row, self.config, options.get("schedule") or self._unrouted), pair)
+        for shape, pair in shapes.items():
+            most = most_rows(shape, batch_size, token_budget)
+            for rows in sorted({min(most, 1 << power) for power in range(most.bit_length() + 1)}):
+                self.generate([pair] * rows, batch_size=batch_size, token_budget=token_budget, **options)
 
     def _open(self, image) -> list[Image.Image]:
         if image is None:
@@ -273,7 +313,7 @@ class Model:
 
         Raises RerouteError where they do not fit each other or the model.
         """
-        schedule = schedule or Schedule.from_decisions((), (), self.config.num_layers)
+        schedule = schedule or self._unrouted
         grids = self.family.image_grids(pixels, image_grid_thw, self.config)
         batch = make_batch(split_images(rows, grids, self.config), self.config, schedule)
         return Inputs(batch, self._images(pixels, grids, len(rows), schedule) if grids else None)
@@ -308,6 +348,19 @@ class Model:
         arrays = merge_arrays(schedule.merge, grids, images, self.family.token_bucket(max(sizes)))
         packed = self.family.pack(pixels, grids, self.config, images)
         return packed, arrays, first, schedule.merge
+
+
+def most_rows(shape: Shape, batch_size: int, token_budget: int | None) -> int:
+    """Rows of this shape that run together. Raises RerouteError where the budget does not hold a single one."""
+    if batch_size < 1:
+        raise RerouteError(f"batch_size is {batch_size}, expected at least 1")
+    if token_budget is None:
+        return batch_size
+    if token_budget < shape.slots:
+        raise RerouteError(
+            f"a prompt takes {shape.slots} slots and token_budget is {token_budget}: raise it, or leave it out"
+        )
+    return min(batch_size, token_budget // shape.slots)
 
 
 def _from_folder(read, folder: Path):

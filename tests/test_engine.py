@@ -1,5 +1,7 @@
 """Batches, buckets, caches, and what bad input says."""
 
+from collections import Counter
+
 import jax
 import numpy as np
 import pytest
@@ -161,6 +163,36 @@ def test_unreadable_images_are_named(tmp_path):
     for path in (tmp_path / "cut.png", tmp_path / "absent.png"):
         with pytest.raises(RerouteError, match=path.name):
             model.generate([(path, "what is this ?")])
+
+
+def test_generate_compiles_one_program_a_bucket_and_keeps_the_token_budget(monkeypatch):
+    """36 questions of three lengths in one call: as many prefills as buckets, full batches, nothing over the budget."""
+    _, model = pair(1)
+    picture = Image.fromarray(np.zeros((80, 70, 3), np.uint8))
+    texts = ["red cup " * (length * 8) for length in (1, 3, 7)] * 12
+    pairs = [(picture, f"{text} {number}") for number, text in enumerate(texts)]
+    sizes = []
+
+    def spy(decoder, prompt, *rest):
+        sizes.append(prompt.ids.shape)
+        return original(decoder, prompt, *rest)
+
+    spy.jitted, original = engine.prefill.jitted, engine.prefill
+    monkeypatch.setattr(engine, "prefill", spy)
+    before = engine.prefill.jitted()._cache_size()
+    answers = model.generate(pairs, max_new_tokens=3, batch_size=4, token_budget=300)
+    assert Counter(sizes) == {(4, 68): 3, (3, 100): 4, (1, 164): 12}
+    assert engine.prefill.jitted()._cache_size() - before == 3
+    monkeypatch.undo()
+    assert answers == [model.generate([pair], max_new_tokens=3)[0] for pair in pairs]
+
+
+def test_a_prompt_beyond_the_token_budget_is_refused():
+    _, model = pair(2)
+    with pytest.raises(RerouteError, match=r"a prompt takes \d+ slots and token_budget is 10: raise it"):
+        model.generate([(None, "how many")], token_budget=10)
+    with pytest.raises(RerouteError, match="batch_size is 0, expected at least 1"):
+        model.generate([(None, "how many")], batch_size=0)
 
 
 def test_warm_up_compiles_what_generate_needs():

@@ -12,7 +12,7 @@ import pytest
 
 from evals.data import rec_source
 from evals.refcoco import make_task
-from evals.runner import LOOKAHEAD, WINDOW, Run, Task, _ahead, answer, fingerprint, open_folder
+from evals.runner import WINDOW, Run, Task, answer, fingerprint, open_folder
 from reroute_jax.errors import RerouteError
 from tests.evals import slow_run
 from tests.evals.stub import StubModel
@@ -136,7 +136,7 @@ def test_fingerprint_sees_names_sizes_and_both_ends(tmp_path: Path) -> None:
 
 
 def worker_threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("questions")]
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("ahead")]
 
 
 def test_ctrl_c_and_errors_leave_no_thread_behind(task: Task, tmp_path: Path) -> None:
@@ -162,30 +162,7 @@ def test_questions_are_made_ready_in_another_thread(task: Task, tmp_path: Path) 
 
     model = Threads()
     answer(model, task, full(), tmp_path, BATCH)
-    assert model.thread.startswith("questions")
-
-
-def test_lookahead_is_bounded_ordered_and_passes_errors_on() -> None:
-    made = []
-
-    def items():
-        for number in range(20):
-            made.append(number)
-            yield number
-        raise ValueError("no more")
-
-    ready = _ahead(items())
-    assert next(ready) == 0
-    ready.close()
-    assert len(made) <= 2 + LOOKAHEAD
-    assert worker_threads() == []
-    made.clear()
-    found = []
-    with pytest.raises(ValueError, match="no more"):
-        for number in _ahead(items()):
-            assert len(made) <= number + 2 + LOOKAHEAD
-            found.append(number)
-    assert found == list(range(20))
+    assert model.thread.startswith("ahead")
 
 
 def test_batches_hold_images_of_like_size_and_lines_keep_the_order(tmp_path: Path) -> None:
