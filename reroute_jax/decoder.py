@@ -18,8 +18,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from reroute_jax.cache import KVCache, StageCache, with_room
 from reroute_jax.config import DecoderConfig
-from reroute_jax.layers import DecoderLayer, RMSNorm, Rope, matmul, parameter, take_rows
+from reroute_jax.layers import DecoderLayer, RMSNorm, Rope, parameter, take_rows
 from reroute_jax.positions import rope_tables
+from reroute_jax.products import matmul
 from reroute_jax.routing.ops import Rows, by_visual_index, compact_slots, gather, gather_keys, scatter, select
 from reroute_jax.routing.plan import RoutingPlan, StagePlan
 

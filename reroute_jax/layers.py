@@ -16,11 +16,10 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from reroute_jax.config import DecoderConfig
+from reroute_jax.products import matmul
 
 # Queries that attend at a time; the last block has up to as many again.
 QUERY_BLOCK = 128
-# Rows up to which a product is cheaper with the kernel on its left.
-FEW_ROWS = 64
 _HIDDEN = np.finfo(np.float32).min
 
 
@@ -38,22 +37,6 @@ def parameter(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ..
 
 def constant(value: float, shape: tuple[int, ...], axes: tuple[str | None, ...], dtype) -> nnx.Param:
     return nnx.Param(jnp.full(shape, value, dtype), axes=axes)
-
-
-def matmul(x: Float[Array, "*rows I"], kernel: Float[Array, "O I"], dtype=None) -> Float[Array, "*rows O"]:
-    """`x @ kernel.T`, accumulated in `dtype` (None: that of x).
-
-    As one plain matrix product: XLA's CPU backend runs it, and above all its gradient, 2.5 times as fast as a
-    contraction with several row dimensions. Kernels stand as PyTorch stores them, `[out, in]`: the backend multiplies
-    100 rows 1.2 times as fast as with `[in, out]`, and streams the kernel at 25 GB/s, not 14, for a single one.
-    """
-    rows = x.reshape(-1, x.shape[-1])
-    if rows.shape[0] <= FEW_ROWS:
-        # The barrier keeps XLA from turning this back into the product below, which takes 2.4 times as long for 8 rows.
-        y = jax.lax.optimization_barrier(jnp.matmul(kernel, rows.T, preferred_element_type=dtype)).T
-    else:
-        y = jnp.matmul(rows, kernel.T, preferred_element_type=dtype)
-    return y.reshape(*x.shape[:-1], kernel.shape[0])
 
 
 class RMSNorm(nnx.Module):

@@ -24,11 +24,11 @@ from reroute_jax.layers import (
     Rope,
     attention,
     constant,
-    matmul,
     parameter,
     rotate,
     take_rows,
 )
+from reroute_jax.products import matmul
 from reroute_jax.vision.clip import NuwaInputs
 from reroute_jax.vision.qwen_windows import QwenPixels
 
