@@ -7,7 +7,6 @@ many programs were compiled after the warm-up, and resident memory along the way
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -19,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from evals.cli import EMBEDDED, Parser, exit_code, load_model, positive
+from evals.cli import EMBEDDED, Parser, exit_code, load_model, positive, positive_number
 from evals.prompts import REC_STYLE_OF_FAMILY, rec
 from evals.routes import budget
 from evals.scenes.data import refcoco_rows
@@ -112,22 +111,12 @@ def _questions(family: str, scenes: int) -> list[tuple]:
     return [(row["image"], rec(row["answer"][0], style)) for row in rows]
 
 
-def _rate(text: str) -> float:
-    try:
-        rate = float(text)
-    except ValueError:
-        rate = 0.0
-    if not 0 < rate < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of requests a second")
-    return rate
-
-
 def _parser() -> Parser:
     parser = Parser(prog="python -m benchmarks.arrivals", description=__doc__)
     parser.add_argument("--model", default=EMBEDDED[0])
     parser.add_argument("--method", choices=tuple(METHODS), default="pdrop")
     parser.add_argument("--budget", type=budget, default=128)
-    parser.add_argument("--rate", type=_rate, default=8.0, help="requests a second (default: %(default)s)")
+    parser.add_argument("--rate", type=positive_number, default=8.0, help="requests a second (default: %(default)s)")
     parser.add_argument("--requests", type=positive, default=2000)
     parser.add_argument("--scenes", type=positive, default=200, help="different ones (default: %(default)s)")
     parser.add_argument("--batch-size", type=positive, default=8)

@@ -23,7 +23,7 @@ import jax
 from tqdm import tqdm
 
 from evals.bench_report import Record, figure, rows_of, table
-from evals.cli import Parser, exit_code, positive
+from evals.cli import Parser, exit_code, positive, positive_number
 from evals.programs import Answer, Programs, Steps, compile_programs, compile_tower
 from evals.roofline import Machine, decode_bound, measure_machine, prefill_bound
 from evals.routes import budget
@@ -77,7 +77,7 @@ def bench(args: argparse.Namespace, arguments: Sequence[str]) -> None:
     ]
     unchanged = _rows_unchanged(programs, samples)
     records = [dataclasses.replace(one, rows_unchanged=unchanged.get((one.variant, one.batch))) for one in records]
-    rows = rows_of(records)
+    rows = rows_of(records, args.peak_tflops)
     text = table(rows)
     print(text)
     folder = args.out or Path("runs") / "bench" / subject.name.replace("/", "--")
@@ -87,7 +87,10 @@ def bench(args: argparse.Namespace, arguments: Sequence[str]) -> None:
         "model": {"name": subject.name, "dtype": subject.model.dtype, "visual": subject.visual, "text": subject.text},
         "machine": describe_machine(machine),
         "load_average": {"before": load[0], "after": load[1]},
+        "peak_tflops": args.peak_tflops,
         "process_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        # Of an accelerator's own memory, by JAX alone; the CPU backend keeps no such count.
+        "device_peak_bytes": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
         "rows": rows,
         "seconds": {f"{one.variant}, batch {one.batch}": one.seconds for one in records},
     }
@@ -178,6 +181,7 @@ def _peers(
     except ImportError as error:
         raise RerouteError(f"--peer torch needs PyTorch ({error}): pip install -e '.[torch]'") from error
     device = "cuda" if jax.default_backend() == "gpu" else "cpu"
+    bench_torch.check_device(device)
     model = bench_torch.torch_model(subject, device, os.cpu_count())
     calls = {
         ("torch", batch): bench_torch.unrouted(subject, model, given, args.new_tokens)
@@ -265,6 +269,12 @@ def _parser() -> Parser:
     parser.add_argument("--new-tokens", type=positive, default=16, help="of each answer (default: %(default)s)")
     parser.add_argument("--repetitions", type=positive, default=10, help="counted rounds (default: %(default)s)")
     parser.add_argument("--peer", choices=("torch",), help="also time PyTorch on the same weights")
+    parser.add_argument(
+        "--peak-tflops",
+        type=positive_number,
+        metavar="X",
+        help="the device's datasheet peak for the model's dtype, dense; adds the prefill's model FLOPs utilisation",
+    )
     parser.add_argument("--compile-only", action="store_true", help="of --random: compile, without weights, and stop")
     parser.add_argument("--figure", action="store_true", help="also figure.png; needs the extra [plot]")
     parser.add_argument("--out", type=Path, help="folder of the results (default: runs/bench/ and the model's name)")

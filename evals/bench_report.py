@@ -43,13 +43,22 @@ class Record:
     rows_unchanged: str | None = None
 
 
-def rows_of(records: Sequence[Record]) -> list[dict[str, Any]]:
+def rows_of(records: Sequence[Record], peak_tflops: float | None = None) -> list[dict[str, Any]]:
     """One row a record. Ratios are to the unrouted run of the same batch size, and of the same side (ours or a peer's
-    is compared with ours)."""
+    is compared with ours).
+
+    peak_tflops: of the device, for the model's dtype; where given, each row has its `mfu`, the model FLOPs utilisation
+    of the prefill: two FLOPs a multiply-accumulate of the batch, over the median seconds and the peak. What counts are
+    `macs`: the decoder layers on the tokens that the schedule keeps. Image tower, embedding, scoring pass and head do
+    not, although the seconds hold all of them but the tower; causal attention counts as the whole square, as in the
+    papers' formula.
+    """
     full = {one.batch: one for one in records if one.variant == FULL}
     rows = [_row(one, full[one.batch]) for one in records]
     prefill = {(row["variant"], row["batch"]): row["prefill_ms"] for row in rows}
     for row, one in zip(rows, records, strict=True):
+        if peak_tflops is not None:
+            row["mfu"] = 2 * one.macs * one.batch / (1e-3 * row["prefill_ms"] * 1e12 * peak_tflops)
         deleted = prefill.get((row["variant"].replace("reroute", "delete"), row["batch"]))
         if one.action == "reroute" and deleted and not one.peer:
             row["reroute_over_delete"] = row["prefill_ms"] / deleted
@@ -116,6 +125,7 @@ COLUMNS = (
     ("prefill p50 ms", "prefill_ms", "{:.0f}"),
     ("p99", "prefill_p99_ms", "{:.0f}"),
     ("best", "prefill_best_ms", "{:.0f}"),
+    ("MFU", "mfu", "{:.2f}"),
     ("speed-up", "speedup", "{:.2f}"),
     ("theory", "theory_without_scoring", "{:.2f}"),
     ("+ scoring", "theory", "{:.2f}"),

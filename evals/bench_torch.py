@@ -16,8 +16,18 @@ from convert.table import match
 from evals.programs import Answer
 from evals.subjects import Sample, Subject
 from reroute_jax.batching import Row, make_batch
+from reroute_jax.errors import RerouteError
 from reroute_jax.params import named_parameters
 from reroute_jax.routing.plan import Schedule
+
+
+def check_device(device: str) -> None:
+    """Raises RerouteError where PyTorch cannot run on `device`, the one that JAX runs on."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise RerouteError(
+            f"JAX runs on a GPU and PyTorch {torch.__version__} sees none, their times would not compare: install a "
+            "PyTorch built for this GPU, or leave out --peer torch"
+        )
 
 
 def torch_model(subject: Subject, device: str, threads: int) -> PreTrainedModel:

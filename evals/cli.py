@@ -125,6 +125,17 @@ def whole(text: str, least: int = 0) -> int:
     return int(text)
 
 
+def positive_number(text: str) -> float:
+    """argparse type: a finite number above zero."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+    return number
+
+
 def load_model(name: str, dtype: str | None, mrope_compat: str | None = None, vicuna_system: bool = False) -> Answerer:
     """The model of the arguments --model, --dtype, --mrope-compat and --vicuna-system."""
     if name not in EMBEDDED:

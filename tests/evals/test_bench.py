@@ -100,6 +100,22 @@ def test_table_leaves_out_what_nobody_has():
     assert all(line.count("|") == first.count("|") for line in (full, torch))
 
 
+def test_utilisation_by_hand():
+    """8 rows of 1,000 multiply-accumulates are 16,000 FLOPs: in the median 0.5 s 32,000 a second, of 100,000."""
+    records = [record("none", [0.4, 9.0, 0.5], batch=8, scoring=700), record("torch", [1.0], batch=8, peer=True)]
+    full, torch = rows_of(records, peak_tflops=1e-7)
+    assert (full["mfu"], torch["mfu"]) == pytest.approx((0.32, 0.16))
+    assert "| MFU |" in table([full, torch]) and "| 0.32 |" in table([full, torch])
+    assert "MFU" not in table(rows_of(records)) and "mfu" not in rows_of(records)[0]
+
+
+def test_a_peer_without_the_gpu_is_refused(monkeypatch):
+    monkeypatch.setattr(bench_torch.torch.cuda, "is_available", lambda: False)
+    bench_torch.check_device("cpu")
+    with pytest.raises(RerouteError, match=r"JAX runs on a GPU and PyTorch .* sees none"):
+        bench_torch.check_device("cuda")
+
+
 def test_bounds_by_hand():
     machine = Machine(flops=100.0, bandwidth=10.0)
     assert machine.seconds(macs=1000, nbytes=10) == 20 and machine.seconds(macs=1000, nbytes=300) == 30

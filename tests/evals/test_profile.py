@@ -1,5 +1,7 @@
 """FLOPs and cached bytes by theory and by the compiled program, and what the trace's names are read as."""
 
+from types import SimpleNamespace
+
 import jaxtyping
 import pytest
 
@@ -58,6 +60,21 @@ def test_names_of_operations():
     scopes = profile.operation_scopes(hlo)
     assert {name: profile.part_of(scope) for name, scope in scopes.items()} == {"fusion.1": "mlp", "copy": "scatter"}
     assert profile.part_of("jit(prefill)/scoring/attention/mul") == "scoring" and profile.part_of("") == "other"
+
+
+def test_on_a_gpu_an_operation_counts_in_its_stream_alone():
+    """As its profiler lays a trace out: launches on the host, kernels in streams, and what is derived from them."""
+
+    def plane(name, *lines):
+        return SimpleNamespace(name=name, lines=[SimpleNamespace(name=line) for line in lines])
+
+    host = plane("/host:CPU", "python", "launches")
+    gpu = plane("/device:GPU:0", "Stream #7(Compute)", "XLA Ops", "Stream #9(MemcpyD2D)")
+    assert [line.name for line in profile.operation_lines([host, gpu])] == [
+        "Stream #7(Compute)",
+        "Stream #9(MemcpyD2D)",
+    ]
+    assert [line.name for line in profile.operation_lines([host])] == ["python", "launches"]
 
 
 def test_every_part_of_a_reroute_is_named_in_its_program(subject):
