@@ -256,7 +256,7 @@ def _converted(assignment: Assignment, tensor: Tensor, shape: tuple[int, ...], d
     value = read(tensor)
     if dtype:
         value = _cast(tensor.key, value, dtype)
-    return np.ascontiguousarray(value.reshape(shape))
+    return value.reshape(shape)
 
 
 def _cast(name: str, value: np.ndarray, dtype: str) -> np.ndarray:

@@ -15,7 +15,7 @@ import jax
 # the same model, not 40.
 _CPU_OPTIONS = {
     "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
-    "xla_disable_hlo_passes": ",".join(("while-loop-invariant-code-motion", "small-while-loop-hoisting")),
+    "xla_disable_hlo_passes": "while-loop-invariant-code-motion,small-while-loop-hoisting",
 }
 
 

@@ -250,8 +250,8 @@ class Model:
         def rows(of: Shape) -> int:
             return most_rows(of, batch_size, token_budget)
 
-        for group in full_groups(asked, shape, rows):
-            yield [one.number for one in group], self._questions(group, rows(shape(group[0])))
+        for of, group in full_groups(asked, shape, rows):
+            yield [one.number for one in group], self._questions(group, rows(of))
 
     def prepare(self, pairs: Sequence[tuple], batch_size: int) -> Questions:
         """What `answer` needs of up to `batch_size` pairs, as of `generate`: all work on the host, for any thread."""

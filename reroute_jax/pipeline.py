@@ -11,8 +11,8 @@ Item = TypeVar("Item")
 
 def full_groups(
     items: Iterable[Item], key: Callable[[Item], Hashable], limit: Callable[[Hashable], int]
-) -> Iterator[list[Item]]:
-    """Items of one key together, `limit(key)` of them at a time; what is left at the end comes last, in fewer.
+) -> Iterator[tuple[Hashable, list[Item]]]:
+    """Each key with items of it, `limit(key)` of them at a time; what is left at the end comes last, in fewer.
 
     No more than `limit(key) - 1` items of each key wait at any time.
     """
@@ -21,8 +21,8 @@ def full_groups(
         group = waiting.setdefault(its_key := key(item), [])
         group.append(item)
         if len(group) == limit(its_key):
-            yield waiting.pop(its_key)
-    yield from waiting.values()
+            yield its_key, waiting.pop(its_key)
+    yield from waiting.items()
 
 
 def ahead(items: Iterator[Item], depth: int) -> Iterator[Item]:

@@ -2,7 +2,7 @@
 
 import threading
 from collections import Counter
-from itertools import count, islice
+from itertools import count
 
 import pytest
 from hypothesis import given
@@ -16,16 +16,18 @@ LIMITS = {"a": 3, "b": 1, "c": 4}
 @given(st.lists(st.sampled_from("abc")))
 def test_groups_are_of_one_key_full_and_complete(keys):
     items = list(enumerate(keys))
-    groups = list(full_groups(items, lambda item: item[1], LIMITS.get))
+    keyed = list(full_groups(items, lambda item: item[1], LIMITS.get))
+    groups = [group for _, group in keyed]
     assert sorted(item for group in groups for item in group) == items
-    assert all(group == sorted(group) and len({key for _, key in group}) == 1 for group in groups)
+    assert all(group == sorted(group) and {found for _, found in group} == {key} for key, group in keyed)
     short = Counter(group[0][1] for group in groups if len(group) < LIMITS[group[0][1]])
     assert all(times == 1 for times in short.values()) and all(len(group) <= LIMITS[group[0][1]] for group in groups)
 
 
 def test_a_group_comes_as_soon_as_it_is_full():
     endless = (("a", number) for number in count())
-    assert list(islice(full_groups(endless, lambda item: item[0], LIMITS.get), 1)) == [[("a", 0), ("a", 1), ("a", 2)]]
+    first = next(full_groups(endless, lambda item: item[0], LIMITS.get))
+    assert first == ("a", [("a", 0), ("a", 1), ("a", 2)])
 
 
 @pytest.mark.parametrize("depth", [1, 4])
