@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from reroute_jax.compilation import compiled
 from reroute_jax.config import DecoderConfig
+from reroute_jax.products import matmul
 from reroute_jax.routing.cost import compute, kv_width, scored_rows, visual_per_layer
 from reroute_jax.routing.plan import Schedule
 
@@ -50,14 +51,14 @@ def _product(a, b):
 @compiled()
 def _read(table, x):
     """A product with one row, as in a decode step: every element of `table` is read once."""
-    return table @ x
+    return matmul(x, table)
 
 
 def measure_machine(dtype: str, repetitions: int = 7) -> Machine:
     """Best of several: a shared machine is never faster than it is."""
     probe, kind = CPU if jax.default_backend() == "cpu" else ACCELERATOR, jnp.dtype(dtype)
     square = jnp.ones((probe.side, probe.side), kind)
-    x, table = jnp.ones(ROW, kind), jnp.ones((probe.nbytes // (ROW * kind.itemsize), ROW), kind)
+    x, table = jnp.ones((1, ROW), kind), jnp.ones((probe.nbytes // (ROW * kind.itemsize), ROW), kind)
     product = best_seconds(lambda: _product(square, square), repetitions)
     read = best_seconds(lambda: _read(table, x), repetitions)
     return Machine(2 * probe.side**3 / product, table.nbytes / read)
