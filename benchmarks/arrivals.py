@@ -18,12 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from evals.cli import EMBEDDED, Parser, exit_code, load_model, positive, positive_number
-from evals.prompts import REC_STYLE_OF_FAMILY, rec
-from evals.routes import budget
+from evals.harness.cli import EMBEDDED, Parser, exit_code, load_model, positive, positive_number
+from evals.harness.prompts import REC_STYLE_OF_FAMILY, rec
+from evals.harness.routes import budget
 from evals.scenes.data import refcoco_rows
-from reroute_jax import engine
-from reroute_jax.compilation import keep_programs
+from reroute_jax.engine import model as engine
+from reroute_jax.engine.compilation import keep_programs
 from reroute_jax.routing.methods import METHODS
 
 REPORTS = 10

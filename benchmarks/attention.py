@@ -8,7 +8,7 @@ A prefill takes queries, keys and values `[B, T, heads, H]`, as products give th
 form, and keys and values `[B, K, T, H]`, as the cache stores them: every variant pays the transpositions that the
 decoder would pay with it. Several layers stand in one program, so that starting it is a small part of the time.
 
-Letters as in `reroute_jax.layers`.
+Letters as in `reroute_jax.nn.layers`.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from evals.cli import DTYPES, Parser, exit_code, positive
-from evals.runner import write_json
-from reroute_jax.compilation import compiled
+from evals.harness.cli import Parser, exit_code, positive
+from evals.harness.runner import write_json
+from reroute_jax.engine.compilation import compiled
 from reroute_jax.errors import RerouteError
-from reroute_jax.layers import attention, causal_attention
-from reroute_jax.models.family import Grid
+from reroute_jax.nn.layers import attention, causal_attention
 from reroute_jax.routing.methods import TIERS, plan
+from reroute_jax.types import FLOATS, Grid
 
 OURS, XLA, CUDNN = "ours", "dot_product_attention xla", "dot_product_attention cudnn"
 HEADS_FIRST, SLOTS_FIRST = "cache [B, K, S, H] (ours)", "cache [B, S, K, H]"
@@ -56,7 +56,7 @@ class Backbone:
 
 
 @dataclass(frozen=True)
-class Shape:
+class AttentionShape:
     """What is timed. grid, text, budgets: of prompts, see `prompt_slots`. layers: of a prefill in one program. cached,
     steps: slots that decode finds, and tokens that it adds. cache_bytes: the least that the caches of a decode hold
     together."""
@@ -72,7 +72,7 @@ class Shape:
 
 
 SHAPES = {
-    "7b": Shape(
+    "7b": AttentionShape(
         (
             Backbone("LLaVA-1.5-7B", "llava", 32, 32, 32, 128),
             Backbone("Qwen2.5-VL-7B", "qwen2_5_vl", 28, 28, 4, 128),
@@ -87,7 +87,7 @@ SHAPES = {
         # of an H100) must not hold what was read a step before.
         cache_bytes=2**28,
     ),
-    "rehearsal": Shape(
+    "rehearsal": AttentionShape(
         (Backbone("MHA", "llava", 32, 4, 4, 16), Backbone("GQA", "qwen2_5_vl", 28, 6, 2, 16)),
         grid=(16, 16),
         text=16,
@@ -101,7 +101,7 @@ SHAPES = {
 
 
 @dataclass(frozen=True)
-class Variant:
+class AttentionVariant:
     """call: runs it once and returns what was seen, or None with the reason why it cannot run."""
 
     name: str
@@ -118,7 +118,7 @@ class Case:
     batch: int
     slots: int
     layers: int
-    variants: tuple[Variant, ...]
+    variants: tuple[AttentionVariant, ...]
     expected: Array
 
 
@@ -153,7 +153,7 @@ def compare(args: argparse.Namespace, arguments: Sequence[str]) -> None:
     check(rows, args.dtype)
 
 
-def prompt_slots(backbone: Backbone, shape: Shape) -> list[int]:
+def prompt_slots(backbone: Backbone, shape: AttentionShape) -> list[int]:
     """Of the unrouted prompt, and of the layers behind FastV's decision at each budget."""
     visual = shape.grid[0] * shape.grid[1]
     given = {"num_layers": backbone.layers, "visual": visual, "grid": shape.grid, "family": backbone.family}
@@ -161,13 +161,13 @@ def prompt_slots(backbone: Backbone, shape: Shape) -> list[int]:
     return [shape.text + visual, *(shape.text + one.resolve(visual).stages[-1].cap for one in schedules)]
 
 
-def prefill_case(backbone: Backbone, shape: Shape, batch: int, slots: int, dtype: str) -> Case:
+def prefill_case(backbone: Backbone, shape: AttentionShape, batch: int, slots: int, dtype: str) -> Case:
     heads = (backbone.heads, backbone.kv_heads, backbone.kv_heads)
     sizes = tuple((batch, slots, count, backbone.dim) for count in heads)
     qkv = normal((sizes,) * shape.layers, dtype)
     variants = (
-        Variant(OURS, partial(_first, prefill, qkv, attend=ours)),
-        Variant(XLA, partial(_first, prefill, qkv, attend=partial(library, "xla"))),
+        AttentionVariant(OURS, partial(_first, prefill, qkv, attend=ours)),
+        AttentionVariant(XLA, partial(_first, prefill, qkv, attend=partial(library, "xla"))),
         cudnn_variant(partial(_first, prefill, qkv, attend=partial(library, "cudnn")), dtype),
     )
     with jax.default_matmul_precision("highest"):
@@ -175,7 +175,7 @@ def prefill_case(backbone: Backbone, shape: Shape, batch: int, slots: int, dtype
     return Case("prefill", backbone.name, batch, slots, shape.layers, variants, expected)
 
 
-def decode_case(backbone: Backbone, shape: Shape, batch: int, dtype: str) -> Case:
+def decode_case(backbone: Backbone, shape: AttentionShape, batch: int, dtype: str) -> Case:
     room, width = shape.cached + shape.steps, backbone.kv_heads * backbone.dim
     layers = math.ceil(shape.cache_bytes / (2 * batch * room * width * jnp.dtype(dtype).itemsize))
     size, heads = (batch, backbone.kv_heads, room, backbone.dim), (backbone.heads, backbone.kv_heads, backbone.kv_heads)
@@ -185,8 +185,8 @@ def decode_case(backbone: Backbone, shape: Shape, batch: int, dtype: str) -> Cas
         expected = decode(_wide(new), _wide(caches), cached=shape.cached, axis=2)[0]
     turned = jax.tree.map(lambda x: x.swapaxes(1, 2), caches)
     variants = (
-        Variant(HEADS_FIRST, decoding(new, caches, shape.cached, axis=2)),
-        Variant(SLOTS_FIRST, decoding(new, turned, shape.cached, axis=1)),
+        AttentionVariant(HEADS_FIRST, decoding(new, caches, shape.cached, axis=2)),
+        AttentionVariant(SLOTS_FIRST, decoding(new, turned, shape.cached, axis=1)),
     )
     return Case("decode", backbone.name, batch, shape.cached, layers * shape.steps, variants, expected)
 
@@ -259,17 +259,17 @@ def decoding(new, caches, cached: int, axis: int) -> Callable[[], Array]:
     return call
 
 
-def cudnn_variant(call: Callable[[], Array], dtype: str) -> Variant:
+def cudnn_variant(call: Callable[[], Array], dtype: str) -> AttentionVariant:
     """Without a call, and with the reason, where cuDNN cannot run or refuses this GPU or this shape."""
     if jax.default_backend() != "gpu":
-        return Variant(CUDNN, None, "needs a GPU")
+        return AttentionVariant(CUDNN, None, "needs a GPU")
     if dtype == "float32":
-        return Variant(CUDNN, None, "needs bfloat16 or float16")
+        return AttentionVariant(CUDNN, None, "needs bfloat16 or float16")
     try:
         jax.block_until_ready(call())
     except RuntimeError as refusal:
-        return Variant(CUDNN, None, f"refused: {' '.join(str(refusal).split())[:200]}")
-    return Variant(CUDNN, call)
+        return AttentionVariant(CUDNN, None, f"refused: {' '.join(str(refusal).split())[:200]}")
+    return AttentionVariant(CUDNN, call)
 
 
 def rows_of(case: Case, repetitions: int) -> list[dict[str, Any]]:
@@ -336,7 +336,7 @@ def _wide(arrays):
 def _parser() -> Parser:
     parser = Parser(prog="python -m benchmarks.attention", description=__doc__)
     parser.add_argument("--shape", choices=tuple(SHAPES), default="7b", help="(default: %(default)s)")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="(default: %(default)s)")
+    parser.add_argument("--dtype", choices=tuple(FLOATS), default="bfloat16", help="(default: %(default)s)")
     parser.add_argument("--batch-sizes", nargs="+", type=positive, default=[1, 8])
     parser.add_argument("--repetitions", type=positive, default=20, help="counted ones (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("runs/attention"), help="folder (default: %(default)s)")

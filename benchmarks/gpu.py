@@ -21,8 +21,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from evals.cli import Parser, exit_code, positive_number
-from evals.runner import write_json
+from evals.harness.cli import Parser, exit_code, positive_number
+from evals.harness.runner import write_json
 from reroute_jax.errors import RerouteError
 
 # JAX takes its share of the memory at the start and never gives it back; PyTorch lives on the rest. At batch 32 in bf16

@@ -18,13 +18,14 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from convert.checkpoint import FLOATS, check_free
+from convert.checkpoint import check_free
 from convert.families import abstract_params, table_of
-from convert.safetensors_io import write_folder
+from convert.safetensors import write_folder
 from convert.table import hf_shapes
-from evals.checkpoint_shapes import SHAPES, LlavaShape, QwenShape
+from evals.speed.checkpoint_shapes import SHAPES, LlavaShape, QwenShape
 from reroute_jax.config import ModelConfig
 from reroute_jax.errors import RerouteError
+from reroute_jax.types import FLOATS
 
 # As in the initialisation of LLaMA, Qwen and CLIP.
 WEIGHT_STD = 0.02

@@ -11,11 +11,12 @@ from pathlib import Path
 import jax
 from tqdm import tqdm
 
-from convert.checkpoint import FLOATS, check_free, leftovers, plan, save_converted
+from convert.checkpoint import check_free, leftovers, plan, save_converted
 from convert.families import abstract_params, table_of
 from convert.source import open_source
 from reroute_jax.config import ModelConfig
 from reroute_jax.errors import RerouteError
+from reroute_jax.types import FLOATS
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -17,20 +17,15 @@ from dataclasses import asdict
 from pathlib import Path
 
 import jax
-import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 
-from convert.safetensors_io import DTYPES, INDEX_NAME, Tensor, list_folder, read, write_folder
+from convert.safetensors import DTYPES, INDEX_NAME, Tensor, list_folder, read, write_folder
 from convert.source import COMPANIONS, FORMAT, MANIFEST_NAME, Manifest, Source
-from convert.table import Assignment, Table, hf_shapes, match, raise_report, to_hf
+from convert.table import Assignment, ConversionTable, hf_shapes, match, raise_report, to_hf
 from reroute_jax.errors import RerouteError
+from reroute_jax.types import FLOATS
 
-FLOATS = {
-    "float32": np.dtype(np.float32),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "float16": np.dtype(np.float16),
-}
 _RESTORE_BYTES = 10**9
 
 Progress = Callable[[int], object]
@@ -40,7 +35,7 @@ Target = Mapping[str, jax.ShapeDtypeStruct]
 def load_params(
     source: Source,
     target: Target,
-    table: Table,
+    table: ConversionTable,
     dtype: str | None = None,
     progress: Progress = lambda nbytes: None,
 ) -> dict[str, jax.Array]:
@@ -60,7 +55,7 @@ def load_params(
     return params
 
 
-def plan(source: Source, target: Target, table: Table) -> list[tuple[Assignment, Tensor]]:
+def plan(source: Source, target: Target, table: ConversionTable) -> list[tuple[Assignment, Tensor]]:
     """Which tensor of a Hugging Face folder becomes which parameter, in file order; only headers are read.
 
     Raises RerouteError with everything that does not fit in one report.
@@ -109,7 +104,7 @@ def save_converted(
     return manifest
 
 
-def save_hf(folder: Path, params: Mapping[str, jax.Array], table: Table, dtype: str, shards: int = 1) -> None:
+def save_hf(folder: Path, params: Mapping[str, jax.Array], table: ConversionTable, dtype: str, shards: int = 1) -> None:
     """Write `params` (path -> array) as safetensors in Hugging Face's form; one tensor at a time is on the host.
 
     config.json, tokenizer and image processor are the caller's to add. Raises RerouteError if a value does not fit

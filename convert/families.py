@@ -7,15 +7,15 @@ import jax.numpy as jnp
 from flax import nnx
 
 from convert import llava, qwen2_5_vl
-from convert.table import Table
+from convert.table import ConversionTable
 from reroute_jax.config import ModelConfig
 from reroute_jax.models import FAMILIES
-from reroute_jax.params import named_parameters
+from reroute_jax.nn.params import named_parameters
 
 _TABLES = {"llava": llava.table, "qwen2_5_vl": qwen2_5_vl.table}
 
 
-def table_of(config: ModelConfig) -> Table:
+def table_of(config: ModelConfig) -> ConversionTable:
     """The conversion rules for a model of this configuration."""
     return _TABLES[config.family](config)
 

@@ -8,7 +8,7 @@ Three spellings are in use. The hub's files (written here too) say `vision_tower
 from __future__ import annotations
 
 from convert.decoder_rules import attention_rules, decoder_rules, linear_rules
-from convert.table import SAME, Rule, Table
+from convert.table import SAME, ConversionTable, Rule
 from reroute_jax.config import ModelConfig
 
 _VISION = "vision_tower.vision_model."
@@ -29,12 +29,12 @@ _IGNORED = (
 )
 
 
-def table(config: ModelConfig) -> Table:
+def table(config: ModelConfig) -> ConversionTable:
     """The rules for one LLaVA. A tied output head is not read: the embedding table stands for it."""
     rules = _vision_rules() + _projector_rules() + decoder_rules(_DECODER)
     if config.decoder.tied_head:
-        return Table(rules, _SPELLINGS, (*_IGNORED, _HEAD.replace(".", r"\.")))
-    return Table((*rules, Rule(_HEAD, "decoder.head.kernel", SAME)), _SPELLINGS, _IGNORED)
+        return ConversionTable(rules, _SPELLINGS, (*_IGNORED, _HEAD.replace(".", r"\.")))
+    return ConversionTable((*rules, Rule(_HEAD, "decoder.head.kernel", SAME)), _SPELLINGS, _IGNORED)
 
 
 def _vision_rules() -> tuple[Rule, ...]:

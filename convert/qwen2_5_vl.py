@@ -7,7 +7,7 @@ memory (or with `save_original_format=False`) transformers 5 has `model.visual.*
 from __future__ import annotations
 
 from convert.decoder_rules import decoder_rules, linear_rules, output_rules
-from convert.table import FUSED_HEADS, FUSED_HEADS_BIAS, SAME, Rule, Table, patches
+from convert.table import FUSED_HEADS, FUSED_HEADS_BIAS, SAME, ConversionTable, Rule, patches
 from reroute_jax.config import ModelConfig, QwenVisionConfig
 
 _HEAD = "lm_head.weight"
@@ -15,12 +15,12 @@ _HEAD = "lm_head.weight"
 _SPELLINGS = ((r"^model\.visual\.", "visual."), (r"^model\.language_model\.", "model."))
 
 
-def table(config: ModelConfig) -> Table:
+def table(config: ModelConfig) -> ConversionTable:
     """The rules for one Qwen2.5-VL. A tied output head is not read: the embedding table stands for it."""
     rules = _vision_rules(config.vision) + decoder_rules("model.")
     if config.decoder.tied_head:
-        return Table(rules, _SPELLINGS, (_HEAD.replace(".", r"\."),))
-    return Table((*rules, Rule(_HEAD, "decoder.head.kernel", SAME)), _SPELLINGS)
+        return ConversionTable(rules, _SPELLINGS, (_HEAD.replace(".", r"\."),))
+    return ConversionTable((*rules, Rule(_HEAD, "decoder.head.kernel", SAME)), _SPELLINGS)
 
 
 def _vision_rules(config: QwenVisionConfig) -> tuple[Rule, ...]:

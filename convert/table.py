@@ -11,7 +11,7 @@ import numpy as np
 
 from reroute_jax.errors import RerouteError
 
-Shape = tuple[int, ...]
+Dims = tuple[int, ...]
 FLOAT_DTYPES = ("F32", "F16", "BF16")
 NAMES_SHOWN = 20
 
@@ -25,7 +25,7 @@ class Layout:
 
     name: str
     rank: int | None
-    hf_shape: Callable[[Shape], Shape]
+    hf_shape: Callable[[Dims], Dims]
 
 
 SAME = Layout("same", None, lambda shape: shape)
@@ -56,7 +56,7 @@ class Rule:
 
 
 @dataclass(frozen=True)
-class Table:
+class ConversionTable:
     """Everything that is known about the keys of one architecture.
 
     `spellings` are (regex, replacement) pairs, applied in order, that turn any accepted spelling into the one the rules
@@ -77,7 +77,7 @@ class Assignment:
 
 
 def match(
-    table: Table, source: Iterable[tuple[str, str, Shape]], target: Mapping[str, Shape], name: str
+    table: ConversionTable, source: Iterable[tuple[str, str, Dims]], target: Mapping[str, Dims], name: str
 ) -> list[Assignment]:
     """Pair every (key, safetensors dtype, shape) of `source` with a parameter of `target` (path -> shape), in order.
 
@@ -128,7 +128,7 @@ def raise_report(headline: str, problems: Mapping[str, list[str]]) -> None:
     raise RerouteError("\n".join(lines))
 
 
-def hf_key(table: Table, path: str) -> tuple[str, Layout]:
+def hf_key(table: ConversionTable, path: str) -> tuple[str, Layout]:
     """The checkpoint key that parameter `path` is written under, and its layout. Raises RerouteError without a rule."""
     found = _find(table.rules, path, lambda rule: rule.target, lambda rule: rule.source)
     if found is None:
@@ -136,20 +136,20 @@ def hf_key(table: Table, path: str) -> tuple[str, Layout]:
     return found
 
 
-def hf_shapes(table: Table, target: Mapping[str, Shape]) -> dict[str, Shape]:
+def hf_shapes(table: ConversionTable, target: Mapping[str, Dims]) -> dict[str, Dims]:
     """Key -> tensor shape of the checkpoint that holds the parameters `target` (path -> shape)."""
     named = {path: hf_key(table, path) for path in target}
     return {key: _hf_shape(layout, path, target[path]) for path, (key, layout) in named.items()}
 
 
-def to_hf(table: Table, params: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
+def to_hf(table: ConversionTable, params: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
     """The parameters as checkpoint tensors (key, array), one at a time, bit for bit and in the written spelling."""
     for path, value in params.items():
         key, layout = hf_key(table, path)
         yield key, np.asarray(value).reshape(layout.hf_shape(value.shape))
 
 
-def _canonical(table: Table, key: str) -> str:
+def _canonical(table: ConversionTable, key: str) -> str:
     for pattern, replacement in table.spellings:
         key = re.sub(pattern, replacement, key)
     return key
@@ -166,7 +166,7 @@ def _find(
     return None
 
 
-def _hf_shape(layout: Layout, path: str, shape: Shape) -> Shape:
+def _hf_shape(layout: Layout, path: str, shape: Dims) -> Dims:
     if layout.rank is not None and len(shape) != layout.rank:
         raise RerouteError(
             f"{layout.name} is for parameters of rank {layout.rank}, but {path} is {list(shape)}: correct the rule"

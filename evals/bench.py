@@ -22,13 +22,13 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from evals.bench_report import Record, figure, rows_of, table
-from evals.cli import Parser, exit_code, positive, positive_number
-from evals.programs import Answer, Programs, Steps, compile_programs, compile_tower
-from evals.roofline import Machine, decode_bound, measure_machine, prefill_bound
-from evals.routes import budget
-from evals.runner import write_json
-from evals.subjects import Sample, Subject, add_subject_arguments, open_subject, sample
+from evals.harness.cli import Parser, exit_code, positive, positive_number
+from evals.harness.routes import budget
+from evals.harness.runner import write_json
+from evals.speed.bench_report import TimingRecord, figure, rows_of, table
+from evals.speed.programs import Answer, Programs, Steps, compile_programs, compile_tower
+from evals.speed.roofline import Machine, decode_bound, measure_machine, prefill_bound
+from evals.speed.subjects import Sample, Subject, add_subject_arguments, open_subject, sample
 from reroute_jax.errors import RerouteError
 from reroute_jax.routing.methods import METHODS
 from reroute_jax.routing.plan import ACTIONS, Schedule
@@ -177,7 +177,7 @@ def _peers(
 ) -> dict[tuple[str, int], Call]:
     """transformers unrouted at every batch size, the eager reference routed at batch 1."""
     try:
-        from evals import bench_torch
+        from evals.speed import bench_torch
     except ImportError as error:
         raise RerouteError(f"--peer torch needs PyTorch ({error}): pip install -e '.[torch]'") from error
     device = "cuda" if jax.default_backend() == "gpu" else "cpu"
@@ -205,7 +205,7 @@ def _record(
     programs: Programs | None,
     variants: Sequence[Variant],
     new_tokens: int,
-) -> Record:
+) -> TimingRecord:
     name, batch = key
     variant = next((one for one in variants if one.name == name.removeprefix("torch reference: ")), variants[0])
     schedule, config, model = variant.schedule, subject.model.config.decoder, subject.model
@@ -213,7 +213,7 @@ def _record(
     cost = subject.account(schedule)
     entering = schedule.merged_count(subject.visual, subject.grid)
     sizes = {"visual": entering, "text": subject.text, "batch": batch, "itemsize": itemsize}
-    return Record(
+    return TimingRecord(
         variant=name,
         method=variant.method,
         action=variant.action,

@@ -8,12 +8,12 @@ import sys
 from collections.abc import Iterator
 from functools import partial
 
-from evals import prompts, vqa
-from evals.data import Doc
-from evals.runner import Record
+from evals.harness import prompts, vqa
+from evals.harness.columns import DataRow, Hub, Images
+from evals.harness.data import Doc
+from evals.harness.runner import Record
 from evals.scenes.data import vqa_rows
 from evals.scenes.world import SPLIT_LENGTH
-from evals.tables import Hub, Images, Row
 
 NAME = "gqa"
 HUB = Hub(
@@ -28,7 +28,7 @@ MAX_NEW_TOKENS = 16
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
-def prompt(row: Row) -> str:
+def prompt(row: DataRow) -> str:
     return prompts.single_word(row["question"])
 
 
@@ -42,7 +42,7 @@ def score(text: str, doc: Doc) -> Record:
     return {"truth": answer, "metrics": {"exact_match": gqa_match(text, answer)}}
 
 
-def stand_in(split: str, family: str) -> Iterator[Row]:
+def stand_in(split: str, family: str) -> Iterator[DataRow]:
     """Questions of every kind about rendered scenes."""
     for row in vqa_rows(split, SPLIT_LENGTH, family=family):
         name = row["question_id"]

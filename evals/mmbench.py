@@ -8,12 +8,12 @@ import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
 
-from evals import prompts, vqa
-from evals.data import Doc
-from evals.runner import INCOMPLETE, Record
+from evals.harness import prompts, vqa
+from evals.harness.columns import DataRow, Hub
+from evals.harness.data import Doc
+from evals.harness.runner import INCOMPLETE, Record
 from evals.scenes.data import vqa_rows
 from evals.scenes.world import COLOURS, scene_seed, stream
-from evals.tables import Hub, Row
 from reroute_jax.errors import RerouteError
 
 LETTERS = "ABCDE"  # an answer may be E although no question has one
@@ -73,7 +73,7 @@ CATEGORIES = (
 )
 
 
-def prompt(row: Row) -> str:
+def prompt(row: DataRow) -> str:
     """Hint, question and options, then two newlines and the request for a letter. An empty hint leaves its space."""
     hint = _text(row["hint"])
     lead = "" if hint == MISSING else f"{hint} "
@@ -172,7 +172,7 @@ def _text(value: str | float | None) -> str:
     return MISSING if value is None or (isinstance(value, float) and math.isnan(value)) else str(value)
 
 
-def stand_in(split: str, family: str) -> Iterator[Row]:
+def stand_in(split: str, family: str) -> Iterator[DataRow]:
     """Colours, numbers and yes/no in rendered scenes, each question in as many rotations as it has options."""
     for index, asked in enumerate(vqa_rows(split, ROTATION, family=family)):
         kind, answer = asked["category"], asked["answer"]

@@ -9,13 +9,13 @@ from functools import partial
 import numpy as np
 from PIL import Image
 
-from evals import prompts, vqa
-from evals.data import Doc
-from evals.runner import INCOMPLETE, Record
+from evals.harness import prompts, vqa
+from evals.harness.columns import DataRow, Hub
+from evals.harness.data import Doc
+from evals.harness.runner import INCOMPLETE, Record
 from evals.scenes.questions import questions
 from evals.scenes.render import render
 from evals.scenes.world import COLOURS, SPLIT_LENGTH, family_scene, scene_seed, stream
-from evals.tables import Hub, Row
 from reroute_jax.errors import RerouteError
 
 PERCEPTION = (
@@ -35,7 +35,7 @@ REQUEST = " Please answer yes or no."  # ends every question of the data set; th
 YES, NO, OTHER = "yes", "no", "other"
 
 
-def prompt(row: Row) -> str:
+def prompt(row: DataRow) -> str:
     """The question without the data set's own request for yes or no."""
     return prompts.single_word(row["question"].strip().replace(REQUEST, ""))
 
@@ -94,7 +94,7 @@ def _points(categories: Sequence[str], means: Mapping[str, np.ndarray]) -> np.nd
     return sum((np.nan_to_num(means[name]) for name in map(_column, categories) if name in means), start=none)
 
 
-def stand_in(split: str, family: str) -> Iterator[Row]:
+def stand_in(split: str, family: str) -> Iterator[DataRow]:
     """A yes and a no about each rendered scene, in one wording: of existence, color or position, as MME names them."""
     for index in range(SPLIT_LENGTH):
         seed = scene_seed(split, index)

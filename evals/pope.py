@@ -9,13 +9,13 @@ from functools import partial
 
 import numpy as np
 
-from evals import prompts, vqa
-from evals.data import Doc
-from evals.metrics import ratio
-from evals.runner import Record
+from evals.harness import prompts, vqa
+from evals.harness.columns import DataRow, Hub
+from evals.harness.data import Doc
+from evals.harness.metrics import ratio
+from evals.harness.runner import Record
 from evals.scenes.data import vqa_rows
 from evals.scenes.world import SPLIT_LENGTH
-from evals.tables import Hub, Row
 
 NAME = "pope"
 HUB = Hub("lmms-lab/POPE", "default", "test")
@@ -32,7 +32,7 @@ METRICS = (
 MAX_NEW_TOKENS = 128
 
 
-def prompt(row: Row) -> str:
+def prompt(row: DataRow) -> str:
     return prompts.single_word(row["question"].strip())
 
 
@@ -67,7 +67,7 @@ def score(text: str, doc: Doc) -> Record:
     return {"truth": answer, "metrics": pope_outcome(text, answer)}
 
 
-def stand_in(split: str, family: str) -> Iterator[Row]:
+def stand_in(split: str, family: str) -> Iterator[DataRow]:
     """Yes/no questions about rendered scenes, as many of either answer."""
     for index, row in enumerate(vqa_rows(split, SPLIT_LENGTH, ("yesno",), family=family)):
         yield {

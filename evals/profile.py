@@ -18,12 +18,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from evals.cli import Parser, exit_code, positive, whole
-from evals.routes import add_route_arguments, check_routes, plan_routes
-from evals.runner import write_json
-from evals.subjects import Subject, add_subject_arguments, open_subject, sample
-from reroute_jax import engine
-from reroute_jax.engine import Inputs
+from evals.harness.cli import Parser, exit_code, positive, whole
+from evals.harness.routes import add_route_arguments, check_routes, plan_routes
+from evals.harness.runner import write_json
+from evals.speed.subjects import Subject, add_subject_arguments, open_subject, sample
+from reroute_jax.engine import model as engine
+from reroute_jax.engine.model import Inputs
 from reroute_jax.errors import RerouteError
 from reroute_jax.routing.cost import compute, kv_width, scored_rows
 from reroute_jax.routing.plan import RoutingPlan, Schedule, StagePlan

@@ -13,8 +13,8 @@ from typing import Any
 
 from PIL import Image
 
-from evals import prompts
-from evals.boxes import (
+from evals.harness import prompts
+from evals.harness.boxes import (
     COORD_FORMAT_OF_FAMILY,
     COORD_FORMATS,
     REC_METRICS,
@@ -23,7 +23,7 @@ from evals.boxes import (
     parse_box,
     rec_metrics,
 )
-from evals.cli import (
+from evals.harness.cli import (
     MAX_NEW_TOKENS,
     add_data_arguments,
     benchmark_parser,
@@ -32,11 +32,11 @@ from evals.cli import (
     pad_colour,
     run_benchmark,
 )
-from evals.data import PARITY_JPEG_ROUNDTRIPS, REFCOCO, SCENES, Doc, Source, rec_docs, rec_source
-from evals.padding import Colour, from_square, padded
-from evals.routes import check_routes
-from evals.runner import Answerer, Record, Task, fingerprint
-from evals.tables import Hub
+from evals.harness.columns import Hub
+from evals.harness.data import PARITY_JPEG_ROUNDTRIPS, REFCOCO, SCENES, Doc, DocSource, rec_docs, rec_source
+from evals.harness.padding import Colour, from_square, padded
+from evals.harness.routes import check_routes
+from evals.harness.runner import Answerer, Record, Task, fingerprint
 from reroute_jax.errors import RerouteError
 
 NAME = "refcoco"
@@ -46,7 +46,7 @@ METRICS = (*REC_METRICS, *(name + RESIZED for name in REC_METRICS))
 
 
 def make_task(
-    source: Source,
+    source: DocSource,
     limit: int | None,
     style: str,
     coord_format: str,
@@ -125,7 +125,7 @@ def _run(args: argparse.Namespace, name: str, hub: Hub) -> None:
 
 
 def questions(
-    args: argparse.Namespace, source: Source, model: Answerer, name: str = NAME
+    args: argparse.Namespace, source: DocSource, model: Answerer, name: str = NAME
 ) -> tuple[Task, tuple[str, ...], dict[str, Any]]:
     """What `args` ask a model about a source that was opened: the task, its metrics, and its settings."""
     family, scenes = model.config.family, args.data == SCENES

@@ -8,7 +8,7 @@ import sys
 from functools import partial
 
 from evals import refcoco
-from evals.tables import Hub
+from evals.harness.columns import Hub
 
 NAME = "refcocog"
 HUB = Hub("lmms-lab/RefCOCOg", None, "val")

@@ -7,7 +7,7 @@ import sys
 from functools import partial
 
 from evals import refcoco
-from evals.tables import Hub
+from evals.harness.columns import Hub
 
 NAME = "refcocoplus"
 HUB = Hub("lmms-lab/RefCOCOplus", None, "val")

@@ -4,16 +4,16 @@ import sys
 from collections.abc import Iterator
 from functools import partial
 
-from evals import prompts, vqa
-from evals.data import Doc
-from evals.runner import Record
+from evals.harness import prompts, vqa
+from evals.harness.columns import DataRow
+from evals.harness.data import Doc
+from evals.harness.runner import Record
 from evals.scenes.data import vqa_rows
 from evals.scenes.questions import VQA
 from evals.scenes.world import SPLIT_LENGTH
-from evals.tables import Row
 
 
-def prompt(row: Row) -> str:
+def prompt(row: DataRow) -> str:
     return prompts.single_word(row["question"])
 
 
@@ -24,7 +24,7 @@ def score(text: str, doc: Doc) -> Record:
     return {"truth": truth, "metrics": {"exact_match": hit, f"exact_match_{kind}": hit}}
 
 
-def rows(split: str, family: str) -> Iterator[Row]:
+def rows(split: str, family: str) -> Iterator[DataRow]:
     """One question a scene; the kinds take turns."""
     return vqa_rows(split, SPLIT_LENGTH, family=family)
 

@@ -7,16 +7,16 @@ from collections.abc import Iterator
 from functools import partial
 from string import ascii_uppercase
 
-from evals import prompts, vqa
-from evals.data import Doc
-from evals.runner import Record
+from evals.harness import prompts, vqa
+from evals.harness.columns import DataRow, Hub
+from evals.harness.data import Doc
+from evals.harness.runner import Record
 from evals.scenes.data import vqa_rows
 from evals.scenes.world import COLOURS, SPLIT_LENGTH
-from evals.tables import Hub, Row
 from reroute_jax.errors import RerouteError
 
 
-def prompt(row: Row) -> str:
+def prompt(row: DataRow) -> str:
     """Context where there is one, question, and the options with their letters."""
     context = f"Context: {row['hint']}\n" if row["hint"] else ""
     options = "\n".join(f"{letter}. {choice}" for letter, choice in zip(ascii_uppercase, row["choices"], strict=False))
@@ -33,7 +33,7 @@ def score(text: str, doc: Doc) -> Record:
     return {"truth": letter, "metrics": {"exact_match": float(hit)}}
 
 
-def stand_in(split: str, family: str) -> Iterator[Row]:
+def stand_in(split: str, family: str) -> Iterator[DataRow]:
     """Colours of objects in rendered scenes, by letter; every other question has a context."""
     for index, row in enumerate(vqa_rows(split, SPLIT_LENGTH, ("colour",), family=family)):
         turn = index % len(COLOURS)

@@ -20,11 +20,11 @@ from typing import Any
 import jax
 
 from convert.source import open_source
-from evals import gqa, mmbench, mme, pope, refcoco, refcocog, refcocoplus, scienceqa, textvqa, vqa, vqav2
-from evals.cli import (
+from evals import gqa, mmbench, mme, pope, refcoco, refcocog, refcocoplus, scienceqa, textvqa, vqav2
+from evals.harness import vqa
+from evals.harness.cli import (
     CAVEATS,
     CHECKPOINTS,
-    DTYPES,
     EMBEDDED,
     Parser,
     exit_code,
@@ -34,19 +34,20 @@ from evals.cli import (
     whole,
     write_summary,
 )
-from evals.data import REFCOCO, SCENES, Source, rec_source
-from evals.report import score_runs, summarise
-from evals.routes import FULL, Routes, budget, named_run
-from evals.runner import Answerer, Run, Task, answer, open_folder
-from evals.sheet import Entry, Outcome, Sheet, draw, markdown, write_csv
-from evals.tables import OWN_HUB, Hub
+from evals.harness.columns import OWN_HUB, Hub
+from evals.harness.data import REFCOCO, SCENES, DocSource, rec_source
+from evals.harness.matrix import Entry, Outcome, Sheet, draw, markdown, write_csv
+from evals.harness.report import score_runs, summarise
+from evals.harness.routes import FULL, Routes, budget, named_run
+from evals.harness.runner import Answerer, Run, Task, answer, open_folder
 from reroute_jax.config import ModelConfig
 from reroute_jax.errors import RerouteError
 from reroute_jax.models import FAMILIES
-from reroute_jax.mrope import COMPATS
+from reroute_jax.nn.mrope import COMPATS
 from reroute_jax.routing.methods import METHODS, plan
 from reroute_jax.routing.plan import ACTIONS, Schedule
 from reroute_jax.routing.presets import PRESETS, preset
+from reroute_jax.types import FLOATS
 
 GROUNDING, ANSWERING = "grounding", "answering"
 # What the released configurations call the families, and the deletions that they compare with.
@@ -71,8 +72,8 @@ class Command:
     metric: str
     kind: str
     parser: Callable[[], argparse.ArgumentParser]
-    source: Callable[[argparse.Namespace], Source]
-    questions: Callable[[argparse.Namespace, Source, Answerer], tuple[Task, Sequence[str], Mapping[str, Any]]]
+    source: Callable[[argparse.Namespace], DocSource]
+    questions: Callable[[argparse.Namespace, DocSource, Answerer], tuple[Task, Sequence[str], Mapping[str, Any]]]
 
 
 def _grounding(name: str, hub: Hub) -> Command:
@@ -115,13 +116,13 @@ EIGHT_SPLITS = (
 
 
 @dataclass(frozen=True)
-class Asked:
+class OpenedTask:
     """A task of the matrix with its data opened. name: as the user gave it. args: those of its own command."""
 
     name: str
     command: Command
     args: argparse.Namespace
-    source: Source
+    source: DocSource
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,7 @@ def _parser() -> Parser:
         help=f"'{SCENES}': rendered stand-ins; '{OWN_HUB}': each task's own set on the hub; or a folder that holds a "
         "folder of each task's name in the hub's layout (default: %(default)s)",
     )
-    parser.add_argument("--dtype", choices=DTYPES, help="as of the other commands")
+    parser.add_argument("--dtype", choices=tuple(FLOATS), help="as of the other commands")
     parser.add_argument("--mrope-compat", choices=COMPATS, help="as of the other commands")
     parser.add_argument("--batch-size", type=positive, default=8, help="questions at a time (default: %(default)s)")
     parser.add_argument("--limit", type=positive, help="only the first so many questions of each task")
@@ -221,7 +222,7 @@ def _task_names(given: Sequence[str]) -> list[str]:
     return names
 
 
-def _asked(name: str, args: argparse.Namespace) -> Asked:
+def _asked(name: str, args: argparse.Namespace) -> OpenedTask:
     """Raises RerouteError for an unknown task or split, and for data that are not there."""
     task, _, split = name.partition(":")
     if task not in COMMANDS:
@@ -232,7 +233,7 @@ def _asked(name: str, args: argparse.Namespace) -> Asked:
     own.split = split or None
     for shared in ("dtype", "mrope_compat", "batch_size", "limit", "seed", "skip_bad"):
         setattr(own, shared, getattr(args, shared))
-    return Asked(name, command, own, command.source(own))
+    return OpenedTask(name, command, own, command.source(own))
 
 
 def _task_folder(data: str, task: str) -> str:
@@ -303,7 +304,7 @@ def _routes(entries: Sequence[Entry], runs: Sequence[Run]) -> Routes:
     return Routes(tuple(runs), tuple(contrasts))
 
 
-def _sheet(name: str, planned: Planned, asked: Sequence[Asked], args: argparse.Namespace) -> Sheet:
+def _sheet(name: str, planned: Planned, asked: Sequence[OpenedTask], args: argparse.Namespace) -> Sheet:
     """All answers of a model, which is in memory no longer than this."""
     model = load_model(name, args.dtype, args.mrope_compat)
     outcomes = []
@@ -321,7 +322,7 @@ def _sheet(name: str, planned: Planned, asked: Sequence[Asked], args: argparse.N
     return Sheet(name, planned.entries, tuple(outcomes), tuple(notes))
 
 
-def _outcome(name: str, model: Answerer, routes: Routes, asked: Asked, args: argparse.Namespace) -> Outcome:
+def _outcome(name: str, model: Answerer, routes: Routes, asked: OpenedTask, args: argparse.Namespace) -> Outcome:
     own = argparse.Namespace(**{**vars(asked.args), "model": name})
     task, metrics, settings = asked.command.questions(own, asked.source, model)
     settings = run_settings(own, model, task, settings)

@@ -6,17 +6,17 @@ import sys
 from collections.abc import Iterator
 from functools import partial
 
-from evals import prompts, vqa
-from evals.data import Doc
-from evals.runner import Record
+from evals.harness import prompts, vqa
+from evals.harness.columns import DataRow, Hub
+from evals.harness.data import Doc
+from evals.harness.runner import Record
+from evals.harness.vqa_answers import agreement, clean
 from evals.scenes.data import vqa_rows
 from evals.scenes.world import COLOURS, SPLIT_LENGTH
-from evals.tables import Hub, Row
-from evals.vqa_answers import agreement, clean
 from reroute_jax.errors import RerouteError
 
 
-def prompt(row: Row) -> str:
+def prompt(row: DataRow) -> str:
     """The question with its first letter in upper case and, as in the reference, all others in lower case."""
     return prompts.single_word(row["question"].capitalize())
 
@@ -31,7 +31,7 @@ def score(text: str, doc: Doc) -> Record:
     return {"parsed": parsed, "truth": truths, "metrics": {"exact_match": agreement(parsed, others)}}
 
 
-def stand_in(split: str, family: str) -> Iterator[Row]:
+def stand_in(split: str, family: str) -> Iterator[DataRow]:
     """Colours of objects in rendered scenes. Seven people say the word, two write it in upper case, one is wrong."""
     for index, row in enumerate(vqa_rows(split, SPLIT_LENGTH, ("colour",), family=family)):
         colour = row["answer"]

@@ -6,13 +6,13 @@ import sys
 from collections.abc import Iterator
 from functools import partial
 
-from evals import prompts, vqa
-from evals.data import Doc
-from evals.runner import Record
+from evals.harness import prompts, vqa
+from evals.harness.columns import DataRow, Hub
+from evals.harness.data import Doc
+from evals.harness.runner import Record
+from evals.harness.vqa_answers import agreement, clean, normalise, one_line
 from evals.scenes.data import vqa_rows
 from evals.scenes.world import SPLIT_LENGTH
-from evals.tables import Hub, Row
-from evals.vqa_answers import agreement, clean, normalise, one_line
 from reroute_jax.errors import RerouteError
 
 ANSWER_TYPES = {"yesno": "yes/no", "colour": "other", "count": "number"}
@@ -20,7 +20,7 @@ OPENING_WORDS = {"yesno": 2, "colour": 4, "count": 2}  # of a question of each k
 PEOPLE = 10
 
 
-def prompt(row: Row) -> str:
+def prompt(row: DataRow) -> str:
     """The question as it is, with the instruction to be brief."""
     return prompts.single_word(row["question"])
 
@@ -42,7 +42,7 @@ def score(text: str, doc: Doc) -> Record:
     return {"parsed": parsed, "truth": truths, "metrics": {"exact_match": agreement(parsed, others)}}
 
 
-def stand_in(split: str, family: str) -> Iterator[Row]:
+def stand_in(split: str, family: str) -> Iterator[DataRow]:
     """Yes/no, colours and counting in rendered scenes, on which all people agree."""
     for index, row in enumerate(vqa_rows(split, SPLIT_LENGTH, family=family)):
         kind, answer = row["category"], row["answer"]

@@ -9,7 +9,7 @@ from reroute_jax.errors import RerouteError
 from reroute_jax.routing.plan import Schedule
 
 if TYPE_CHECKING:
-    from reroute_jax.engine import Model
+    from reroute_jax.engine.model import Model
 
 __all__ = ["RerouteError", "Schedule", "load"]
 
@@ -19,6 +19,6 @@ def load(
 ) -> Model:
     """Load a hub id, a Hugging Face folder (converted on the fly) or a converted folder; see `loading.load`."""
     # Imported here: `convert` needs this package's configuration, and loading needs `convert`.
-    from reroute_jax.loading import load as load_model
+    from convert.loading import load as load_model
 
     return load_model(path, dtype, mrope_compat, vicuna_system)

@@ -12,19 +12,17 @@ from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from reroute_jax.cache import KVCache, StageCache, with_room
 from reroute_jax.config import DecoderConfig
-from reroute_jax.layers import DecoderLayer, RMSNorm, Rope, parameter, take_rows
-from reroute_jax.positions import rope_tables
-from reroute_jax.products import matmul
+from reroute_jax.nn.cache import KVCache, StageCache, with_room
+from reroute_jax.nn.layers import DecoderLayer, RMSNorm, Rope, parameter, take_rows
+from reroute_jax.nn.positions import rope_tables
+from reroute_jax.nn.products import matmul
 from reroute_jax.routing.ops import Rows, by_visual_index, compact_slots, gather, gather_keys, scatter, select
 from reroute_jax.routing.plan import RoutingPlan, StagePlan
-
-AnyArray = Array | np.ndarray  # made on the host, traced on the device
+from reroute_jax.types import AnyArray
 
 
 class Embedding(nnx.Module):

@@ -1,5 +1,13 @@
 """The one exception a user's mistake raises."""
 
+from collections.abc import Sequence
+
 
 class RerouteError(ValueError):
     """Bad input. The message is one line: what was wrong, what was expected, what to do."""
+
+
+def one_of(what: str, value: object, allowed: Sequence[str]) -> None:
+    """Raises RerouteError naming every allowed value unless `value` is one of them."""
+    if value not in allowed:
+        raise RerouteError(f"{what} is {value!r}, expected one of: {', '.join(allowed)}")

@@ -9,7 +9,7 @@ from tempfile import mkdtemp
 from transformers import LlavaForConditionalGeneration, Qwen2_5_VLForConditionalGeneration
 
 import reroute_jax
-from reroute_jax.engine import Model
+from reroute_jax.engine.model import Model
 from tests import tiny_qwen
 from tests.tiny import load_torch, tiny_llava
 

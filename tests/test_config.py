@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from reroute_jax.batching import Row, make_batch
 from reroute_jax.config import ModelConfig
 from reroute_jax.decoder import prefill
+from reroute_jax.engine.batching import Row, make_batch
 from reroute_jax.errors import RerouteError
 from reroute_jax.models.llava import Llava, encode_images
-from reroute_jax.params import named_parameters
+from reroute_jax.nn.params import named_parameters
 from reroute_jax.routing.merge import merge_arrays
 from reroute_jax.routing.methods import plan
 

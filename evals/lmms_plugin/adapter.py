@@ -15,18 +15,17 @@ from lmms_eval.protocol import ChatMessages
 from PIL import Image
 from tqdm import tqdm
 
-from evals.cli import EMBEDDED, MAX_NEW_TOKENS, load_model
-from evals.routes import SWITCHES, budget, check_routes, plan_routes
-from evals.runner import sized_batches
-from reroute_jax.errors import RerouteError
+from evals.harness.cli import EMBEDDED, MAX_NEW_TOKENS, load_model
+from evals.harness.routes import SWITCHES, budget, check_routes, plan_routes
+from evals.harness.runner import sized_batches
+from reroute_jax.errors import RerouteError, one_of
 from reroute_jax.routing.methods import METHODS
-from reroute_jax.routing.plan import one_of
 
 ROUTE_OPTIONS = ("method", "action", "budget", "preset", *SWITCHES)
 
 
 @dataclass(frozen=True)
-class Question:
+class PluginRequest:
     """One request. place: among those of its call."""
 
     place: int
@@ -93,7 +92,7 @@ class RerouteJax(lmms):
             raise RerouteError(f"{task} asks for sampling or beams ({dict(asked)}): only greedy decoding is supported")
         return task, split, asked.get("max_new_tokens") or MAX_NEW_TOKENS[self.model.config.family]
 
-    def _question(self, request: Instance, place: int) -> Question:
+    def _question(self, request: Instance, place: int) -> PluginRequest:
         """Raises RerouteError for what is not one user turn of decoded images and then one text."""
         _, messages_of, _, doc_id, task, split = request.args
         messages = ChatMessages(messages=messages_of(self.task_dict[task][split][doc_id])).messages
@@ -106,9 +105,9 @@ class RerouteJax(lmms):
                 f"{task}, document {doc_id} has {', '.join(kinds)} in turns of {', '.join(roles)}: expected one user "
                 "turn of decoded images and then one text"
             )
-        return Question(place, images, parts[-1].text)
+        return PluginRequest(place, images, parts[-1].text)
 
-    def _visual_tokens(self, question: Question) -> int:
+    def _visual_tokens(self, question: PluginRequest) -> int:
         return sum(math.prod(self.model.visual_grid(image)) for image in question.images)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from evals.scenes.questions import REFERRING, VQA, Question, questions
+from evals.scenes.questions import REFERRING, VQA, SceneQuestion, questions
 from evals.scenes.render import render
 from evals.scenes.world import Scene, family_scene, outline, scene_seed, stream
 from reroute_jax.errors import RerouteError
@@ -19,7 +19,7 @@ EVERY = 1000  # more questions of a kind than a scene has
 
 def training_scene(
     seed: int, per_kind: Mapping[str, int] = TRAINING_QUESTIONS, family: str = "llava"
-) -> tuple[UInt8[np.ndarray, "height width 3"], Scene, list[Question]]:
+) -> tuple[UInt8[np.ndarray, "height width 3"], Scene, list[SceneQuestion]]:
     """Image, scene and up to `per_kind` questions of each kind; use seeds from `scene_seed("train", i)`."""
     scene = family_scene(seed, family)
     return render(scene, seed), scene, questions(scene, stream(2, seed), per_kind)
@@ -85,7 +85,7 @@ def _refer(scene: Scene, rng: np.random.Generator) -> tuple[int, list[str]]:
     return target, [text for text in own.values() if text is not None][: int(rng.integers(1, 4))]
 
 
-def _ask(scene: Scene, rng: np.random.Generator, kind: str, wanted: str) -> Question:
+def _ask(scene: Scene, rng: np.random.Generator, kind: str, wanted: str) -> SceneQuestion:
     if kind == "yesno":
         return next(question for question in questions(scene, rng, {kind: 2}) if question.answer == wanted)
     return questions(scene, rng, {kind: 1})[0]

@@ -40,7 +40,7 @@ PLURALS = {word: word + "es" if word == "cross" else word + "s" for word in (*SH
 
 
 @dataclass(frozen=True)
-class Question:
+class SceneQuestion:
     """One question. Referring kinds: `text` is the expression and `target` the index of the object, `answer` is None.
     Other kinds: `text` is the question, `answer` one lower-case word or digit, `target` is None."""
 
@@ -64,7 +64,7 @@ WORDS = tuple(
 )
 
 
-def questions(scene: Scene, rng: np.random.Generator, per_kind: Mapping[str, int]) -> list[Question]:
+def questions(scene: Scene, rng: np.random.Generator, per_kind: Mapping[str, int]) -> list[SceneQuestion]:
     """Up to `per_kind[kind]` different questions of each kind, in the mapping's order; fewer where a scene has no more.
 
     Objects take turns as targets, and answers as answers. Yes/no questions come in pairs, one each; an odd number
@@ -158,10 +158,10 @@ def _name(view: _View, rng: np.random.Generator, index: int) -> str:
     return _text(phrases[_spread(rng, [index] * len(odds), odds, 1)[0]])
 
 
-def _attribute(view: _View, rng: np.random.Generator, count: int) -> list[Question]:
+def _attribute(view: _View, rng: np.random.Generator, count: int) -> list[SceneQuestion]:
     rows = [(target, phrase, odds) for target, named in enumerate(view.names) for phrase, odds in named.items()]
     picks = _spread(rng, [row[0] for row in rows], [row[2] for row in rows], count)
-    return [Question("attribute", _text(rows[pick][1]), None, rows[pick][0]) for pick in picks]
+    return [SceneQuestion("attribute", _text(rows[pick][1]), None, rows[pick][0]) for pick in picks]
 
 
 def _extremes(view: _View) -> list[tuple[int, str, Phrase, float]]:
@@ -181,13 +181,13 @@ def _extremes(view: _View) -> list[tuple[int, str, Phrase, float]]:
     return found
 
 
-def _place(view: _View, rng: np.random.Generator, count: int) -> list[Question]:
+def _place(view: _View, rng: np.random.Generator, count: int) -> list[SceneQuestion]:
     rows = _extremes(view)
     picks = _spread(rng, [row[0] for row in rows], [row[3] for row in rows], count)
-    return [Question("place", f"{rows[pick][1]} {_text(rows[pick][2])}", None, rows[pick][0]) for pick in picks]
+    return [SceneQuestion("place", f"{rows[pick][1]} {_text(rows[pick][2])}", None, rows[pick][0]) for pick in picks]
 
 
-def _relation(view: _View, rng: np.random.Generator, count: int) -> list[Question]:
+def _relation(view: _View, rng: np.random.Generator, count: int) -> list[SceneQuestion]:
     """Heads that fit at least two objects besides the anchor, so that the relation has to be read."""
     rows: list[tuple[int, str, int, Phrase, float]] = []
     anchors = [anchor for anchor, named in enumerate(view.names) if named]
@@ -206,7 +206,7 @@ def _relation(view: _View, rng: np.random.Generator, count: int) -> list[Questio
             rows.append((nearest, CLOSEST, anchor, head, odds * CLOSEST_ODDS))
     picks = _spread(rng, [row[0] for row in rows], [row[4] for row in rows], count)
     return [
-        Question("relation", f"{_text(head)} {relation} the {_name(view, rng, anchor)}", None, target)
+        SceneQuestion("relation", f"{_text(head)} {relation} the {_name(view, rng, anchor)}", None, target)
         for target, relation, anchor, head, _ in (rows[pick] for pick in picks)
     ]
 
@@ -224,14 +224,14 @@ def _nearest(things: tuple[Thing, ...], candidates: int, anchor: int) -> int | N
     return nearest if clear and agreed else None
 
 
-def _yesno(view: _View, rng: np.random.Generator, count: int) -> list[Question]:
+def _yesno(view: _View, rng: np.random.Generator, count: int) -> list[SceneQuestion]:
     """Yes/no pairs of one wording each, so that the wording tells nothing about the answer."""
     existence, sides = _existence_pairs(view, rng), _side_pairs(view, rng)
-    found: list[Question] = []
+    found: list[SceneQuestion] = []
     while len(found) < count and (existence or sides):
         pool = sides if not existence or (sides and rng.random() < SIDE_QUESTION_ODDS) else existence
         pair = pool.pop()
-        rows = [Question("yesno", text, answer, None) for text, answer in zip(pair, ("yes", "no"), strict=True)]
+        rows = [SceneQuestion("yesno", text, answer, None) for text, answer in zip(pair, ("yes", "no"), strict=True)]
         found += [rows[index] for index in rng.permutation(2)]
     return found[:count]
 
@@ -273,7 +273,7 @@ def _side_pairs(view: _View, rng: np.random.Generator) -> list[tuple[str, str]]:
     return pairs
 
 
-def _colour(view: _View, rng: np.random.Generator, count: int) -> list[Question]:
+def _colour(view: _View, rng: np.random.Generator, count: int) -> list[SceneQuestion]:
     rows = [
         (target, _text(phrase), odds)
         for target, named in enumerate(view.names)
@@ -285,12 +285,12 @@ def _colour(view: _View, rng: np.random.Generator, count: int) -> list[Question]
     ]
     picks = _spread(rng, [row[0] for row in rows], [row[2] for row in rows], count)
     return [
-        Question("colour", f"What color is the {rows[pick][1]}?", view.things[rows[pick][0]].colour, None)
+        SceneQuestion("colour", f"What color is the {rows[pick][1]}?", view.things[rows[pick][0]].colour, None)
         for pick in picks
     ]
 
 
-def _count(view: _View, rng: np.random.Generator, count: int) -> list[Question]:
+def _count(view: _View, rng: np.random.Generator, count: int) -> list[SceneQuestion]:
     """Numbers take turns. Nought is asked about one word the scene lacks, or two of its words that never meet."""
     numbers = {phrase: mask.bit_count() for phrase, mask in view.masks.items()}
     colours, shapes = ({getattr(thing, name) for thing in view.things} for name in ("colour", "shape"))
@@ -301,7 +301,7 @@ def _count(view: _View, rng: np.random.Generator, count: int) -> list[Question]:
     rows += [(0, phrase, 1 / len(lacking)) for phrase in lacking] + [(0, phrase, 1 / len(apart)) for phrase in apart]
     picks = _spread(rng, [row[0] for row in rows], [row[2] for row in rows], count)
     return [
-        Question("count", f"How many {_text(rows[pick][1], plural=True)} are there?", str(rows[pick][0]), None)
+        SceneQuestion("count", f"How many {_text(rows[pick][1], plural=True)} are there?", str(rows[pick][0]), None)
         for pick in picks
     ]
 

@@ -36,18 +36,18 @@ from flax import nnx
 from optax.contrib import MuonDimensionNumbers, muon
 from tqdm import tqdm
 
+from convert.loading import load
 from evals.scenes.data import TRAINING_QUESTIONS
-from evals.scenes.export import export
-from evals.scenes.losses import AuxiliaryHeads, answer_loss, dense_loss, look, targets
-from evals.scenes.packing import Packed, coordinate_starts, pack, soft_labels
 from evals.scenes.spec import IMAGE_SLOTS, model_config
 from evals.scenes.tokenizer import vocabulary
-from evals.scenes.warm import with_words
+from evals.scenes.training.export import export
+from evals.scenes.training.losses import AuxiliaryHeads, answer_loss, dense_loss, look, targets
+from evals.scenes.training.packing import Packed, coordinate_starts, pack, soft_labels
+from evals.scenes.training.warm import with_words
 from evals.scenes.world import COLOURS
-from reroute_jax.loading import load
 from reroute_jax.models.llava import Llava
 from reroute_jax.models.qwen2_5_vl import QwenVL
-from reroute_jax.params import named_parameters, with_parameters
+from reroute_jax.nn.params import named_parameters, with_parameters
 
 SEED = 0
 STEPS = {"llava": (1400, 3900), "qwen2_5_vl": (1000, 1400)}  # vision, and what ends in a checkpoint

@@ -12,9 +12,13 @@ from flax import nnx
 from PIL import Image
 
 from reroute_jax.config import ModelConfig
+from reroute_jax.types import Grid, Size
 
-Grid = tuple[int, int]
-Size = tuple[int, int]
+
+def expand_image_tokens(ids: Sequence[int], image_token: int, counts: Sequence[int]) -> list[int]:
+    """Each image placeholder becomes as many of them as its image has visual tokens."""
+    left = iter(counts)
+    return [token for old in ids for token in ([old] * next(left) if old == image_token else [old])]
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,10 @@ from transformers import AutoImageProcessor
 from reroute_jax.config import ModelConfig
 from reroute_jax.decoder import Decoder
 from reroute_jax.errors import RerouteError
-from reroute_jax.models.family import Family, Grid
+from reroute_jax.models.family import Family, expand_image_tokens
 from reroute_jax.routing.merge import MergeArrays, nuwa, pooled
 from reroute_jax.routing.plan import NuwaMerge, PoolMerge
+from reroute_jax.types import Grid
 from reroute_jax.vision.clip import ClipTower, Projector, nuwa_inputs
 
 # vicuna_v1 of LLaVA's own evaluation.
@@ -79,12 +80,6 @@ def chat_prompt(text: str, images: int) -> str:
     """The prompt of the checkpoint's own chat template: one user turn, no system sentence, images first."""
     placeholders = "<image>\n" * images
     return f"USER: {placeholders}{text} ASSISTANT:"
-
-
-def expand_image_tokens(ids: Sequence[int], image_token: int, counts: Sequence[int]) -> list[int]:
-    """Each image placeholder becomes as many of them as its image has visual tokens."""
-    left = iter(counts)
-    return [token for old in ids for token in ([old] * next(left) if old == image_token else [old])]
 
 
 def _open_processor(folder: Path):

@@ -20,13 +20,13 @@ from reroute_jax.buckets import VISUAL_BUCKETS, bucket
 from reroute_jax.config import ModelConfig
 from reroute_jax.decoder import Decoder
 from reroute_jax.errors import RerouteError
-from reroute_jax.models.family import Family, Grid
-from reroute_jax.models.llava import expand_image_tokens
-from reroute_jax.mrope import mrope_positions
-from reroute_jax.qwen_images import HARNESS_PIXELS, as_rgb, final_size, preprocess, visual_grid
+from reroute_jax.models.family import Family, expand_image_tokens
+from reroute_jax.nn.mrope import mrope_positions
 from reroute_jax.routing.merge import MergeArrays, nuwa, pooled
 from reroute_jax.routing.plan import NuwaMerge, PoolMerge
+from reroute_jax.types import Grid
 from reroute_jax.vision.qwen2_5 import QwenTower, nuwa_inputs
+from reroute_jax.vision.qwen_images import HARNESS_PIXELS, as_rgb, final_size, preprocess, visual_grid
 from reroute_jax.vision.qwen_windows import QwenPixels, pack
 
 

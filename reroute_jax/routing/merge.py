@@ -17,9 +17,7 @@ from jaxtyping import Array, Float, Int
 from reroute_jax.routing.nuwa import stage_one
 from reroute_jax.routing.plan import NuwaMerge, PoolMerge
 from reroute_jax.routing.pool import pool_weights
-
-Grid = tuple[int, int]
-AnyArray = Array | np.ndarray
+from reroute_jax.types import AnyArray, Grid
 
 
 @jax.tree_util.register_dataclass

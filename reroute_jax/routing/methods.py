@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from fractions import Fraction
 
-from reroute_jax.errors import RerouteError
-from reroute_jax.routing.plan import ACTIONS, POSITION_MODES, SIM_ORDERS, NuwaMerge, PoolMerge, Schedule, one_of
+from reroute_jax.errors import RerouteError, one_of
+from reroute_jax.routing.plan import ACTIONS, POSITION_MODES, SIM_ORDERS, NuwaMerge, PoolMerge, Schedule
 from reroute_jax.routing.solver import OFFICIAL_RATIOS, Ratio, decision_layers, scaled_layer, solve
 
 # The tiers of the papers, named by their tokens of LLaVA-1.5's 576, as shares of an image's own visual tokens.

@@ -7,10 +7,19 @@ Source: arXiv 2602.02951 and its released LLaVA and Qwen code.
 from __future__ import annotations
 
 from fractions import Fraction
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
+
+class NuwaInputs(NamedTuple):
+    """What Nüwa's stage 1 reads from the tower (arXiv 2602.02951)."""
+
+    metric: Float[Array, "I n"]
+    features: Float[Array, "I n D"]
+    similarity: Float[Array, "I n K"]
 
 
 def stage_one(

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from reroute_jax.layers import Rope, take_rows
+from reroute_jax.nn.layers import Rope, take_rows
 
 
 @jax.tree_util.register_dataclass

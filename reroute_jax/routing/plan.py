@@ -14,7 +14,7 @@ from numbers import Integral, Real
 
 import numpy as np
 
-from reroute_jax.errors import RerouteError
+from reroute_jax.errors import RerouteError, one_of
 from reroute_jax.routing.solver import pool_grid
 
 SCORING_QUERIES = {"last_token": 1, "previous_layer": 1, "previous_layer_last_three": 3}
@@ -24,12 +24,6 @@ SIM_ORDERS = ("raster", "window")
 POSITION_MODES = ("original", "renumber")
 PRIORS = ("random", "uniform")
 ACTIONS = ("delete", "reroute")
-
-
-def one_of(what: str, value: object, allowed: Sequence[str]) -> None:
-    """Raises RerouteError naming every allowed value unless `value` is one of them."""
-    if value not in allowed:
-        raise RerouteError(f"{what} is {value!r}, expected one of: {', '.join(allowed)}")
 
 
 @dataclass(frozen=True)

@@ -5,15 +5,14 @@ Letters: I images, P patch side, n patches, C = n + 1 slots (class token first),
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from reroute_jax.config import ClipConfig
-from reroute_jax.layers import HeadProjection, Linear, OutputProjection, attention, constant, parameter
+from reroute_jax.nn.layers import HeadProjection, Linear, OutputProjection, attention, constant, parameter
+from reroute_jax.routing.nuwa import NuwaInputs
 
 ACTIVATIONS = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
@@ -114,14 +113,6 @@ class ClipTower(nnx.Module):
         for block in self.layers[:layer]:
             x = block(x)
         return x[:, 1:]
-
-
-class NuwaInputs(NamedTuple):
-    """What Nüwa's stage 1 reads from the tower (arXiv 2602.02951)."""
-
-    metric: Float[Array, "I n"]
-    features: Float[Array, "I n D"]
-    similarity: Float[Array, "I n D"]
 
 
 def nuwa_inputs(tower: ClipTower, pixels: Float[Array, "I 3 height width"], layer: int) -> NuwaInputs:

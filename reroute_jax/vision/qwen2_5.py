@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from reroute_jax.config import QwenVisionConfig
 from reroute_jax.errors import RerouteError
-from reroute_jax.layers import (
+from reroute_jax.nn.layers import (
     GatedMLP,
     Linear,
     OutputProjection,
@@ -28,8 +28,8 @@ from reroute_jax.layers import (
     rotate,
     take_rows,
 )
-from reroute_jax.products import matmul
-from reroute_jax.vision.clip import NuwaInputs
+from reroute_jax.nn.products import matmul
+from reroute_jax.routing.nuwa import NuwaInputs
 from reroute_jax.vision.qwen_windows import QwenPixels
 
 NORM_EPS = 1e-6

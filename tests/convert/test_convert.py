@@ -20,14 +20,15 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from benchmarks import random_checkpoint
 from convert import __main__ as cli
-from convert.checkpoint import FLOATS, _converted, load_params, save_hf
+from convert.checkpoint import _converted, load_params, save_hf
 from convert.families import abstract_params, table_of
-from convert.safetensors_io import INDEX_NAME, list_folder, read, read_header
+from convert.safetensors import INDEX_NAME, list_folder, read, read_header
 from convert.source import MANIFEST_NAME, open_source
 from convert.table import to_hf
-from evals.checkpoint_shapes import SHAPES
+from evals.speed.checkpoint_shapes import SHAPES
 from reroute_jax.config import ModelConfig
 from reroute_jax.errors import RerouteError
+from reroute_jax.types import FLOATS
 from tests.tiny import SPELLINGS, load_torch, tiny_llava
 
 ROOT = Path(__file__).parents[2]

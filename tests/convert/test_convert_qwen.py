@@ -13,10 +13,10 @@ from benchmarks import random_checkpoint
 from convert import __main__ as cli
 from convert.checkpoint import load_params, save_hf
 from convert.families import abstract_params, table_of
-from convert.safetensors_io import list_folder, read
+from convert.safetensors import list_folder, read
 from convert.source import open_source
 from convert.table import hf_shapes, match, to_hf
-from evals.checkpoint_shapes import SHAPES
+from evals.speed.checkpoint_shapes import SHAPES
 from reroute_jax.config import ModelConfig
 from reroute_jax.errors import RerouteError
 from tests.tiny_qwen import SPELLINGS, load_torch, tiny_qwen

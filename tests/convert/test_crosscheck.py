@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-import convert.crosscheck as crosscheck
-from convert.crosscheck import Line, difference, main, merge, table, unequal
+import convert.crosscheck.command as crosscheck
+from convert.crosscheck.command import Line, difference, main, merge, table, unequal
 from tests.tiny import tiny_llava
 from tests.tiny_qwen import tiny_qwen
 
@@ -78,7 +78,7 @@ def test_a_wrong_weight_is_noticed_where_it_is(checkpoint, tmp_path, capsys, mon
 
 def test_a_wrong_selection_is_noticed(checkpoint, capsys, monkeypatch):
     """The reference decides with another rule than the plan's: selections, not the plain model, differ."""
-    monkeypatch.setattr("convert.torch_reference.select", lambda scores, count: (-scores).argsort()[1 : count + 1])
+    monkeypatch.setattr("convert.crosscheck.reference.select", lambda scores, count: (-scores).argsort()[1 : count + 1])
     assert main([str(checkpoint), *FAST, "--method", "fastv", "--budget", "1/2", "--action", "delete"]) == 1
     out = capsys.readouterr().out
     different = [line.split("  ")[0] for line in out.splitlines() if line.endswith("DIFFERENT")]
@@ -148,7 +148,9 @@ def test_a_converted_checkpoint_is_refused(checkpoint, tmp_path, capsys):
 
 
 def test_without_torch_one_line_names_the_extra():
-    code = "import sys; sys.modules['torch'] = None; from convert.crosscheck import main; sys.exit(main(['anything']))"
+    code = (
+        "import sys; sys.modules['torch'] = None; from convert.crosscheck import command; sys.exit(command.main(['x']))"
+    )
     root = Path(__file__).parents[2]
     result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert result.returncode == 2

@@ -16,15 +16,15 @@ from convert.table import (
     NAMES_SHOWN,
     SAME,
     SPLIT_HEADS,
+    ConversionTable,
     Rule,
-    Table,
     hf_key,
     hf_shapes,
     match,
     patches,
     to_hf,
 )
-from evals.checkpoint_shapes import SHAPES
+from evals.speed.checkpoint_shapes import SHAPES
 from reroute_jax.config import ModelConfig
 from reroute_jax.errors import RerouteError
 
@@ -33,7 +33,7 @@ TARGET = {path: value.shape for path, value in abstract_params(CONFIG).items()}
 TABLE = llava.table(CONFIG)
 HUB = hf_shapes(TABLE, TARGET)
 
-SMALL = Table(
+SMALL = ConversionTable(
     rules=(Rule("block.{i}.weight", "blocks.{i}.kernel", SAME), Rule("norm", "norm", SAME)),
     spellings=((r"^model\.", ""),),
     ignored=(r"block\.\d+\.counter",),
@@ -131,7 +131,7 @@ def test_a_long_report_is_cut_with_the_count():
 
 
 def test_a_rule_of_the_wrong_rank_is_refused():
-    table = Table((Rule("norm", "norm", SPLIT_HEADS),))
+    table = ConversionTable((Rule("norm", "norm", SPLIT_HEADS),))
     with pytest.raises(RerouteError, match=re.escape("split_heads is for parameters of rank 3, but norm is [3]")):
         match(table, [("norm", "F32", (3,))], {"norm": (3,)}, "tiny")
 

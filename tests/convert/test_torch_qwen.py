@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as hf
 
-from convert.torch_nuwa import nuwa_stage_one
-from convert.torch_qwen import vision_tower, window_of
-from convert.torch_reference import last_three, run
+from convert.crosscheck.nuwa import nuwa_stage_one
+from convert.crosscheck.qwen2_5_vl import vision_tower, window_of
+from convert.crosscheck.reference import last_three, run
 from reroute_jax.routing.plan import NuwaMerge, PoolMerge, Schedule, Stage
 from tests.tiny_qwen import IMAGE, PAD, VISION_START, load_torch, random_ids, random_patches, tiny_qwen
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from convert.torch_llava import clip_tower
-from convert.torch_nuwa import nuwa_stage_one, pool
-from convert.torch_reference import Rows, head_mean, keep_count, penalised, route, run, select
+from convert.crosscheck.llava import clip_tower
+from convert.crosscheck.nuwa import nuwa_stage_one, pool
+from convert.crosscheck.reference import RaggedRows, head_mean, keep_count, penalised, route, run, select
 from reroute_jax.routing.plan import NuwaMerge, PoolMerge, Schedule, Stage
 from tests.tiny import load_torch, random_ids, random_pixels, tiny_llava
 
@@ -139,7 +139,7 @@ def test_vector_2_score():
 def test_vector_3_routing_semantics(recover, second, final, third_cache):
     injected = {1: [0.1, 0.6, 0.2, 0.5, 0.4, 0.3], 3: [0.9, 0.1, 0.8, 0.2, 0.3, 0.0]}
     origin = torch.arange(8)
-    rows = Rows(torch.zeros(8, 1), origin[None], origin, torch.tensor([-1, 0, 1, 2, 3, 4, 5, -1]))
+    rows = RaggedRows(torch.zeros(8, 1), origin[None], origin, torch.tensor([-1, 0, 1, 2, 3, 4, 5, -1]))
     stages = (Stage(0, 1), Stage(1, 3, count=3, score="last_token"), Stage(3, 6, count=2, score="last_token"))
     left, walk = route(
         rows,
@@ -253,7 +253,7 @@ def _high_anchors(keep):
 def test_vector_8_nuwa_positions():
     position = torch.tensor([0, 1, 2, 3, 4, 5, 30, 580, 581, 582, 583])
     visual = torch.tensor([-1] * 5 + [0, 25, 575] + [-1] * 3)
-    rows = Rows(torch.zeros(11, 1), position[None], position, visual)
+    rows = RaggedRows(torch.zeros(11, 1), position[None], position, visual)
     seen = []
 
     def layer(number, rows):
@@ -371,7 +371,7 @@ def test_pool_averages_cells(model, pixels):
 @pytest.mark.parametrize("action", ["delete", "reroute"])
 def test_renumbering_counts_what_runs(action):
     origin = torch.arange(8)
-    rows = Rows(torch.zeros(8, 1), origin[None], origin, torch.tensor([-1, 0, 1, 2, 3, 4, 5, -1]))
+    rows = RaggedRows(torch.zeros(8, 1), origin[None], origin, torch.tensor([-1, 0, 1, 2, 3, 4, 5, -1]))
     seen, scored = [], []
 
     def layer(number, rows):

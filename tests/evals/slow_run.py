@@ -6,9 +6,9 @@ import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from evals.data import rec_source
+from evals.harness.data import rec_source
+from evals.harness.runner import Record, Run, Task, answer
 from evals.refcoco import make_task
-from evals.runner import Record, Run, Task, answer
 from reroute_jax.routing.plan import Schedule
 from tests.evals.stub import StubModel
 

@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Sequence
 from types import SimpleNamespace
 
-from evals.data import Doc
+from evals.harness.data import Doc
 from evals.scenes.spec import model_config
 from reroute_jax.routing import methods
 from reroute_jax.routing.plan import Schedule

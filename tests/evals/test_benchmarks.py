@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from evals import gqa, mmbench, mme, pope, scienceqa, textvqa, vqav2
-from evals.data import Doc
-from evals.metrics import estimator, matrix, means
-from evals.runner import Record
-from evals.vqa import Benchmark
+from evals.harness.data import Doc
+from evals.harness.metrics import estimator, matrix, means
+from evals.harness.runner import Record
+from evals.harness.vqa import Benchmark
 from reroute_jax.errors import RerouteError
 
 SHORT = "\nAnswer the question using a single word or phrase."

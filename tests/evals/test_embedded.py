@@ -16,13 +16,14 @@ from transformers import (
 
 import evals
 import reroute_jax
-from evals import prompts
-from evals.boxes import iou, parse_box
-from evals.data import rec_docs, rec_source
+from evals.harness import prompts
+from evals.harness.boxes import iou, parse_box
+from evals.harness.data import rec_docs, rec_source
 from evals.scenes.data import TRAINING_QUESTIONS
-from evals.scenes.losses import pixels, targets
-from evals.scenes.packing import pack
-from reroute_jax.models.llava import chat_prompt, expand_image_tokens
+from evals.scenes.training.losses import pixels, targets
+from evals.scenes.training.packing import pack
+from reroute_jax.models.family import expand_image_tokens
+from reroute_jax.models.llava import chat_prompt
 from reroute_jax.vision import clip, qwen2_5
 
 CHECKPOINTS = Path(evals.__file__).parent / "scenes" / "checkpoints"

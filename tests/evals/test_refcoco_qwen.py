@@ -6,12 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from evals import refcoco, scenes_vqa, vqa
-from evals.boxes import REC_METRICS, RESIZED
-from evals.data import Doc, rec_docs, rec_source
+from evals import refcoco, scenes_vqa
+from evals.harness import vqa
+from evals.harness.boxes import REC_METRICS, RESIZED
+from evals.harness.data import Doc, rec_docs, rec_source
 from reroute_jax.routing.cost import account
+from tests.evals.harness.test_data import encoded, photo, row, write
 from tests.evals.stub import QwenStub
-from tests.evals.test_data import encoded, photo, row, write
 from tests.evals.test_refcoco import QUESTIONS, run, summary
 
 QWEN = ("--model", "scenes-qwen")

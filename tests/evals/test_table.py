@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evals import gqa, pope, prompts, table
-from evals.data import rec_docs, rec_source
+from evals import gqa, pope, table
+from evals.harness import prompts
+from evals.harness.data import rec_docs, rec_source
 from reroute_jax.routing.presets import PRESETS
+from tests.evals.harness.test_data import encoded, photo, row, write
 from tests.evals.stub import StubModel
-from tests.evals.test_data import encoded, photo, row, write
 
 SMALL = ["--methods", "fastv,pdrop", "--budgets", "64,128", "--limit", "12", "--batch-size", "4"]
 RUNS = product((64, 128), ("fastv", "pdrop"), table.ACTIONS)

@@ -10,9 +10,9 @@ import os
 import datasets
 from PIL import Image
 
-from evals import prompts
-from evals.boxes import COORD_FORMATS, normalise_box, parse_box, rec_metrics
-from evals.data import PARITY_JPEG_ROUNDTRIPS
+from evals.harness import prompts
+from evals.harness.boxes import COORD_FORMATS, normalise_box, parse_box, rec_metrics
+from evals.harness.data import PARITY_JPEG_ROUNDTRIPS
 from reroute_jax.errors import RerouteError
 
 FEATURES = datasets.Features(

@@ -1,0 +1,1 @@
+"""PyTorch against JAX, number by number."""

@@ -1,0 +1,131 @@
+"""Qwen2.5-VL's images and positions in the torch reference: the tower with explicit attention and masks instead of
+reordered patches, Nuwa as section 5 has it."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+from convert.crosscheck.nuwa import ImageTensors, nuwa_stage_one, pool
+from reroute_jax.routing.plan import NuwaMerge, PoolMerge
+
+Grid = tuple[int, int]
+
+
+def positions(
+    model: Qwen2_5_VLForConditionalGeneration, ids: Tensor, image_grid_thw: np.ndarray | None
+) -> tuple[Tensor, int]:
+    """M-RoPE positions [3, S] of a prompt, by transformers' own rule, and the next token's."""
+    if image_grid_thw is None:
+        return torch.arange(len(ids)).expand(3, -1), len(ids)
+    is_image = (ids == model.config.image_token_id).int()
+    found, delta = model.model.get_rope_index(
+        ids[None], mm_token_type_ids=is_image[None], image_grid_thw=torch.as_tensor(np.asarray(image_grid_thw))
+    )
+    return found[:, 0], len(ids) + int(delta)
+
+
+def images(
+    model: Qwen2_5_VLForConditionalGeneration,
+    pixel_values: np.ndarray,
+    image_grid_thw: np.ndarray,
+    merge: NuwaMerge | PoolMerge | None,
+) -> list[ImageTensors]:
+    """Every image of `[P, values]` patches by itself; `image_grid_thw [I, 3]` counts patches."""
+    pixels, merged = torch.as_tensor(np.asarray(pixel_values)).to(model.dtype), model.model.visual.spatial_merge_size
+    grids = [(rows, cols) for _, rows, cols in np.asarray(image_grid_thw).tolist()]
+    parts = pixels.split([rows * cols for rows, cols in grids])
+    return [
+        _image(model, part, (rows // merged, cols // merged), merge)
+        for part, (rows, cols) in zip(parts, grids, strict=True)
+    ]
+
+
+def _image(
+    model: Qwen2_5_VLForConditionalGeneration, patches: Tensor, grid: Grid, merge: NuwaMerge | PoolMerge | None
+) -> ImageTensors:
+    tower = model.model.visual
+    states, attention = vision_tower(tower, patches, grid)
+    features = tower.merger(states[-1])
+    count = len(features)
+    if isinstance(merge, NuwaMerge):
+        return ImageTensors(*_nuwa(tower, features, states, attention, grid, merge), count)
+    kept = (features, torch.arange(count)) if merge is None else pool(features, grid, merge.cells(count, grid))
+    return ImageTensors(*kept, count)
+
+
+def _nuwa(
+    tower: nn.Module, features: Tensor, states: list[Tensor], attention: Tensor, grid: Grid, merge: NuwaMerge
+) -> tuple[Tensor, Tensor]:
+    """Stage 1 behind the merger (5.2, 5.3)."""
+    depth, group = len(states), tower.spatial_merge_size**2
+    similarity = tower.merger(torch.stack(states[7 * depth // 32 : 23 * depth // 32 + 1]).mean(dim=0))
+    if merge.sim_order == "window":
+        # The released code never puts these rows back in raster order.
+        similarity = similarity[window_of(tower, grid).argsort(stable=True)]
+    rows, cols = (side + side % 2 for side in grid)
+    return nuwa_stage_one(
+        attention.mean(dim=0).sum(dim=0).reshape(-1, group).mean(dim=1),
+        features,
+        similarity.float(),
+        columns=grid[1],
+        top_n=merge.top_n,
+        keep=math.ceil(merge.share * len(features)),
+        radius=0.8 * math.sqrt((rows - 1) ** 2 + (cols - 1) ** 2),
+        quantile=merge.quantile,
+        self_weight_override=merge.self_weight_override,
+    )
+
+
+def vision_tower(tower: nn.Module, patches: Tensor, grid: Grid) -> tuple[list[Tensor], Tensor]:
+    """Each block's output [P, C] and the last one's attention [N, P, P] (fp32), for one image whose patches come in
+    groups, one a merged token in raster order of the (rows, cols) `grid`."""
+    group = tower.spatial_merge_size**2
+    window = window_of(tower, grid).repeat_interleave(group)
+    elsewhere = window[:, None] != window
+    cos, sin = _rotary(tower, grid)
+    x, states, weights = tower.patch_embed(patches), [], torch.empty(0)
+    for number, block in enumerate(tower.blocks):
+        module = block.attn
+        q, k, v = module.qkv(block.norm1(x)).unflatten(-1, (3, module.num_heads, -1)).permute(1, 2, 0, 3)
+        logits = (_rotate(q, cos, sin) @ _rotate(k, cos, sin).transpose(-1, -2)).float() * q.shape[-1] ** -0.5
+        if number not in tower.fullatt_block_indexes:
+            logits = logits.masked_fill(elsewhere, -torch.inf)
+        weights = torch.softmax(logits, dim=-1)
+        x = x + module.proj((weights.to(v.dtype) @ v).transpose(0, 1).flatten(1))
+        x = x + block.mlp(block.norm2(x))
+        states.append(x)
+    return states, weights
+
+
+def window_of(tower: nn.Module, grid: Grid) -> Tensor:
+    """[rows * cols]: number of the attention window of each merged token; windows count in raster order and are cut off
+    at the lower and the right edge."""
+    side = tower.window_size // tower.patch_size // tower.spatial_merge_size
+    across = math.ceil(grid[1] / side)
+    return torch.tensor([y // side * across + x // side for y in range(grid[0]) for x in range(grid[1])])
+
+
+def _rotary(tower: nn.Module, grid: Grid) -> tuple[Tensor, Tensor]:
+    """cos and sin [P, H]: the first quarter of a head's dimensions turns with the patch's row, the second with its
+    column, and the other half repeats them."""
+    merge, half = tower.spatial_merge_size, tower.config.hidden_size // tower.config.num_heads // 2
+    place = [
+        (merge * y + dy, merge * x + dx)
+        for y in range(grid[0])
+        for x in range(grid[1])
+        for dy in range(merge)
+        for dx in range(merge)
+    ]
+    frequencies = 1 / 10000 ** (torch.arange(0, half, 2).float() / half)
+    angles = (torch.tensor(place)[..., None] * frequencies).flatten(1).repeat(1, 2)
+    return angles.cos(), angles.sin()
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.float().chunk(2, dim=-1)
+    return (x.float() * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)

@@ -1,0 +1,387 @@
+"""Routed models in PyTorch, the slow and obvious way: one sample, eager, ragged. The yardstick of the JAX code.
+
+Written from sections 2 to 6 of the method specification and from nothing else: deletion really removes rows,
+reroute really leaves deferred rows out of every layer, and each layer's cache holds just the rows that ran. Layers are
+built of the transformers model's own norms, projections, MLPs and rotary tables; the loop, the attention and the
+routing are this file's. What differs between the families, images and positions, is in `torch_llava.py` and
+`torch_qwen.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from convert.crosscheck import llava as torch_llava
+from convert.crosscheck import qwen2_5_vl as torch_qwen
+from convert.crosscheck.nuwa import ImageTensors
+from reroute_jax.routing.plan import NuwaMerge, Schedule, Stage
+
+_FAMILIES = {"llava": torch_llava, "qwen2_5_vl": torch_qwen}
+
+
+@dataclass(frozen=True)
+class RaggedRows:
+    """Tokens in sequence order. hidden [T, D]; the rest int64.
+
+    position [C, T]: rotary positions, three channels with M-RoPE, else one; origin [T]: index in the unpruned prompt;
+    visual [T]: original visual index over the prompt's images, -1 for text and for images that are not routed.
+    """
+
+    hidden: Tensor
+    position: Tensor
+    origin: Tensor
+    visual: Tensor
+
+    def __len__(self) -> int:
+        return len(self.hidden)
+
+    def take(self, index: Tensor) -> RaggedRows:
+        return RaggedRows(self.hidden[index], self.position[:, index], self.origin[index], self.visual[index])
+
+
+@dataclass(frozen=True)
+class EagerDecision:
+    """scores: fp32 [n] by original visual index, -inf where not a candidate; selected: original indices, ascending."""
+
+    layer: int
+    scores: np.ndarray
+    selected: np.ndarray
+
+
+@dataclass
+class Walk:
+    """What a prefill did. By layer: the rows it ran on, their outputs, its cache entry, decode's first position."""
+
+    decisions: list[EagerDecision] = field(default_factory=list)
+    ran: list[np.ndarray] = field(default_factory=list)
+    hidden: list[Tensor] = field(default_factory=list)
+    cache: list = field(default_factory=list)
+    next_position: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Everything comparable about one run. Arrays are numpy, real ones fp32.
+
+    features: [n, D] features of all images as the decoder gets them, None without an image.
+    anchors: original visual index of each of them after a Nuwa merge, else None.
+    ran: per layer the rows cached in prefill, as indices into the unpruned prompt. hidden: their outputs.
+    logits: [vocab] at the last prompt token; tokens: greedy continuation, the stop token included.
+    """
+
+    features: np.ndarray | None
+    anchors: np.ndarray | None
+    decisions: list[EagerDecision]
+    ran: list[np.ndarray]
+    hidden: list[np.ndarray]
+    logits: np.ndarray
+    tokens: list[int]
+
+
+@torch.no_grad()
+def run(
+    model: PreTrainedModel,
+    input_ids: np.ndarray,
+    pixel_values: np.ndarray | None = None,
+    schedule: Schedule | None = None,
+    *,
+    image_grid_thw: np.ndarray | None = None,
+    prior: np.ndarray | None = None,
+    max_new_tokens: int = 0,
+    eos_tokens: Sequence[int] = (),
+    repetition_penalty: float = 1.0,
+) -> Reference:
+    """Prefill one unpadded prompt `input_ids [S]` under a schedule, then decode greedily.
+
+    pixel_values: its images as the processor gives them, in order (LLaVA `[I, 3, H, W]`, Qwen `[P, values]`), or None;
+    without an image nothing is routed (9.4). image_grid_thw: `[I, 3]`, Qwen's patch grids.
+    prior: fp32 [decisions, n] by original visual index, for stages with score="prior".
+    Raises ValueError unless the prompt has one run of image tokens for each image, as long as its features.
+    """
+    ids = torch.as_tensor(np.asarray(input_ids)).long()
+    schedule = schedule or Schedule((Stage(0, len(model.model.language_model.layers)),), recover=False)
+    images = encode(model, pixel_values, image_grid_thw, schedule)
+    walk, logits = prefill(model, ids, images, image_grid_thw, schedule, prior)
+    return Reference(
+        features=torch.cat([image.features for image in images]).float().numpy() if images else None,
+        anchors=_visual_index(images).numpy() if images and isinstance(schedule.merge, NuwaMerge) else None,
+        decisions=walk.decisions,
+        ran=walk.ran,
+        hidden=[hidden.float().numpy() for hidden in walk.hidden],
+        logits=logits.numpy(),
+        tokens=decode(model, ids, logits, walk, max_new_tokens, eos_tokens, repetition_penalty),
+    )
+
+
+# --- The three steps of a run -----------------------------------------------------------------------------------------
+
+
+def encode(
+    model: PreTrainedModel, pixel_values: np.ndarray | None, image_grid_thw: np.ndarray | None, schedule: Schedule
+) -> list[ImageTensors]:
+    """The prompt's images, as many tokens as the schedule's merge leaves of each."""
+    if pixel_values is None:
+        return []
+    return _FAMILIES[model.config.model_type].images(model, pixel_values, image_grid_thw, schedule.merge)
+
+
+def prefill(
+    model: PreTrainedModel,
+    ids: Tensor,
+    images: Sequence[ImageTensors],
+    image_grid_thw: np.ndarray | None,
+    schedule: Schedule,
+    prior: np.ndarray | None,
+) -> tuple[Walk, Tensor]:
+    """The record of a prompt `ids [S]`, and fp32 logits `[vocab]` at its last token."""
+    runs = _image_runs(ids == model.config.image_token_id, [image.count for image in images])
+    positions, next_position = _FAMILIES[model.config.model_type].positions(model, ids, image_grid_thw)
+    rows = _decoder_input(model, ids, positions, images, runs, schedule.first_image_only)
+
+    def layer(number: int, rows: RaggedRows) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        return run_layer(model, number, rows, _unseen(len(rows), number == schedule.bidirectional_layer))
+
+    def score(stage: Stage, number: int, rows: RaggedRows, before: RaggedRows | None) -> Tensor:
+        if stage.score == "prior":
+            return torch.from_numpy(np.asarray(prior))[number][rows.visual.clamp(min=0)]
+        if stage.score == "previous_layer_last_three":
+            unseen = _unseen(len(before), stage.lo - 1 == schedule.bidirectional_layer)
+            return last_three(attention_weights(model, stage.lo - 1, before, unseen))
+        if stage.score == "previous_layer":
+            return last_token_score(model, stage.lo - 1, before)
+        return last_token_score(model, stage.lo, rows)
+
+    visual = sum(image.count for image in images)
+    rows, walk = route(rows, schedule, layer, score, visual, next_position)
+    return walk, _head(model, rows.hidden[-1])
+
+
+def decode(
+    model: PreTrainedModel,
+    ids: Tensor,
+    logits: Tensor,
+    walk: Walk,
+    max_new_tokens: int,
+    eos_tokens: Sequence[int],
+    penalty: float,
+) -> list[int]:
+    """Greedy tokens (2.5): a new token enters every layer's cache and sees all that is there, without a mask."""
+    cache, seen, tokens = list(walk.cache), set(ids.tolist()), []
+    while len(tokens) < max_new_tokens:
+        token = int(penalised(logits, seen, penalty).argmax())
+        tokens.append(token)
+        seen.add(token)
+        if token in eos_tokens or len(tokens) == max_new_tokens:
+            break
+        x = model.model.language_model.embed_tokens(torch.tensor([token]))
+        for layer, start in enumerate(walk.next_position):
+            position = torch.tensor([start + len(tokens) - 1])
+            q, *new = _project(model, layer, RaggedRows(x, position[None], position, position))
+            keys, values = cache[layer] = tuple(torch.cat(pair, dim=1) for pair in zip(cache[layer], new, strict=True))
+            x = _finish_layer(model, layer, x, attend(q, keys, values))
+        logits = _head(model, x[0])
+    return tokens
+
+
+# --- Routing (sections 2, 3, 6) ---------------------------------------------------------------------------------------
+
+
+def route(
+    rows: RaggedRows,
+    schedule: Schedule,
+    layer_fn: Callable[[int, RaggedRows], tuple[Tensor, object]],
+    score_fn: Callable[[Stage, int, RaggedRows, RaggedRows | None], Tensor],
+    original: int,
+    next_position: int,
+) -> tuple[RaggedRows, Walk]:
+    """Walk the layers; returns the rows that are left (for reroute all of them) and the record.
+
+    `layer_fn(layer, rows)` gives outputs and a cache entry; `score_fn(stage, number, rows, before)` a score for every
+    row, `before` being what the previous layer was given. original: visual tokens before any merge.
+    next_position: of the first generated token, until renumbering changes it.
+    """
+    allowed, active, before = rows.visual >= 0, torch.arange(len(rows)), None
+    count, walk = int(allowed.sum()), Walk()
+    for stage in schedule.stages:
+        decides = stage.decides and count > 0
+        if decides:
+            scores = score_fn(stage, len(walk.decisions), rows, before).float().masked_fill(~allowed, -torch.inf)
+            chosen = select(scores, min(keep_count(stage, count), int(allowed.sum())))
+            walk.decisions.append(_decision(stage, rows, scores, chosen, original))
+            runs = rows.visual < 0
+            runs[chosen] = True
+            active = runs.nonzero()[:, 0]
+            if schedule.recover and schedule.monotonic:
+                allowed = runs & (rows.visual >= 0)
+            elif not schedule.recover:
+                rows = rows.take(active)
+                allowed, active = rows.visual >= 0, torch.arange(len(rows))
+        positions = rows.position[:, active]
+        if decides and schedule.position_mode == "renumber":
+            positions, next_position = torch.arange(len(active)).expand_as(positions), len(active)
+            rows = rows if schedule.recover else replace(rows, position=positions)
+        for layer in range(stage.lo, stage.hi):
+            before = replace(rows.take(active), position=positions)
+            output, entry = layer_fn(layer, before)
+            hidden = rows.hidden.clone()
+            hidden[active] = output
+            rows = replace(rows, hidden=hidden)
+            walk.ran.append(before.origin.numpy())
+            walk.hidden.append(output)
+            walk.cache.append(entry)
+            walk.next_position.append(next_position)
+    return rows, walk
+
+
+def keep_count(stage: Stage, visual: int) -> int:
+    """Tokens that a decision keeps of a row with `visual` tokens at the decoder input (2.2)."""
+    return stage.count if stage.count is not None else max(1, int(visual * stage.ratio))
+
+
+def select(scores: Tensor, count: int) -> Tensor:
+    """Indices of the `count` largest scores, ascending; of equal scores the lowest index wins (2.3)."""
+    best = torch.argsort(scores, descending=True, stable=True)[:count]
+    return best.sort().values
+
+
+def head_mean(logits: Tensor) -> Tensor:
+    """[T] fp32: softmax of `[N, T]` over all keys, then the plain mean over heads (2.1)."""
+    return torch.softmax(logits.float(), dim=-1).mean(dim=0)
+
+
+def last_three(weights: Tensor) -> Tensor:
+    """[T] fp32: of `[N, T, T]` the mean over the last three query rows, then the maximum over heads (5.4)."""
+    return weights[:, -3:].float().mean(dim=1).max(dim=0).values
+
+
+def _decision(stage: Stage, rows: RaggedRows, scores: Tensor, chosen: Tensor, original: int) -> EagerDecision:
+    """Rewrite row indices as original visual indices; rows that are gone are no candidates either."""
+    by_index, visual = np.full(original, -np.inf, np.float32), rows.visual >= 0
+    by_index[rows.visual[visual].numpy()] = scores[visual].numpy()
+    return EagerDecision(stage.lo, by_index, rows.visual[chosen].numpy())
+
+
+# --- The decoder (transformers' modules, own loop) --------------------------------------------------------------------
+
+
+def last_token_score(model: PreTrainedModel, layer: int, rows: RaggedRows) -> Tensor:
+    """[T] fp32: attention of the last row to every row, by layer `layer`'s own norm and projections (2.1)."""
+    q, k, _ = _project(model, layer, rows)
+    scale = q.shape[-1] ** -0.5
+    return head_mean((k.float() @ q[:, -1, :, None].float())[..., 0] * scale)
+
+
+def attention_weights(model: PreTrainedModel, layer: int, rows: RaggedRows, unseen: Tensor) -> Tensor:
+    """[N, T, T] fp32: the whole attention map of one layer."""
+    q, k, _ = _project(model, layer, rows)
+    logits = (q.float() @ k.float().transpose(-1, -2)) * q.shape[-1] ** -0.5
+    return torch.softmax(logits.masked_fill(unseen, -torch.inf), dim=-1)
+
+
+def run_layer(
+    model: PreTrainedModel, layer: int, rows: RaggedRows, unseen: Tensor
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Outputs [T, D] of one layer, and its keys and values [N, T, H]. `unseen [T, T]`: what a row may not attend to."""
+    q, k, v = _project(model, layer, rows)
+    return _finish_layer(model, layer, rows.hidden, attend(q, k, v, unseen)), (k, v)
+
+
+def _unseen(count: int, bidirectional: bool) -> Tensor:
+    """Causal in sequence order, unless the layer is one that Nuwa's release leaves without a mask (5.4)."""
+    return torch.ones(count, count, dtype=torch.bool).triu(count if bidirectional else 1)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, unseen: Tensor | None = None) -> Tensor:
+    """Explicit attention `[T, N * H]` of `q [N, T, H]` to `k, v [N, S, H]`; `unseen [T, S]` marks what to leave out."""
+    logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    if unseen is not None:
+        logits = logits.masked_fill(unseen, -torch.inf)
+    weights = torch.softmax(logits.float(), dim=-1).to(v.dtype)
+    return (weights @ v).transpose(0, 1).flatten(1)
+
+
+def _project(model: PreTrainedModel, layer: int, rows: RaggedRows) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotated q, rotated k and v, each [N, T, H]; key and value heads repeated to the query heads."""
+    decoder = model.model.language_model
+    attention, x = decoder.layers[layer].self_attn, decoder.layers[layer].input_layernorm(rows.hidden)
+    heads = [
+        projection(x).unflatten(-1, (-1, attention.head_dim)).transpose(0, 1)
+        for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+    ]
+    # Transformers' tables want [B, T], with M-RoPE [3, B, T].
+    has_channels = "mrope_section" in decoder.config.rope_parameters
+    position = rows.position.expand(3, -1)[:, None] if has_channels else rows.position
+    cos, sin = (table[0] for table in decoder.rotary_emb(x, position))
+    q, k, v = _rotate(heads[0], cos, sin), _rotate(heads[1], cos, sin), heads[2]
+    repeats = len(q) // len(k)
+    return q, k.repeat_interleave(repeats, dim=0), v.repeat_interleave(repeats, dim=0)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def _finish_layer(model: PreTrainedModel, layer: int, x: Tensor, attended: Tensor) -> Tensor:
+    module = model.model.language_model.layers[layer]
+    x = x + module.self_attn.o_proj(attended)
+    return x + module.mlp(module.post_attention_layernorm(x))
+
+
+def _head(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    return model.lm_head(model.model.language_model.norm(hidden)).float()
+
+
+def penalised(logits: Tensor, seen: set[int], penalty: float) -> Tensor:
+    """Repetition penalty as transformers applies it, once for every distinct id seen so far."""
+    index = torch.tensor(sorted(seen))
+    picked = logits[index]
+    return logits.index_put((index,), torch.where(picked < 0, picked * penalty, picked / penalty))
+
+
+# --- The prompt -------------------------------------------------------------------------------------------------------
+
+
+def _image_runs(is_image: Tensor, counts: Sequence[int]) -> Sequence[Tensor]:
+    """Indices of each image's tokens in the prompt."""
+    places = is_image.nonzero()[:, 0]
+    runs = places.split(list(counts)) if counts and len(places) == sum(counts) else ()
+    if len(places) != sum(counts) or any((run.diff() != 1).any() for run in runs):
+        raise ValueError(f"expected runs of {counts} image tokens in the prompt, found {len(places)} image tokens")
+    return runs
+
+
+def _decoder_input(
+    model: PreTrainedModel,
+    ids: Tensor,
+    positions: Tensor,
+    images: Sequence[ImageTensors],
+    runs: Sequence[Tensor],
+    first_image_only: bool,
+) -> RaggedRows:
+    """Rows at the decoder input, at their positions in the unpruned prompt (4.5, 5.5)."""
+    hidden, visual = model.model.language_model.embed_tokens(ids), torch.full((len(ids),), -1)
+    kept = ids != model.config.image_token_id
+    for number, (image, run, first) in enumerate(zip(images, runs, _firsts(images), strict=True)):
+        left = run[image.index]
+        kept[left] = True
+        hidden[left] = image.features.to(hidden.dtype)
+        if number == 0 or not first_image_only:
+            visual[left] = first + image.index
+    return RaggedRows(hidden, positions, torch.arange(len(ids)), visual).take(kept.nonzero()[:, 0])
+
+
+def _visual_index(images: Sequence[ImageTensors]) -> Tensor:
+    """Original visual index, over all images of the prompt, of each token that is left."""
+    return torch.cat([first + image.index for image, first in zip(images, _firsts(images), strict=True)])
+
+
+def _firsts(images: Sequence[ImageTensors]) -> list[int]:
+    """Of each image, how many visual tokens stand before it."""
+    return [sum(image.count for image in images[:number]) for number in range(len(images))]

@@ -1,0 +1,51 @@
+"""A checkpoint as a Model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import jax.numpy as jnp
+from flax import nnx
+
+from convert.checkpoint import load_params
+from convert.families import abstract_params, table_of
+from convert.source import open_source
+from reroute_jax.config import ModelConfig
+from reroute_jax.engine.model import Model
+from reroute_jax.errors import RerouteError, one_of
+from reroute_jax.models import FAMILIES
+from reroute_jax.nn.mrope import COMPATS
+from reroute_jax.nn.params import with_parameters
+from reroute_jax.types import FLOATS
+
+
+def load(
+    path: str | Path, dtype: str | None = None, mrope_compat: str | None = None, vicuna_system: bool = False
+) -> Model:
+    """Load a hub id, a Hugging Face folder (converted on the fly) or a converted folder.
+
+    dtype: "float32", "bfloat16" or "float16"; None keeps the stored one. mrope_compat: "hf-5.4" for the rotary
+    positions that transformers 5.4 gave to Qwen2.5-VL's images, to compare with numbers made with it (`mrope.py`).
+    vicuna_system: open LLaVA's prompts with the system sentence of its own evaluation, which the checkpoint's chat
+    template leaves out.
+    Raises RerouteError for a checkpoint that is absent, damaged, of an unknown architecture, or does not fit its
+    config.json.
+    """
+    if dtype is not None:
+        one_of("dtype", dtype, tuple(FLOATS))
+    source = open_source(path)
+    config = ModelConfig.from_hf(source.config)
+    if mrope_compat is not None:
+        one_of("mrope_compat", mrope_compat, COMPATS)
+        if not config.decoder.rope_sections:
+            raise RerouteError(f"mrope_compat={mrope_compat!r} is for M-RoPE, which {config.family} lacks")
+        config = replace(config, mrope_compat=mrope_compat)
+    if vicuna_system:
+        if config.family != "llava":
+            raise RerouteError(f"vicuna_system is for LLaVA's prompts, which {config.family} does not have")
+        config = replace(config, vicuna_system=True)
+    params = load_params(source, abstract_params(config), table_of(config), dtype)
+    build = FAMILIES[config.family].model
+    empty = nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0), dtype=jnp.float32))
+    return Model(config, with_parameters(empty, params), source.folder)

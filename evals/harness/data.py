@@ -1,0 +1,217 @@
+"""Questions as one `Doc` each, read as they are needed from the embedded scenes or from a table of `columns`.
+
+Preprocessing follows lmms-eval v0.7.1. Grounding: a document per expression, float32 truth, JPEG images re-saved twice.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+from evals.harness.boxes import Box
+from evals.harness.columns import DataRow, Hub, Kind, a_list, is_number, is_text, open_table
+from reroute_jax.errors import RerouteError
+
+SCENES = "scenes"
+REC_COLUMNS = ("question_id", "image", "answer", "bbox")
+REC_KINDS = {
+    "answer": Kind("a list of strings", a_list(is_text)),
+    "bbox": Kind("a list of 4 numbers", a_list(is_number)),
+}
+REFCOCO = Hub("lmms-lab/RefCOCO", None, "val")
+PARITY_JPEG_ROUNDTRIPS = 2
+IMAGE_BACKEND = "pil"  # what decodes and resizes; pixels differ a little between libraries
+
+
+class BadImage(RerouteError):
+    """A row's image that is missing or cannot be decoded."""
+
+
+@dataclass(frozen=True)
+class Doc:
+    """One question. image: RGB, as the model gets it. size: (width, height) in pixels. truth: what the score needs.
+
+    cluster: label shared by questions whose answers depend on each other; empty: the question_id. bad: what is wrong
+    with the image of a question that is not to be asked; then image, size and truth are not there.
+    """
+
+    doc_id: int
+    question_id: str
+    image: Image.Image | None
+    size: tuple[int, int] | None
+    text: str
+    truth: Any
+    cluster: str = ""
+    bad: str = ""
+
+
+@dataclass(frozen=True)
+class DocSource:
+    """A split whose rows can be read from the start any number of times.
+
+    count: questions in it, None where there is no end. name: for messages and settings.
+    """
+
+    name: str
+    rows: Callable[[], Iterator[DataRow]]
+    count: int | None
+
+
+def rec_source(data: str, split: str | None, family: str = "llava", hub: Hub = REFCOCO) -> DocSource:
+    """The split of a data set with RefCOCO's columns: `scenes`, or what `tables.open_table` takes.
+
+    split None: test for the scenes, `hub`'s otherwise. family: of the model, for which the scenes are drawn. Raises
+    RerouteError naming what is missing.
+    """
+    if data == SCENES:
+        return _scenes(split or "test", family)
+    table = open_table(data, split, hub, REC_COLUMNS, REC_KINDS)
+    answers = enumerate(row["answer"] for row in table.rows(("answer",)))
+    count = sum(len(_expressions(answer, f"{table.name}, row {number}")) for number, answer in answers)
+    if count == 0:
+        raise RerouteError(f"{table.name} holds no referring expression, expected at least one in its column answer")
+    return DocSource(table.name, lambda: table.rows(REC_COLUMNS), count)
+
+
+def rec_docs(source: DocSource, start: int, stop: int, jpeg_roundtrips: int, skip_bad: bool = False) -> Iterator[Doc]:
+    """One document per expression, in order, those with start <= doc_id < stop.
+
+    Each truth is (x1, y1, x2, y2) in fractions of the image, rounded to float32 and widened. skip_bad: give documents
+    with `bad` set where an image cannot be decoded, instead of raising BadImage.
+    """
+    doc_id = 0
+    for row in source.rows():
+        question_id = str(row["question_id"])
+        where = f"{source.name}, question_id {question_id}"
+        expressions = _expressions(row["answer"], where)
+        wanted = range(max(start, doc_id), min(stop, doc_id + len(expressions)))
+        if wanted:
+            image, bad = _image_or_reason(row["image"], where, skip_bad)
+            if image is not None:
+                image = _prepare(image, jpeg_roundtrips)
+                with bad_row_named(where):
+                    truth = _truth(row["bbox"], image.size, where)
+        for index in wanted:
+            text = expressions[index - doc_id]
+            if image is None:
+                yield Doc(index, question_id, None, None, text, None, bad=bad)
+            else:
+                yield Doc(index, question_id, image, image.size, text, truth)
+        doc_id += len(expressions)
+        if doc_id >= stop:
+            return
+
+
+def row_docs(
+    source: DocSource,
+    start: int,
+    stop: int,
+    columns: Mapping[str, type],
+    prompt: Callable[[DataRow], str],
+    key: str | None,
+    cluster: Callable[[DataRow], str] | None = None,
+    skip_bad: bool = False,
+) -> Iterator[Doc]:
+    """One document per row, in order, those with start <= doc_id < stop. Its truth is the row without the image.
+
+    columns: what the values have to be. key: column of the question_id, None for the row's number. cluster, skip_bad:
+    as in Doc and rec_docs. Raises RerouteError naming a row that cannot be asked.
+    """
+    for doc_id, row in enumerate(islice(source.rows(), start, stop), start):
+        question_id = str(doc_id if key is None else row[key])
+        where = f"{source.name}, {key or 'row'} {question_id}"
+        for name, kind in columns.items():
+            if not isinstance(row[name], kind):
+                raise RerouteError(f"{where}: {name} is {row[name]!r}, expected {kind.__name__}")
+        truth = {name: value for name, value in row.items() if name != "image"}
+        with bad_row_named(where):
+            text, label = prompt(row), "" if cluster is None else cluster(row)
+        image, bad = _image_or_reason(row["image"], where, skip_bad)
+        if image is None:
+            yield Doc(doc_id, question_id, None, None, text, None, cluster=label, bad=bad)
+        else:
+            image = image.convert("RGB")
+            yield Doc(doc_id, question_id, image, image.size, text, truth, cluster=label)
+
+
+@contextmanager
+def bad_row_named(where: str) -> Iterator[None]:
+    """Turns the errors that a row's contents of a wrong type cause into one RerouteError."""
+    try:
+        yield
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
+        if isinstance(error, RerouteError):
+            raise
+        raise RerouteError(f"{where}: the row has contents of a wrong type ({error})") from error
+
+
+def _expressions(answer: Any, where: str) -> list[str]:
+    """A row's expressions; none where there is no list of them."""
+    expressions = [] if answer is None else answer
+    if not isinstance(expressions, list) or not all(isinstance(one, str) for one in expressions):
+        raise RerouteError(f"{where}: answer is {answer!r}, expected a list of strings")
+    return expressions
+
+
+def _truth(bbox: Iterable[float] | None, size: tuple[int, int], where: str) -> Box:
+    box = [] if bbox is None else [float(np.float32(value)) for value in bbox]
+    if len(box) != 4 or not all(map(math.isfinite, box)):
+        raise RerouteError(f"{where}: bbox is {box}, expected 4 finite numbers x, y, width, height")
+    (x, y, w, h), (width, height) = box, size
+    corners = (x / width, y / height, (x + w) / width, (y + h) / height)
+    return tuple(float(np.float32(value)) for value in corners)
+
+
+def _image_or_reason(stored: Any, where: str, skip_bad: bool) -> tuple[Image.Image | None, str]:
+    try:
+        return _open(stored, where), ""
+    except BadImage as error:
+        if not skip_bad:
+            raise
+        return None, str(error)
+
+
+def _open(stored: Any, where: str) -> Image.Image:
+    """A row's image, decoded as `datasets` decodes it: {"bytes", "path"} as parquet stores it, or a PIL image."""
+    if isinstance(stored, Image.Image):
+        return stored
+    encoded, path = (stored or {}).get("bytes"), (stored or {}).get("path")
+    if encoded is None and path is None:
+        raise BadImage(f"{where}: there is no image, expected encoded bytes or the path of a file")
+    try:
+        image = Image.open(path if encoded is None else io.BytesIO(encoded))
+        image.load()
+    except FileNotFoundError as error:
+        raise BadImage(f"{where}: image file {path} does not exist") from error
+    except (OSError, UnidentifiedImageError, SyntaxError, Image.DecompressionBombError) as error:
+        raise BadImage(f"{where}: the image cannot be decoded ({error}), repair it or give --skip-bad") from error
+    if image.getexif().get(ExifTags.Base.Orientation) is not None:
+        # The turned copy has no format any more, so that `datasets` keeps it losslessly; so does _prepare.
+        return ImageOps.exif_transpose(image)
+    return image
+
+
+def _prepare(image: Image.Image, jpeg_roundtrips: int) -> Image.Image:
+    """RGB, after as many re-saves of a JPEG (Pillow's defaults: quality 75, 4:2:0) as the reference makes."""
+    for _ in range(jpeg_roundtrips if image.format == "JPEG" else 0):
+        buffer = io.BytesIO()
+        image.save(buffer, format="JPEG")
+        image = Image.open(buffer)
+        image.load()
+    return image.convert("RGB")
+
+
+def _scenes(split: str, family: str) -> DocSource:
+    from evals.scenes.data import refcoco_rows
+    from evals.scenes.world import SPLIT_LENGTH
+
+    next(refcoco_rows(split, 1, family=family))  # an unknown split is refused here, before a model is loaded
+    return DocSource(f"{SCENES} [{split}]", lambda: refcoco_rows(split, SPLIT_LENGTH, family=family), None)

@@ -1,0 +1,282 @@
+"""Ask a model every question of a task, one JSON line each, so that a stopped run goes on where it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, Protocol
+
+from PIL import Image
+from tqdm import tqdm
+
+from evals.harness.data import IMAGE_BACKEND, Doc
+from evals.harness.metrics import Derived
+from reroute_jax.config import ModelConfig
+from reroute_jax.engine.pipeline import ahead
+from reroute_jax.errors import RerouteError
+from reroute_jax.routing.plan import Schedule
+
+Record = dict[str, Any]
+
+BAD_IMAGE, INCOMPLETE = "bad image", "incomplete"  # why a question counts for nothing
+SETTINGS_FILE = "settings.json"
+SUMMARY_FILE = "summary.json"
+WINDOW = 4  # batches whose questions are sorted by size
+LOOKAHEAD = WINDOW  # batches made ready while one is answered: a window's images are decoded in one go
+_SAMPLE_BYTES = 1 << 16  # read at either end of a file for its fingerprint
+
+
+class Answerer(Protocol):
+    """What the evaluation needs of a model; `reroute_jax.load` gives one."""
+
+    config: ModelConfig
+    dtype: str
+    image_processor: Any
+
+    def plan(self, method: str, **arguments: Any) -> Schedule: ...
+
+    def prompt_ids(self, text: str, grids: Sequence[tuple[int, int]]) -> Sequence[int]: ...
+
+    def visual_grid(self, image: Image.Image) -> tuple[int, int]: ...
+
+    def model_size(self, image: Image.Image) -> tuple[int, int]: ...
+
+    def prepare(self, pairs: Sequence[tuple[Image.Image, str]], batch_size: int) -> Any: ...
+
+    def answer(self, questions: Any, *, schedule: Schedule, max_new_tokens: int) -> list[str]: ...
+
+
+@dataclass(frozen=True)
+class Task:
+    """A benchmark. All members are pure, so that a run can be repeated and resumed.
+
+    docs: its questions from doc_id `start` on; `total` of them from 0.
+    score: (answer, question) -> fields of the JSON line; "metrics" among them maps a name to a number. What is
+        reported is the mean of such a number over the questions that have it, and what `derived` makes of these means:
+        reported name -> function of the means by name, arrays with one number a resample. A name that starts with "_"
+        exists for `derived` alone.
+    finish: all records of a run in order -> the same with metrics that need several of them filled in. One with
+        "left_out", a reason, and no metrics is counted under that reason.
+    difference_scale: what tables multiply differences by, 100 for metrics that are fractions.
+    """
+
+    name: str
+    docs: Callable[[int], Iterator[Doc]]
+    total: int
+    prompt: Callable[[Doc], str]
+    score: Callable[[str, Doc], Record]
+    max_new_tokens: int
+    derived: Mapping[str, Derived] = field(default_factory=dict)
+    finish: Callable[[Sequence[Record]], list[Record]] = list
+    difference_scale: int = 100
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A batch that can be asked at once. asked: what `Answerer.prepare` made of its `docs`, None where all are bad.
+
+    records: the JSON lines of `docs` as far as they are known before the answers.
+    """
+
+    docs: list[Doc]
+    records: list[Record]
+    asked: Any
+
+
+@dataclass(frozen=True)
+class Run:
+    """One way of running the model over the questions. name: of its file."""
+
+    name: str
+    schedule: Schedule
+
+
+def open_folder(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Make the run folder, or check that the one there was made with the same settings.
+
+    Raises RerouteError naming what differs.
+    """
+    file = folder / SETTINGS_FILE
+    wanted = json.loads(json.dumps(settings))
+    if not file.exists():
+        if any(folder.glob("*.jsonl")):
+            raise RerouteError(f"{folder} holds answers but no {SETTINGS_FILE}: give another --out")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(file, wanted)
+        return
+    try:
+        found = json.loads(file.read_text())
+    except ValueError as error:
+        raise RerouteError(f"{file} is not JSON ({error}): give another --out, or delete {folder}") from error
+    differing = [key for key in sorted(wanted.keys() | found.keys()) if wanted.get(key) != found.get(key)]
+    if differing:
+        what = "; ".join(f"{key}: {found.get(key)!r} there, {wanted.get(key)!r} now" for key in differing)
+        raise RerouteError(f"{folder} was made with other settings ({what}): give another --out, or delete it")
+
+
+def answer(model: Answerer, task: Task, run: Run, folder: Path, batch_size: int) -> list[Record]:
+    """Answer what is still unanswered in `folder`/NAME.jsonl, and return all its records in order.
+
+    Lines are in the order of the questions, and synced after each batch as far as the order allows. After a kill, what
+    is lost are the batches of one window at most. A batch that is not in the file as a whole is answered again as a
+    whole: the batches, and with them the answers, are those of a run that was never stopped.
+    """
+    file = folder / f"{run.name}.jsonl"
+    done, batches = _resume(file, model, task, batch_size)
+    ready = ahead((_ready(model, task, run, batch, batch_size) for batch in batches), LOOKAHEAD)
+    waiting: dict[int, Record] = {}
+    with (
+        open(file, "ab") as lines,
+        tqdm(total=task.total, initial=done, desc=run.name, unit="question", smoothing=0.1) as bar,
+        closing(ready),
+    ):
+        for batch in ready:
+            waiting |= {record["doc_id"]: record for record in _answered(model, task, run, batch)}
+            while done in waiting:
+                lines.write(_line(waiting.pop(done)))
+                done += 1
+            lines.flush()
+            os.fsync(lines.fileno())
+            bar.update(len(batch.docs))
+    records = _read(file)
+    if len(records) != task.total:
+        raise RerouteError(f"{file} has {len(records)} answers for {task.total} questions: delete it and run again")
+    return records
+
+
+def sized_batches(docs: Iterator[Any], batch_size: int, size: Callable[[Any], int]) -> Iterator[list[Any]]:
+    """The questions in batches of like size: sorted, in the order of their numbers where equal, window by window."""
+    while window := list(islice(docs, WINDOW * batch_size)):
+        window.sort(key=size)
+        for start in range(0, len(window), batch_size):
+            yield window[start : start + batch_size]
+
+
+def _resume(file: Path, model: Answerer, task: Task, batch_size: int) -> tuple[int, Iterator[list[Doc]]]:
+    """Cut `file` where batches and lines both end: how many questions it then answers, and the batches to be asked."""
+
+    def size(doc: Doc) -> int:
+        if doc.image is None:
+            return 0
+        rows, cols = model.visual_grid(doc.image)
+        return rows * cols
+
+    found = _whole_lines(file)
+    done, batches = len(found), iter(())
+    if done < task.total:
+        window = WINDOW * batch_size
+        done = done // window * window
+        batches = sized_batches(task.docs(done), batch_size, size)
+        begun = list(islice(batches, WINDOW)) if done < len(found) else []
+        written = _written(begun, done, len(found))
+        done += sum(map(len, begun[:written]))
+        batches = chain(begun[written:], batches)
+    if file.exists():
+        with open(file, "r+b") as lines:
+            lines.truncate(sum(map(len, found[:done])))
+            os.fsync(lines.fileno())
+        _read(file)
+    return done, batches
+
+
+def _written(batches: Sequence[Sequence[Doc]], start: int, stop: int) -> int:
+    """How many of the first batches are together the questions from `start` on to one before `stop` or less."""
+    count, numbers = 0, []
+    for position, batch in enumerate(batches, 1):
+        numbers += [doc.doc_id for doc in batch]
+        if max(numbers) + 1 == start + len(numbers) <= stop:
+            count = position
+    return count
+
+
+def _whole_lines(file: Path) -> list[bytes]:
+    lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
+    return lines if not lines or lines[-1].endswith(b"\n") else lines[:-1]
+
+
+def _ready(model: Answerer, task: Task, run: Run, docs: list[Doc], batch_size: int) -> Ready:
+    records = [_record(model, task, run, doc) for doc in docs]
+    pairs = [(doc.image, record["prompt"]) for doc, record in zip(docs, records, strict=True) if not doc.bad]
+    return Ready(docs, records, model.prepare(pairs, batch_size) if pairs else None)
+
+
+def _record(model: Answerer, task: Task, run: Run, doc: Doc) -> Record:
+    identity = {
+        "task": task.name,
+        "doc_id": doc.doc_id,
+        "question_id": doc.question_id,
+        "cluster": doc.cluster or doc.question_id,
+    }
+    if doc.bad:
+        return identity | {"left_out": BAD_IMAGE, "why": doc.bad, "metrics": {}}
+    prompt, (rows, cols) = task.prompt(doc), model.visual_grid(doc.image)
+    return identity | {
+        "schedule": run.schedule.label,
+        "image_backend": IMAGE_BACKEND,
+        "image_size": list(doc.size),
+        "model_size": list(model.model_size(doc.image)),
+        "visual_grid": [rows, cols],
+        "text_tokens": len(model.prompt_ids(prompt, [(rows, cols)])) - rows * cols,
+        "prompt": prompt,
+    }
+
+
+def _answered(model: Answerer, task: Task, run: Run, batch: Ready) -> list[Record]:
+    """The records of a batch with the answers and what they score."""
+    limits = {"schedule": run.schedule, "max_new_tokens": task.max_new_tokens}
+    texts = iter([] if batch.asked is None else model.answer(batch.asked, **limits))
+    return [
+        record if doc.bad else record | {"text": (text := next(texts)), **task.score(text.strip(), doc)}
+        for doc, record in zip(batch.docs, batch.records, strict=True)
+    ]
+
+
+def _read(file: Path) -> list[Record]:
+    records = []
+    for index, line in enumerate(file.read_text(encoding="utf-8").splitlines()):
+        try:
+            records.append(json.loads(line))
+            right = records[-1]["doc_id"] == index
+        except (ValueError, KeyError, TypeError):
+            right = False
+        if not right:
+            raise RerouteError(f"line {index + 1} of {file} is no answer to question {index}: delete it and run again")
+    return records
+
+
+def _line(record: Record) -> bytes:
+    return json.dumps(record, allow_nan=False).encode() + b"\n"
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Write a JSON file as a whole or not at all."""
+    part = file.with_name(file.name + ".part")
+    with open(part, "w", encoding="utf-8") as out:
+        json.dump(value, out, indent=2, allow_nan=False)
+        out.write("\n")
+        out.flush()
+        os.fsync(out.fileno())
+    os.replace(part, file)
+
+
+def fingerprint(path: Path) -> str:
+    """16 hex digits that change when a file in `path` (a file or folder) is replaced, without reading all of 14 GB.
+
+    Covers names, sizes and both ends of every file; a middle that alone changes goes unseen.
+    """
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    digest = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(path)}:{size}:".encode())
+        with open(file, "rb") as content:
+            digest.update(content.read(_SAMPLE_BYTES))
+            content.seek(max(0, size - _SAMPLE_BYTES))
+            digest.update(content.read(_SAMPLE_BYTES))
+    return digest.hexdigest()[:16]

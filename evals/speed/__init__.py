@@ -1,0 +1,1 @@
+"""What `evals.bench` and `evals.profile` share."""

@@ -1,0 +1,111 @@
+"""The least time a machine could take: its peaks, measured, and what a schedule must compute and move."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from reroute_jax.config import DecoderConfig
+from reroute_jax.engine.compilation import compiled
+from reroute_jax.nn.products import matmul
+from reroute_jax.routing.cost import compute, kv_width, scored_rows, visual_per_layer
+from reroute_jax.routing.plan import Schedule
+
+ROW = 2048  # of the array that is read
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What peaks are measured with: side of the square product, and bytes of the array that is read."""
+
+    side: int
+    nbytes: int
+
+
+CPU = Probe(2048, 2**29)
+# A millisecond of an accelerator that multiplies 1,000 TFLOP/s and reads 4 TB/s: a launch takes tens of microseconds.
+ACCELERATOR = Probe(8192, 2**32)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Peaks: floating-point operations a second of a square matrix product, bytes a second of reading an array."""
+
+    flops: float
+    bandwidth: float
+
+    def seconds(self, macs: float, nbytes: float) -> float:
+        """The larger of the two bounds."""
+        return max(2 * macs / self.flops, nbytes / self.bandwidth)
+
+
+@compiled()
+def _product(a, b):
+    return a @ b
+
+
+@compiled()
+def _read(table, x):
+    """A product with one row, as in a decode step: every element of `table` is read once."""
+    return matmul(x, table)
+
+
+def measure_machine(dtype: str, repetitions: int = 7) -> Machine:
+    """Best of several: a shared machine is never faster than it is."""
+    probe, kind = CPU if jax.default_backend() == "cpu" else ACCELERATOR, jnp.dtype(dtype)
+    square = jnp.ones((probe.side, probe.side), kind)
+    x, table = jnp.ones((1, ROW), kind), jnp.ones((probe.nbytes // (ROW * kind.itemsize), ROW), kind)
+    product = best_seconds(lambda: _product(square, square), repetitions)
+    read = best_seconds(lambda: _read(table, x), repetitions)
+    return Machine(2 * probe.side**3 / product, table.nbytes / read)
+
+
+def best_seconds(call: Callable, repetitions: int) -> float:
+    """Of `repetitions` calls after a first one."""
+    jax.block_until_ready(call())
+    times = []
+    for _ in range(repetitions):
+        start = time.perf_counter()
+        jax.block_until_ready(call())
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def prefill_bound(
+    machine: Machine, schedule: Schedule, config: DecoderConfig, *, visual: int, text: int, batch: int, itemsize: int
+) -> float:
+    """Seconds: of each layer, each scoring pass and the head the larger bound, added up.
+
+    visual: at the decoder input. A layer moves its weights once, its rows in and out, and the keys and values it
+    caches; scoring moves the key and query projections and its rows; the head its weights.
+    """
+    d, kv = config.hidden_size, kv_width(config)
+    weights = layer_weights(config)
+    total = 0.0
+    for present in visual_per_layer(schedule, visual):
+        rows = batch * (present + text)
+        macs = batch * compute(config, [present + text], []).gqa
+        total += machine.seconds(macs, itemsize * (weights + rows * 2 * (d + kv)))
+    for present, queries in scored_rows(schedule, visual):
+        rows = batch * (present + text)
+        macs = batch * compute(config, [], [(present + text, queries)]).scoring
+        total += machine.seconds(macs, itemsize * (d * (d + kv) + rows * (d + kv)))
+    return total + machine.seconds(batch * d * config.vocab_size, itemsize * d * config.vocab_size)
+
+
+def decode_bound(machine: Machine, config: DecoderConfig, *, kv_bytes: float, batch: int, itemsize: int) -> float:
+    """Seconds of one step: all weights, the embedding excepted, and `kv_bytes` of cache for the whole batch."""
+    weights = config.num_layers * layer_weights(config) + config.hidden_size * config.vocab_size
+    cache_macs = kv_bytes / itemsize * config.num_heads / config.num_kv_heads
+    return machine.seconds(batch * weights + cache_macs, itemsize * weights + kv_bytes)
+
+
+def layer_weights(config: DecoderConfig) -> int:
+    """Numbers in the matrices of one decoder layer."""
+    d = config.hidden_size
+    heads = config.num_heads * config.head_dim
+    return 2 * d * heads + 2 * d * kv_width(config) + 3 * d * config.mlp_dim

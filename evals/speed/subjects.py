@@ -1,0 +1,156 @@
+"""What the speed measurements run on: a model, and random inputs of stated sizes for it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from evals.harness.cli import EMBEDDED, load_model, positive
+from evals.speed.checkpoint_shapes import SHAPES, LlavaShape, QwenShape
+from reroute_jax.config import ClipConfig, ModelConfig
+from reroute_jax.engine.model import Inputs, Model
+from reroute_jax.errors import RerouteError
+from reroute_jax.models import FAMILIES
+from reroute_jax.routing import methods
+from reroute_jax.routing.cost import Account, account
+from reroute_jax.routing.plan import Schedule
+from reroute_jax.types import FLOATS, Grid
+
+QWEN_GRID = (24, 24)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model and the sizes of its prompts: one image of `grid` visual tokens and `text` text tokens in each row.
+
+    hf_config: the checkpoint's config.json.
+    """
+
+    name: str
+    model: Model
+    hf_config: dict[str, Any]
+    grid: Grid
+    text: int
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.model.config
+
+    @property
+    def visual(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    def plan(self, method: str, **options) -> Schedule:
+        config = self.model.config
+        return methods.plan(
+            method,
+            num_layers=config.num_layers,
+            visual=self.visual,
+            grid=self.grid,
+            family=config.family,
+            **options,
+        )
+
+    def account(self, schedule: Schedule) -> Account:
+        """Theory of one row, its cache in the model's dtype."""
+        sizes = {"visual": self.visual, "text": self.text, "grid": self.grid}
+        return account(schedule, self.model.config.decoder, **sizes, dtype=self.model.dtype)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A batch of prompts of equal length. ids: `[B, S]`; pixels and thw: one image a row, as the HF processor's."""
+
+    ids: np.ndarray
+    pixels: np.ndarray
+    thw: np.ndarray | None
+
+    def row(self, number: int) -> Sample:
+        """One prompt alone."""
+        parts = np.split(self.pixels, len(self.ids))
+        return Sample(
+            self.ids[number : number + 1],
+            parts[number],
+            None if self.thw is None else self.thw[number : number + 1],
+        )
+
+    def inputs(self, model: Model, schedule: Schedule) -> Inputs:
+        return model.inputs(list(self.ids), self.pixels, self.thw, schedule)
+
+
+def add_subject_arguments(parser: argparse.ArgumentParser) -> None:
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--model", help=f"hub id, folder, or one of {', '.join(EMBEDDED)} (default: {EMBEDDED[0]})")
+    which.add_argument("--random", choices=tuple(SHAPES), help="a model of this shape with random weights")
+    parser.add_argument(
+        "--dtype", choices=tuple(FLOATS), help="default: the checkpoint's, float32 for random and embedded"
+    )
+    parser.add_argument("--text", type=positive, default=64, help="text tokens of a prompt (default: %(default)s)")
+    parser.add_argument(
+        "--grid",
+        type=positive,
+        nargs=2,
+        metavar=("ROWS", "COLS"),
+        help=f"visual tokens of an image, Qwen only (default: {QWEN_GRID[0]} {QWEN_GRID[1]})",
+    )
+
+
+def open_subject(args: argparse.Namespace, shapes_only: bool = False) -> Subject:
+    """The model of the arguments. Raises RerouteError where it cannot be loaded, has another grid, or must have weights
+    although only its shapes are asked for."""
+    if args.random:
+        model, hf_config = random_model(SHAPES[args.random], args.dtype or "float32", shapes_only=shapes_only)
+    elif shapes_only:
+        raise RerouteError("only a --random model can do without its weights, name one")
+    else:
+        model = load_model(args.model or EMBEDDED[0], args.dtype)
+        hf_config = json.loads((model.folder / "config.json").read_text())
+    vision = model.config.vision
+    own = vision.grid if isinstance(vision, ClipConfig) else None
+    if own is not None and args.grid is not None and tuple(args.grid) != own:
+        raise RerouteError(f"every image of this model has {own[0]} x {own[1]} visual tokens, leave out --grid")
+    grid = own or tuple(args.grid or QWEN_GRID)
+    return Subject(args.random or args.model or EMBEDDED[0], model, hf_config, grid, args.text)
+
+
+def random_model(
+    shape: LlavaShape | QwenShape, dtype: str, seed: int = 0, shapes_only: bool = False
+) -> tuple[Model, dict[str, Any]]:
+    """A model of this shape with random weights, and its config.json; it has no folder, so no tokenizer.
+
+    shapes_only: shapes stand in for the weights; it compiles and does not run.
+    """
+    hf_config = shape.config(dtype)
+    config = ModelConfig.from_hf(hf_config)
+
+    def build() -> nnx.Module:
+        return FAMILIES[config.family].model(config, rngs=nnx.Rngs(seed), dtype=jnp.dtype(dtype))
+
+    return Model(config, nnx.eval_shape(build) if shapes_only else build(), Path()), hf_config
+
+
+def sample(subject: Subject, batch: int, seed: int = 0) -> Sample:
+    """Random prompts, the image behind the first of their text tokens; no token is a special one but the image's."""
+    config, rng = subject.model.config, np.random.default_rng(seed)
+    special = (config.image_token, config.video_token, config.bos_token, config.pad_token, *config.eos_tokens)
+    text = np.setdiff1d(np.arange(config.decoder.vocab_size), [token for token in special if token is not None])
+    ids = rng.choice(text, (batch, subject.text + subject.visual))
+    ids[:, 1 : 1 + subject.visual] = config.image_token
+    pixels, thw = _images(config.vision, subject.grid, batch, rng)
+    return Sample(ids, pixels, thw)
+
+
+def _images(vision, grid: Sequence[int], count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray | None]:
+    if isinstance(vision, ClipConfig):
+        return rng.standard_normal((count, 3, vision.image_size, vision.image_size), np.float32), None
+    rows, cols = (side * vision.merge for side in grid)
+    patches = rng.standard_normal((count * rows * cols, vision.patch_values), np.float32)
+    return patches, np.tile([1, rows, cols], (count, 1))

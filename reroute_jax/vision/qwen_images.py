@@ -1,0 +1,95 @@
+"""Images as Qwen2.5-VL gets them: the two resizes of the reference (qwen_vl_utils, then the image processor)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float, Int
+from PIL import Image
+
+from reroute_jax.errors import RerouteError
+from reroute_jax.types import Size
+
+# Fewest and most pixels that the reference gives the image processor of the released checkpoints (lmms-eval's lower
+# bound, and the upper one of its command line); the checkpoints' own are 3136 and 12845056.
+HARNESS_PIXELS = (200704, 451584)
+LARGEST_RATIO = 200
+_FIRST_TOKENS = (4, 16384)  # limits of the first resize, in visual tokens
+
+
+def smart_resize(size: Size, factor: int, fewest: int, most: int, name: str = "an image") -> Size:
+    """(width, height) in whole multiples of `factor` with `fewest` to `most` pixels, near the form of `size`.
+
+    Each side goes to the nearest multiple (ties to the even one). If that is too large or too small, both sides are
+    scaled from their given, unrounded values and cut down or up to multiples. Raises RerouteError for a side under
+    `factor` or sides of a ratio over LARGEST_RATIO, with the image's `name`.
+    """
+    width, height = size
+    if min(size) < factor:
+        raise RerouteError(f"{name} has {width} x {height} pixels: expected at least {factor} on each side")
+    if max(size) > LARGEST_RATIO * min(size):
+        raise RerouteError(f"{name} has {width} x {height} pixels: expected sides of a ratio up to {LARGEST_RATIO}")
+    pixels = math.prod(round(side / factor) * factor for side in size)
+    if fewest <= pixels <= most:
+        return tuple(round(side / factor) * factor for side in size)
+    if pixels > most:
+        shrink = math.sqrt(width * height / most)
+        return tuple(max(factor, math.floor(side / shrink / factor) * factor) for side in size)
+    grow = math.sqrt(fewest / (width * height))
+    return tuple(math.ceil(side * grow / factor) * factor for side in size)
+
+
+def first_size(size: Size, factor: int, name: str = "an image") -> Size:
+    """(width, height) after the first resize, whose limits are 4 and 16384 visual tokens of `factor` pixels a side."""
+    fewest, most = (tokens * factor**2 for tokens in _FIRST_TOKENS)
+    return smart_resize(size, factor, fewest, most, name)
+
+
+def final_size(size: Size, processor, name: str = "an image") -> Size:
+    """(width, height) in pixels that the model sees of an image of `size`, after both resizes.
+
+    processor: the checkpoint's image processor. Raises RerouteError for sizes that are not taken, with `name`.
+    """
+    factor = processor.patch_size * processor.merge_size
+    limits = processor.size["shortest_edge"], processor.size["longest_edge"]
+    return smart_resize(first_size(size, factor, name), factor, *limits, name)
+
+
+def visual_grid(size: Size, processor, name: str = "an image") -> tuple[int, int]:
+    """(rows, cols) of visual tokens, after the merge, of an image of `size` (width, height); raises as `final_size`."""
+    factor = processor.patch_size * processor.merge_size
+    width, height = final_size(size, processor, name)
+    return height // factor, width // factor
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """RGB; transparent parts become white where the image is RGBA, as in the reference."""
+    if image.mode != "RGBA":
+        return image.convert("RGB")
+    white = Image.new("RGB", image.size, "white")
+    white.paste(image, mask=image.getchannel("A"))
+    return white
+
+
+def resize_like_reference(image: Image.Image, factor: int) -> Image.Image:
+    """The RGB image after the first resize (bicubic), which the image processor then gets."""
+    return as_rgb(image).resize(first_size(image.size, factor), Image.Resampling.BICUBIC)
+
+
+def preprocess(
+    images: Sequence[Image.Image], processor
+) -> tuple[Float[np.ndarray, "patches values"], Int[np.ndarray, "images 3"]]:
+    """Pixels of at least one image as the checkpoint's PIL image processor gives them after the first resize.
+
+    pixel_values: fp32, normalised, the patches of all images one behind the other, each image's by blocks of merge x
+    merge patches; a patch's values are by channel, frame (one image, repeated), y and x. image_grid_thw: (1, rows,
+    columns) of each image in patches. Raises RerouteError for an image of a size that is not taken, naming it.
+    """
+    factor = processor.patch_size * processor.merge_size
+    for number, image in enumerate(images, 1):
+        final_size(image.size, processor, f"image {getattr(image, 'filename', '') or number}")
+    first = [resize_like_reference(image, factor) for image in images]
+    found = processor(images=first, return_tensors="np")
+    return found["pixel_values"], found["image_grid_thw"]

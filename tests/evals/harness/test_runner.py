@@ -1,0 +1,209 @@
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import pytest
+
+from evals.harness.data import rec_source
+from evals.harness.runner import WINDOW, Run, Task, answer, fingerprint, open_folder
+from evals.refcoco import make_task
+from reroute_jax.errors import RerouteError
+from tests.evals import slow_run
+from tests.evals.stub import StubModel
+
+BATCH = 4
+TOTAL = 10
+
+
+@pytest.fixture
+def task() -> Task:
+    return make_task(rec_source("scenes", None), TOTAL, "full", "normalized", 2, 16)
+
+
+def full() -> Run:
+    return Run("full", StubModel().plan("none"))
+
+
+def test_one_json_line_per_question(task: Task, tmp_path: Path) -> None:
+    model = StubModel()
+    records = answer(model, task, full(), tmp_path, BATCH)
+    lines = (tmp_path / "full.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == records
+    assert [record["doc_id"] for record in records] == list(range(TOTAL))
+    assert model.batches == [4, 4, 2]
+    assert model.max_new_tokens == {16}
+    doc = next(task.docs(0))
+    first = records[0]
+    assert (first["task"], first["question_id"], first["prompt"]) == ("refcoco", doc.question_id, task.prompt(doc))
+    assert first["text"] == model._answer(doc.image, first["prompt"], "none")  # raw, not stripped
+    assert first["image_size"] == list(doc.size)
+    assert first["visual_grid"] == [8, 8]
+    assert first["text_tokens"] == 4 + len(first["prompt"].split())
+    assert tuple(first["truth"]) == doc.truth
+    assert set(first) >= {"parsed", "box", "metrics"}
+
+
+@pytest.mark.parametrize("part", [i / 13 for i in range(14)])
+def test_a_run_cut_anywhere_resumes_to_the_same_bytes(task: Task, tmp_path: Path, part: float) -> None:
+    """`part` of the bytes survives, as after a kill in mid-write; whole batches are not asked again."""
+    answer(StubModel(), task, full(), tmp_path, BATCH)
+    file = tmp_path / "full.jsonl"
+    whole = file.read_bytes()
+    keep = int(part * len(whole))
+    file.write_bytes(whole[:keep])
+    model = StubModel()
+    answer(model, task, full(), tmp_path, BATCH)
+    assert file.read_bytes() == whole
+    lines = whole[:keep].count(b"\n")
+    kept = lines if lines == TOTAL else lines // BATCH * BATCH
+    assert sum(model.batches) == TOTAL - kept
+
+
+def test_a_finished_run_asks_nothing(task: Task, tmp_path: Path) -> None:
+    answer(StubModel(), task, full(), tmp_path, BATCH)
+    model = StubModel()
+    records = answer(model, task, full(), tmp_path, BATCH)
+    assert model.batches == []
+    assert len(records) == TOTAL
+
+
+def test_ctrl_c_keeps_the_batches_answered(task: Task, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        answer(StubModel(interrupt_after=2), task, full(), tmp_path, BATCH)
+    assert (tmp_path / "full.jsonl").read_bytes().count(b"\n") == 2 * BATCH
+
+
+def test_a_damaged_line_is_refused_by_number(task: Task, tmp_path: Path) -> None:
+    answer(StubModel(), task, full(), tmp_path, BATCH)
+    file = tmp_path / "full.jsonl"
+    lines = file.read_bytes().splitlines(keepends=True)
+    for damaged in (b"{oops\n", b"[]\n", b"{}\n", lines[4]):
+        file.write_bytes(b"".join([*lines[:2], damaged, *lines[3:]]))
+        with pytest.raises(RerouteError, match=r"line 3 of .*full\.jsonl is no answer to question 2: delete it"):
+            answer(StubModel(), task, full(), tmp_path, BATCH)
+
+
+def test_more_answers_than_questions_are_refused(task: Task, tmp_path: Path) -> None:
+    answer(StubModel(), task, full(), tmp_path, BATCH)
+    with pytest.raises(RerouteError, match="has 10 answers for 6 questions"):
+        answer(StubModel(), replace(task, total=6, docs=lambda start: iter(())), full(), tmp_path, BATCH)
+
+
+def test_a_folder_takes_the_same_settings_only(tmp_path: Path) -> None:
+    settings = {"budget": 64, "runs": {"full": {"stages": [0, 1]}}}
+    folder = tmp_path / "a" / "b"
+    open_folder(folder, settings)
+    open_folder(folder, {"runs": {"full": {"stages": (0, 1)}}, "budget": 64})
+    with pytest.raises(RerouteError, match=r"other settings \(budget: 64 there, 128 now\): give another --out"):
+        open_folder(folder, settings | {"budget": 128})
+    with pytest.raises(RerouteError, match=r"extra: None there, 1 now"):
+        open_folder(folder, settings | {"extra": 1})
+
+
+def test_a_folder_that_is_not_a_run_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "full.jsonl").write_text("{}\n")
+    with pytest.raises(RerouteError, match=r"holds answers but no settings\.json"):
+        open_folder(tmp_path, {})
+    (tmp_path / "settings.json").write_text("{")
+    with pytest.raises(RerouteError, match=r"settings\.json is not JSON"):
+        open_folder(tmp_path, {})
+
+
+def test_fingerprint_sees_names_sizes_and_both_ends(tmp_path: Path) -> None:
+    content = bytearray(300_000)
+
+    def write(name: str = "a.safetensors") -> str:
+        for old in tmp_path.iterdir():
+            old.unlink()
+        (tmp_path / name).write_bytes(content)
+        return fingerprint(tmp_path)
+
+    seen = [write(), write("b.safetensors")]
+    assert write() == seen[0]
+    for position in (0, 299_999):
+        content[position] = 1
+        seen.append(write())
+    content.append(0)
+    seen.append(write())
+    assert len(set(seen)) == 5
+    assert fingerprint(tmp_path / "a.safetensors")
+
+
+def worker_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("ahead")]
+
+
+def test_ctrl_c_and_errors_leave_no_thread_behind(task: Task, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        answer(StubModel(interrupt_after=1), task, full(), tmp_path, BATCH)
+    assert worker_threads() == []
+
+    def docs(start: int):
+        yield from islice(task.docs(start), 9 - start)
+        raise RerouteError("question 9 is broken")
+
+    with pytest.raises(RerouteError, match="question 9 is broken"):
+        answer(StubModel(), replace(task, docs=docs), full(), tmp_path, 2)
+    assert worker_threads() == []
+    assert (tmp_path / "full.jsonl").read_bytes().count(b"\n") == 8  # the window before
+
+
+def test_questions_are_made_ready_in_another_thread(task: Task, tmp_path: Path) -> None:
+    class Threads(StubModel):
+        def prepare(self, pairs, batch_size):
+            self.thread = threading.current_thread().name
+            return super().prepare(pairs, batch_size)
+
+    model = Threads()
+    answer(model, task, full(), tmp_path, BATCH)
+    assert model.thread.startswith("ahead")
+
+
+def test_batches_hold_images_of_like_size_and_lines_keep_the_order(tmp_path: Path) -> None:
+    model = slow_run.MixedModel()
+    records = slow_run.run(model, tmp_path)
+    assert [record["doc_id"] for record in records] == list(range(slow_run.TOTAL))
+    assert len({size for batch in model.sizes for size in batch}) == 4
+    windows = [model.sizes[start : start + WINDOW] for start in range(0, len(model.sizes), WINDOW)]
+    assert [len(window) for window in windows] == [4, 4, 4, 3]
+    for window in windows:
+        sizes = [size for batch in window for size in batch]
+        assert sizes == sorted(sizes)
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    folder = tmp_path_factory.mktemp("mixed")
+    slow_run.run(slow_run.MixedModel(), folder)
+    return (folder / "full.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("part", [i / 13 for i in range(14)])
+def test_sorted_batches_cut_anywhere_resume_to_the_same_bytes(mixed: bytes, tmp_path: Path, part: float) -> None:
+    """The answers of this model depend on their batch, so that the batches have to be the same ones."""
+    keep = int(part * len(mixed))
+    (tmp_path / "full.jsonl").write_bytes(mixed[:keep])
+    model = slow_run.MixedModel()
+    slow_run.run(model, tmp_path)
+    assert (tmp_path / "full.jsonl").read_bytes() == mixed
+    assert sum(model.batches) <= slow_run.TOTAL - mixed[:keep].count(b"\n") + WINDOW * slow_run.BATCH
+
+
+def test_killed_run_resumes_to_the_same_bytes(mixed: bytes, tmp_path: Path) -> None:
+    """kill -9 from outside, in the middle of the second window or behind it."""
+    file, least = tmp_path / "full.jsonl", 15
+    command = [sys.executable, "-m", "tests.evals.slow_run", str(tmp_path)]
+    process = subprocess.Popen(command, cwd=Path(__file__).parents[3])
+    while process.poll() is None and (not file.exists() or file.read_bytes().count(b"\n") < least):
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert least <= file.read_bytes().count(b"\n") < slow_run.TOTAL
+    slow_run.run(slow_run.MixedModel(), tmp_path)
+    assert file.read_bytes() == mixed

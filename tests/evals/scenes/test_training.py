@@ -1,0 +1,292 @@
+"""What the embedded models are trained on is what they are asked later."""
+
+import json
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from PIL import Image
+from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from evals.harness import prompts
+from evals.harness.boxes import parse_box
+from evals.scenes import spec, train
+from evals.scenes.data import TRAINING_QUESTIONS, training_scene
+from evals.scenes.questions import REFERRING
+from evals.scenes.spec import IMAGE_SLOTS, model_config
+from evals.scenes.tokenizer import build_tokenizer, vocabulary
+from evals.scenes.train import phases, random_bypass
+from evals.scenes.training import losses
+from evals.scenes.training.export import export
+from evals.scenes.training.losses import shared_prefix_layer, targets
+from evals.scenes.training.packing import (
+    MAX_THINGS,
+    SLOTS,
+    _subjects,
+    answer_text,
+    corners,
+    image_prefix,
+    pack,
+    prompt_ids,
+)
+from evals.scenes.training.warm import with_words
+from evals.scenes.world import TOKEN, scene_seed
+from reroute_jax.models import llava, qwen2_5_vl
+from reroute_jax.nn.layers import DecoderLayer
+from reroute_jax.nn.mrope import mrope_positions
+from reroute_jax.nn.params import named_parameters
+from reroute_jax.nn.positions import rope_tables
+
+FAMILIES = ("llava", "qwen2_5_vl")
+CHAT = {"llava": llava.chat_prompt, "qwen2_5_vl": qwen2_5_vl.chat_prompt}
+STYLE = {"llava": "full", "qwen2_5_vl": "nuwa"}
+
+
+class Full:
+    """A generator that always asks with the whole referring prompt."""
+
+    def random(self) -> float:
+        return 1.0
+
+
+def grid_of(scene) -> tuple[int, int]:
+    return scene.height // TOKEN, scene.width // TOKEN
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompts_are_the_tokenizers(family):
+    """Packed ids of prefix and question, less padding, equal the tokenizer's ids of the evaluation prompt."""
+    tokenizer, vocab, config = build_tokenizer(family), vocabulary(family), model_config(family)
+    for index in range(20):
+        _, scene, asked = training_scene(scene_seed("train", index), family=family)
+        rows, cols = grid_of(scene)
+        prefix = image_prefix(family, (rows, cols))
+        for question in asked:
+            referring = question.kind in REFERRING
+            text = prompts.rec(question.text, STYLE[family]) if referring else prompts.single_word(question.text)
+            ids = llava.expand_image_tokens(
+                tokenizer(CHAT[family](text, 1))["input_ids"], config.image_token, [rows * cols]
+            )
+            assert list(ids) == [*prefix.ids[prefix.runs], *prompt_ids(question, Full(), family)]
+            assert vocab["<unk>"] not in ids
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_survive_the_tokenizer(family):
+    tokenizer = build_tokenizer(family)
+    for index in range(20):
+        _, scene, asked = training_scene(scene_seed("train", index), family=family)
+        for question in asked:
+            text = answer_text(scene, question, family)
+            assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
+
+
+def test_answers_of_the_qwen_family_are_json_in_pixels():
+    for index in range(50):
+        _, scene, asked = training_scene(scene_seed("train", index), {"attribute": 3, "place": 3}, "qwen2_5_vl")
+        for question in asked:
+            text = answer_text(scene, question, "qwen2_5_vl")
+            x, y, width, height = scene.things[question.target].box
+            assert json.loads(text) == [{"bbox_2d": [x, y, x + width, y + height]}]
+            assert parse_box(text) == (x, y, x + width, y + height)
+            assert len(text.split()) == 4  # tokens
+
+
+def test_chat_template_of_the_qwen_family():
+    content = [{"type": "image"}, {"type": "text", "text": "Locate it."}]
+    render = build_tokenizer("qwen2_5_vl").apply_chat_template
+    user = {"role": "user", "content": content}
+    assert render([user], add_generation_prompt=True, tokenize=False) == qwen2_5_vl.chat_prompt("Locate it.", 1)
+    told = render([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hm?"}], tokenize=False)
+    assert told == "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHm?<|im_end|>\n"
+
+
+def test_patches_are_the_image_processors():
+    """Training packs its own patches; they are what the exported processor makes of the stored image."""
+    config = model_config("qwen2_5_vl")
+    processor = Qwen2VLImageProcessorPil(
+        min_pixels=48 * TOKEN**2, max_pixels=80 * TOKEN**2, patch_size=7, merge_size=2, temporal_patch_size=2
+    )
+    packed = pack("train", 0, 6, TRAINING_QUESTIONS, "qwen2_5_vl")
+    assert packed.images.patches.shape == (6, 320, config.vision.patch_values)
+    for index in range(6):
+        image, scene, _ = training_scene(scene_seed("train", index), family="qwen2_5_vl")
+        found = processor(images=Image.fromarray(image), return_tensors="np")
+        rows, cols = grid_of(scene)
+        np.testing.assert_array_equal(found["image_grid_thw"], [[1, 2 * rows, 2 * cols]])
+        assert packed.images.count[index] == 4 * rows * cols
+        np.testing.assert_allclose(packed.images.patches[index, : 4 * rows * cols], found["pixel_values"], atol=1e-5)
+
+
+def test_positions_of_the_prefix_are_the_models():
+    config = model_config("qwen2_5_vl")
+    for grid in ((8, 8), (6, 12), (11, 7)):
+        prefix = image_prefix("qwen2_5_vl", grid)
+        positions, start = mrope_positions(prefix.ids[prefix.runs], config.image_token, [grid])
+        np.testing.assert_array_equal(prefix.position[:, prefix.runs], positions)
+        assert prefix.start == start and (~prefix.runs).sum() == 80 - grid[0] * grid[1]
+    flat = image_prefix("llava", (8, 8))
+    assert flat.start == 66 and flat.runs.all()
+    np.testing.assert_array_equal(flat.position, np.arange(66)[None])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dense_targets_name_the_object_under_a_token(family):
+    packed, first = pack("train", 0, 12, TRAINING_QUESTIONS, family), targets(family).first_image
+    for index in range(12):
+        _, scene, _ = training_scene(scene_seed("train", index), family=family)
+        rows, cols = grid_of(scene)
+        shown = packed.patch_thing[index]
+        assert (shown[rows * cols :] == -1).all() and (shown >= 0).any()
+        assert packed.prefix.runs[index, first : first + IMAGE_SLOTS[family]].sum() == rows * cols
+        for token, thing in enumerate(shown[: rows * cols]):
+            x, y = (token % cols + 0.5) * TOKEN, (token // cols + 0.5) * TOKEN
+            under = [i for i, one in enumerate(scene.things) if max(abs(x - one.cx), abs(y - one.cy)) < one.r]
+            assert under == ([thing] if thing >= 0 else [])
+        for thing in range(len(scene.things)):
+            np.testing.assert_allclose(packed.boxes[index, thing], corners(scene, thing, family), rtol=1e-6)
+
+
+def test_subjects_of_questions():
+    for index in range(200):
+        _, scene, asked = training_scene(scene_seed("train", index), {**TRAINING_QUESTIONS, "yesno": 8})
+        for question in asked:
+            about = _subjects(scene, question)
+            if question.kind == "count":
+                assert len(about) == int(question.answer)
+            elif question.text.startswith("Is there"):
+                assert bool(about) == (question.answer == "yes")
+
+
+@pytest.mark.parametrize("family, bypassed", [("llava", False), ("llava", True), ("qwen2_5_vl", True)])
+def test_shared_prefix_equals_the_plain_layer(family, bypassed):
+    """A question behind the shared prefix comes out as it does in one sequence of its own."""
+    config, slots = model_config(family).decoder, SLOTS[family]
+    layer = DecoderLayer(config, rngs=nnx.Rngs(0), dtype=jnp.float32)
+    image = image_prefix(family, (8, 8))
+    length = len(image.ids)
+    keys = jax.random.split(jax.random.key(1), 3)
+    prefix, x = jax.random.normal(keys[0], (2, length, 128)), jax.random.normal(keys[1], (2, 3 * slots, 128))
+    runs = jnp.tile(image.runs, (2, 1))
+    if bypassed:
+        runs = runs.at[:, 2:66].set(jax.random.uniform(keys[2], (2, 64)) < 0.5)
+    channels = len(image.position)
+    after = np.broadcast_to(image.start + np.arange(slots), (channels, slots))
+    positions = np.concatenate([image.position, after], axis=1)[:, None].repeat(2, axis=1)
+
+    def tables(places):
+        return rope_tables(places if channels > 1 else places[0], config)
+
+    rope = tables(positions)
+    ropes = tables(positions[:, :, :length]), tables(np.tile(positions[:, :, length:], (1, 1, 3)))
+    passed, found = shared_prefix_layer(layer, prefix, x, ropes, runs, 3)
+    seen = jnp.concatenate([runs, jnp.ones((2, slots), bool)], axis=1)
+    mask = jnp.tril(jnp.ones((length + slots,) * 2, bool)) & seen[:, None]
+    for question in range(3):
+        own = slice(question * slots, (question + 1) * slots)
+        expected, _, _ = layer.prefill(jnp.concatenate([prefix, x[:, own]], axis=1), rope, mask)
+        np.testing.assert_allclose(found[:, own], expected[:, length:], atol=2e-5)
+        np.testing.assert_allclose(passed, jnp.where(runs[..., None], expected[:, :length], prefix), atol=2e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_batches_depend_on_their_number_alone(family):
+    a, b = (pack("train", start, count, TRAINING_QUESTIONS, family) for start, count in ((40, 3), (41, 1)))
+    for whole, one in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(whole[1], one[0])
+    assert (a.subjects.any(axis=-1) == (a.weight.sum(axis=-1) > 0)).all()
+    assert a.subjects.shape[-1] == MAX_THINGS + 1
+
+
+def test_phases_tile_the_steps():
+    vision, joint, plain, bypass = phases("llava", 10, 30)
+    assert (joint.start, joint.stop, plain.start, plain.stop) == (0, 20, 20, 30)
+    assert (bypass.start, bypass.stop, bypass.after) == (plain.start, plain.stop, "joint")
+    assert vision.after is None and plain.branches and not joint.branches
+    assert [phase.checkpoint for phase in phases("llava", 10, 30)][2:] == ["scenes-llava", "scenes-llava-bypass"]
+    first, second = phases("qwen2_5_vl", 10, 30)
+    assert (first.stop, second.start, second.stop, second.after) == (10, 0, 30, "vision")
+
+
+def test_random_bypass_spares_the_first_layer_and_some_rows():
+    drawn = np.stack([random_bypass(step, 12, 8, 64) for step in range(50)])
+    assert not drawn[:, 0].any()
+    touched = drawn.any(axis=(1, 3)).mean()
+    assert 0.55 < touched < 0.75
+    assert 0.35 < drawn[:, 1:].mean() / touched < 0.6
+
+
+def test_training_starts_from_known_words():
+    """Words and nearest coordinates get their rows; nothing else changes."""
+    old = named_parameters(llava.Llava(model_config("llava"), rngs=nnx.Rngs(1), dtype=jnp.float32))
+    fresh = {
+        f"model.{name}": value
+        for name, value in named_parameters(
+            qwen2_5_vl.QwenVL(model_config("qwen2_5_vl"), rngs=nnx.Rngs(2), dtype=jnp.float32)
+        ).items()
+    }
+    warm = with_words(old, fresh)
+    table, head = "decoder.embed.table", "decoder.head.kernel"
+    assert {name for name in fresh if (warm[name] != fresh[name]).any()} == {f"model.{table}", f"model.{head}"}
+    words, theirs = vocabulary("qwen2_5_vl"), vocabulary("llava")
+    pairs = {"red": "red", "<|im_end|>": "</s>", "84,": "0.50,", "168]}]": "1.00]", '[{"bbox_2d":[0,': "[0.00,"}
+    for token, other in pairs.items():
+        np.testing.assert_array_equal(warm[f"model.{table}"][words[token]], old[table][theirs[other]])
+        np.testing.assert_array_equal(warm[f"model.{head}"][words[token]], old[head][theirs[other]])
+    np.testing.assert_array_equal(warm[f"model.{table}"][words["Locate"]], fresh[f"model.{table}"][words["Locate"]])
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """Training of a tower and a decoder of two layers on batches that are packed in the same process."""
+    config = spec.hf_config("qwen2_5_vl")
+    config["text_config"]["num_hidden_layers"] = config["vision_config"]["depth"] = 2
+    config["vision_config"]["fullatt_block_indexes"] = [1]
+    monkeypatch.setitem(spec._HF_CONFIGS, "qwen2_5_vl", lambda: config)
+    for name, layers in (("POINTER_LAYERS", (0, 1)), ("PLACE_LAYER", 0), ("CORNER_LAYER", 1)):
+        monkeypatch.setattr(losses, name, layers)
+    monkeypatch.setattr(train, "VALIDATION_SCENES", 2)
+
+    def batches(phase, first):
+        for step in range(first, phase.stop):
+            yield step, pack("train", step * 2, 2, train.mix(phase, step), phase.family)
+
+    monkeypatch.setattr(train, "batches", batches)
+
+
+def test_two_steps_of_each_phase(short, tmp_path):
+    """Vision moves no layer of the decoder, the joint phase no block of the tower; the end can be exported and read."""
+    first, second = (replace(phase, stop=2, rows=2) for phase in phases("qwen2_5_vl", 200, 200))
+    fresh = named_parameters(train.Trainee("qwen2_5_vl", rngs=nnx.Rngs(train.SEED)))
+    seen = train.run_phase(first, tmp_path)
+    learnt = train.run_phase(second, tmp_path)
+
+    def moved(before, after, part: str) -> list[bool]:
+        return [bool((before[name] != after[name]).any()) for name in before if name.startswith(part)]
+
+    assert all(moved(fresh, seen, "model.vision.layers.")) and not any(moved(fresh, seen, "model.decoder.layers."))
+    assert not any(moved(seen, learnt, "model.vision.layers.")) and all(moved(seen, learnt, "model.decoder.layers."))
+    assert all(moved(seen, learnt, "model.vision.merger.fc2."))
+    again = train.run_phase(second, tmp_path)  # nothing is left to do
+    assert all(not moved(learnt, again, name)[0] for name in learnt)
+    curve = [json.loads(line) for line in (tmp_path / "curve.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in curve] == [2, 2] and np.isfinite([line["dense"] for line in curve]).all()
+    assert {"ACC@0.5", "yesno", "colour", "count"} <= set(curve[1])
+    export(
+        {name.removeprefix("model."): value for name, value in learnt.items() if "model." in name},
+        tmp_path / "out",
+        "qwen2_5_vl",
+    )
+    model, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        tmp_path / "out", output_loading_info=True, dtype=torch.float16
+    )
+    assert not any(info.values()), info
+    bias = model.model.language_model.layers[1].self_attn.k_proj.bias
+    np.testing.assert_array_equal(
+        bias.detach().numpy(), np.asarray(learnt["model.decoder.layers.1.attn.k.bias"], np.float16).reshape(-1)
+    )
