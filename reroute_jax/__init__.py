@@ -17,7 +17,7 @@ __all__ = ["RerouteError", "Schedule", "load"]
 def load(
     path: str | Path, dtype: str | None = None, mrope_compat: str | None = None, vicuna_system: bool = False
 ) -> Model:
-    """Load a hub id, a Hugging Face folder (converted on the fly) or a converted folder; see `loading.load`."""
+    """Load a hub id, a Hugging Face folder (converted on the fly) or a converted folder; see `convert.loading.load`."""
     # Imported here: `convert` needs this package's configuration, and loading needs `convert`.
     from convert.loading import load as load_model
 

@@ -1,7 +1,7 @@
 """`python -m convert.crosscheck SRC`: the same inputs through PyTorch and through JAX, compared number by number.
 
 Without --method or --preset the checkpoint runs on all tokens and PyTorch's side is transformers itself. With one, the
-routed run is compared too, with an eager PyTorch implementation of the method's rules (`torch_reference.py`).
+routed run is compared too, with an eager PyTorch implementation of the method's rules (`reference.py`).
 """
 
 from __future__ import annotations
