@@ -25,6 +25,7 @@ from reroute_jax.engine.compilation import compiled
 from reroute_jax.engine.generation import Sampling
 from reroute_jax.engine.images import open_image
 from reroute_jax.engine.pipeline import ahead, full_groups
+from reroute_jax.engine.trace import Trace
 from reroute_jax.errors import RerouteError
 from reroute_jax.models import FAMILIES
 from reroute_jax.models.family import Family
@@ -56,20 +57,6 @@ def prefill(decoder, prompt, features, anchors, plan, max_new) -> Prefilled:
 def decode(decoder, logits, cache, seen, key, sampling, max_new):
     log.info("compiling decode for logits %s, %d new tokens", logits.shape, max_new)
     return generation.decode(decoder, logits, cache, seen, key, sampling, max_new)
-
-
-@dataclass(frozen=True)
-class Trace:
-    """What was selected. Indices count a row's original visual tokens (before any merge), ascending, -1 padded.
-
-    selected: per decision `[B, k]`. scores: per decision fp32 `[B, n]`, -inf where a token was not a candidate.
-    anchors: `[B, N1]`, tokens kept by Nuwa's stage 1, or None. kv_tokens: `[B, L]`, keys cached per layer.
-    """
-
-    selected: tuple[np.ndarray, ...]
-    scores: tuple[np.ndarray, ...]
-    anchors: np.ndarray | None
-    kv_tokens: np.ndarray
 
 
 @dataclass(frozen=True)
