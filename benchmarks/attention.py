@@ -33,7 +33,7 @@ from evals.harness.cli import Parser, exit_code, positive
 from evals.harness.runner import write_json
 from reroute_jax.engine.compilation import compiled
 from reroute_jax.errors import RerouteError
-from reroute_jax.nn.layers import attention, causal_attention
+from reroute_jax.nn.attention import attention, causal_attention
 from reroute_jax.routing.methods import TIERS, plan
 from reroute_jax.types import FLOATS, Grid
 

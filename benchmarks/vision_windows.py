@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 
 from reroute_jax.config import QwenVisionConfig
-from reroute_jax.nn.layers import attention
+from reroute_jax.nn.attention import attention
 from reroute_jax.vision.qwen2_5 import VisionLayer, image_attention, rotary, window_attention
 from reroute_jax.vision.qwen_windows import QwenPixels, pack
 

@@ -11,7 +11,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from reroute_jax.config import ClipConfig
-from reroute_jax.nn.layers import HeadProjection, Linear, OutputProjection, attention, constant, parameter
+from reroute_jax.nn.attention import attention
+from reroute_jax.nn.layers import HeadProjection, Linear, OutputProjection, constant, parameter
 from reroute_jax.routing.nuwa import NuwaInputs
 
 ACTIVATIONS = {

@@ -16,13 +16,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from reroute_jax.config import QwenVisionConfig
 from reroute_jax.errors import RerouteError
+from reroute_jax.nn.attention import attention
 from reroute_jax.nn.layers import (
     GatedMLP,
     Linear,
     OutputProjection,
     RMSNorm,
     Rope,
-    attention,
     constant,
     parameter,
     rotate,

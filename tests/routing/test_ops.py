@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from reroute_jax.nn.layers import Rope, query_probabilities
+from reroute_jax.nn.attention import query_probabilities
+from reroute_jax.nn.layers import Rope
 from reroute_jax.routing.ops import Rows, compact_slots, gather, scatter, select
 
 
