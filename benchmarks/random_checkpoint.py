@@ -23,8 +23,8 @@ from convert.families import abstract_params, table_of
 from convert.safetensors import write_folder
 from convert.table import hf_shapes
 from evals.speed.checkpoint_shapes import SHAPES, LlavaShape, QwenShape
-from reroute_jax.config import ModelConfig
 from reroute_jax.errors import RerouteError
+from reroute_jax.models import read_config
 from reroute_jax.types import FLOATS
 
 # As in the initialisation of LLaMA, Qwen and CLIP.
@@ -35,7 +35,7 @@ def write(shape: LlavaShape | QwenShape, out: Path, shards: int = 1, dtype: str 
     """Write the checkpoint folder `out`, the same for the same arguments. Raises RerouteError if `out` exists."""
     check_free(out)
     config = shape.config(dtype)
-    model = ModelConfig.from_hf(config)
+    model = read_config(config)
     target = {path: value.shape for path, value in abstract_params(model).items()}
     shapes = hf_shapes(table_of(model), target)
     out.mkdir(parents=True)

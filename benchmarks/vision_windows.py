@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from reroute_jax.config import QwenVisionConfig
 from reroute_jax.nn.attention import attention
 from reroute_jax.vision.qwen2_5 import VisionLayer, image_attention, rotary, window_attention
+from reroute_jax.vision.qwen_config import QwenVisionConfig
 from reroute_jax.vision.qwen_windows import QwenPixels, pack
 
 # Qwen2.5-VL-3B, -7B and -72B have this tower (the MLP of -72B is 3456 wide).

@@ -14,8 +14,8 @@ from tqdm import tqdm
 from convert.checkpoint import check_free, leftovers, plan, save_converted
 from convert.families import abstract_params, table_of
 from convert.source import open_source
-from reroute_jax.config import ModelConfig
 from reroute_jax.errors import RerouteError
+from reroute_jax.models import read_config
 from reroute_jax.types import FLOATS
 
 
@@ -41,7 +41,7 @@ def _convert(src: str, out: Path, dtype: str | None) -> None:
     source = open_source(src)
     if source.manifest is not None:
         raise RerouteError(f"{src} is converted already: expected a Hugging Face checkpoint")
-    config = ModelConfig.from_hf(source.config)
+    config = read_config(source.config)
     target = abstract_params(config)
     planned = plan(source, target, table_of(config))
     for folder in leftovers(out):

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from convert import llava, qwen2_5_vl
 from convert.table import ConversionTable
 from reroute_jax.config import ModelConfig
 from reroute_jax.models import FAMILIES
 from reroute_jax.nn.params import named_parameters
 
-_TABLES = {"llava": llava.table, "qwen2_5_vl": qwen2_5_vl.table}
-
 
 def table_of(config: ModelConfig) -> ConversionTable:
-    """The conversion rules for a model of this configuration."""
-    return _TABLES[config.family](config)
+    """The conversion rules for a model of this configuration: `table` of the module here that its family is named by.
+
+    By name and not in the family's own entry, because the library must not know of `convert`.
+    """
+    return import_module(f"convert.{config.family}").table(config)
 
 
 def abstract_params(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:

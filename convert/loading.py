@@ -14,7 +14,7 @@ from convert.source import open_source
 from reroute_jax.config import ModelConfig
 from reroute_jax.engine.model import Model
 from reroute_jax.errors import RerouteError, one_of
-from reroute_jax.models import FAMILIES
+from reroute_jax.models import FAMILIES, read_config
 from reroute_jax.nn.mrope import COMPATS
 from reroute_jax.nn.params import with_parameters
 from reroute_jax.types import FLOATS
@@ -35,17 +35,21 @@ def load(
     if dtype is not None:
         one_of("dtype", dtype, tuple(FLOATS))
     source = open_source(path)
-    config = ModelConfig.from_hf(source.config)
+    config = read_config(source.config)
     if mrope_compat is not None:
         one_of("mrope_compat", mrope_compat, COMPATS)
-        if not config.decoder.rope_sections:
-            raise RerouteError(f"mrope_compat={mrope_compat!r} is for M-RoPE, which {config.family} lacks")
-        config = replace(config, mrope_compat=mrope_compat)
+        config = _with_option(config, "mrope_compat", mrope_compat)
     if vicuna_system:
-        if config.family != "llava":
-            raise RerouteError(f"vicuna_system is for LLaVA's prompts, which {config.family} does not have")
-        config = replace(config, vicuna_system=True)
+        config = _with_option(config, "vicuna_system", True)
     params = load_params(source, abstract_params(config), table_of(config), dtype)
     build = FAMILIES[config.family].model
     empty = nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0), dtype=jnp.float32))
     return Model(config, with_parameters(empty, params), source.folder)
+
+
+def _with_option(config: ModelConfig, name: str, value: str | bool) -> ModelConfig:
+    """Raises RerouteError where the model's family has no such option."""
+    if name not in FAMILIES[config.family].options:
+        users = " and ".join(family.name for family in FAMILIES.values() if name in family.options)
+        raise RerouteError(f"{name} is for {users}, this model is {config.family}: leave it out")
+    return replace(config, **{name: value})

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from convert.decoder_rules import decoder_rules, linear_rules, output_rules
 from convert.table import FUSED_HEADS, FUSED_HEADS_BIAS, SAME, ConversionTable, Rule, patches
-from reroute_jax.config import ModelConfig, QwenVisionConfig
+from reroute_jax.config import ModelConfig
+from reroute_jax.vision.qwen_config import QwenVisionConfig
 
 _HEAD = "lm_head.weight"
 

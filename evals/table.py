@@ -42,7 +42,7 @@ from evals.harness.routes import FULL, Routes, budget, named_run
 from evals.harness.runner import Answerer, Run, Task, answer, open_folder
 from reroute_jax.config import ModelConfig
 from reroute_jax.errors import RerouteError
-from reroute_jax.models import FAMILIES
+from reroute_jax.models import FAMILIES, read_config
 from reroute_jax.nn.mrope import COMPATS
 from reroute_jax.routing.methods import METHODS, plan
 from reroute_jax.routing.plan import ACTIONS, Schedule
@@ -247,7 +247,7 @@ def _task_folder(data: str, task: str) -> str:
 def _planned(model: str, args: argparse.Namespace) -> Planned:
     """Rows and runs of a model, from its configuration alone. Raises RerouteError naming a run that does not fit it."""
     source = open_source(CHECKPOINTS / model if model in EMBEDDED else model)
-    config = ModelConfig.from_hf(source.config)
+    config = read_config(source.config)
     family = FAMILIES[config.family]
     rows, cols = family.typical_grid(config, lambda: family.image_processor(source.folder))
     sizes = {"num_layers": config.num_layers, "visual": rows * cols, "grid": (rows, cols), "family": config.family}

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from reroute_jax.config import ModelConfig
 from reroute_jax.decoder import prefill
 from reroute_jax.engine.batching import Row, make_batch
 from reroute_jax.errors import RerouteError
+from reroute_jax.models import read_config
 from reroute_jax.models.llava import Llava, encode_images
 from reroute_jax.nn.params import named_parameters
 from reroute_jax.routing.merge import merge_arrays
@@ -52,7 +52,7 @@ def config_13b():
 
 
 def test_sparse_hub_config():
-    config = ModelConfig.from_hf(HUB_7B)
+    config = read_config(HUB_7B)
     text = config.decoder
     assert (text.hidden_size, text.mlp_dim, text.num_layers, text.num_heads, text.num_kv_heads, text.head_dim) == (
         4096,
@@ -72,7 +72,7 @@ def test_sparse_hub_config():
 
 
 def test_without_a_pad_token_the_end_token_pads():
-    assert ModelConfig.from_hf({k: v for k, v in HUB_7B.items() if k != "pad_token_id"}).pad_token == 2
+    assert read_config({k: v for k, v in HUB_7B.items() if k != "pad_token_id"}).pad_token == 2
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_without_a_pad_token_the_end_token_pads():
 )
 def test_refusals(change, telling):
     with pytest.raises(RerouteError) as caught:
-        ModelConfig.from_hf({**HUB_7B, **change})
+        read_config({**HUB_7B, **change})
     assert telling in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -104,7 +104,7 @@ def test_refusals(change, telling):
 )
 def test_full_size_wiring(hf, billions, route):
     """The real shapes end to end, without memory."""
-    config = ModelConfig.from_hf(hf)
+    config = read_config(hf)
     module = nnx.eval_shape(lambda: Llava(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16))
     assert sum(value.size for value in named_parameters(module).values()) / 1e9 == pytest.approx(billions, abs=1e-3)
     depth = config.num_layers
@@ -131,7 +131,7 @@ def test_full_size_wiring(hf, billions, route):
 
 
 def test_every_parameter_names_its_axes():
-    config = ModelConfig.from_hf(HUB_7B)
+    config = read_config(HUB_7B)
     module = nnx.eval_shape(lambda: Llava(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16))
     for path, leaf in nnx.to_flat_state(nnx.state(module)):
         assert len(leaf.axes) == leaf.get_value().ndim, path

@@ -32,7 +32,7 @@ from reroute_jax.engine.batching import Row, make_batch
 from reroute_jax.engine.compilation import compiled
 from reroute_jax.engine.model import Model
 from reroute_jax.errors import RerouteError
-from reroute_jax.models import FAMILIES
+from reroute_jax.models import FAMILIES, read_config
 from reroute_jax.nn.positions import rope_tables
 from reroute_jax.routing.merge import merge_arrays
 from reroute_jax.routing.methods import METHODS, plan
@@ -110,7 +110,7 @@ def crosscheck(args: argparse.Namespace) -> list[Line]:
     source = open_source(args.src)
     if source.manifest is not None:
         raise RerouteError(f"{args.src} is a converted checkpoint: give the Hugging Face one, it is converted here")
-    config = ModelConfig.from_hf(source.config)
+    config = read_config(source.config)
     tokenizer, processor = _companions(source, config)
     schedule = _schedule(args, config, FAMILIES[config.family].typical_grid(config, lambda: processor))
     prompts = _prompts(config, tokenizer, processor, args.prompts)

@@ -3,26 +3,24 @@
 Written from sections 2 to 6 of the method specification and from nothing else: deletion really removes rows,
 reroute really leaves deferred rows out of every layer, and each layer's cache holds just the rows that ran. Layers are
 built of the transformers model's own norms, projections, MLPs and rotary tables; the loop, the attention and the
-routing are this file's. What differs between the families, images and positions, is in `torch_llava.py` and
-`torch_qwen.py`.
+routing are this file's. What differs between the families, images and positions, is in the file of this folder that
+is called as the family.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from importlib import import_module
+from types import ModuleType
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from convert.crosscheck import llava as torch_llava
-from convert.crosscheck import qwen2_5_vl as torch_qwen
 from convert.crosscheck.nuwa import ImageTensors
 from reroute_jax.routing.plan import NuwaMerge, Schedule, Stage
-
-_FAMILIES = {"llava": torch_llava, "qwen2_5_vl": torch_qwen}
 
 
 @dataclass(frozen=True)
@@ -128,7 +126,7 @@ def encode(
     """The prompt's images, as many tokens as the schedule's merge leaves of each."""
     if pixel_values is None:
         return []
-    return _FAMILIES[model.config.model_type].images(model, pixel_values, image_grid_thw, schedule.merge)
+    return _family_of(model).images(model, pixel_values, image_grid_thw, schedule.merge)
 
 
 def prefill(
@@ -141,7 +139,7 @@ def prefill(
 ) -> tuple[Walk, Tensor]:
     """The record of a prompt `ids [S]`, and fp32 logits `[vocab]` at its last token."""
     runs = _image_runs(ids == model.config.image_token_id, [image.count for image in images])
-    positions, next_position = _FAMILIES[model.config.model_type].positions(model, ids, image_grid_thw)
+    positions, next_position = _family_of(model).positions(model, ids, image_grid_thw)
     rows = _decoder_input(model, ids, positions, images, runs, schedule.first_image_only)
 
     def layer(number: int, rows: RaggedRows) -> tuple[Tensor, tuple[Tensor, Tensor]]:
@@ -187,6 +185,11 @@ def decode(
             x = _finish_layer(model, layer, x, attend(q, keys, values))
         logits = _head(model, x[0])
     return tokens
+
+
+def _family_of(model: PreTrainedModel) -> ModuleType:
+    """The file of the model's family, with `images` and `positions`."""
+    return import_module(f"convert.crosscheck.{model.config.model_type}")
 
 
 # --- Routing (sections 2, 3, 6) ---------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 from evals.scenes.tokenizer import vocabulary
 from evals.scenes.world import CANVAS, GRIDS, TOKEN
 from reroute_jax.config import ModelConfig
+from reroute_jax.models import read_config
 
 GRID = CANVAS // TOKEN
 IMAGE_SLOTS = {"llava": GRID * GRID, "qwen2_5_vl": max(rows * cols for rows, cols in GRIDS)}  # visual tokens at most
@@ -20,7 +21,7 @@ def hf_config(family: str = "llava") -> dict:
 
 
 def model_config(family: str = "llava") -> ModelConfig:
-    return ModelConfig.from_hf(hf_config(family))
+    return read_config(hf_config(family))
 
 
 def _llava() -> dict:

@@ -15,14 +15,15 @@ from flax import nnx
 
 from evals.harness.cli import EMBEDDED, load_model, positive
 from evals.speed.checkpoint_shapes import SHAPES, LlavaShape, QwenShape
-from reroute_jax.config import ClipConfig, ModelConfig
+from reroute_jax.config import ModelConfig
 from reroute_jax.engine.model import Inputs, Model
 from reroute_jax.errors import RerouteError
-from reroute_jax.models import FAMILIES
+from reroute_jax.models import FAMILIES, read_config
 from reroute_jax.routing import methods
 from reroute_jax.routing.cost import Account, account
 from reroute_jax.routing.plan import Schedule
 from reroute_jax.types import FLOATS, Grid
+from reroute_jax.vision.clip import ClipConfig
 
 QWEN_GRID = (24, 24)
 
@@ -129,7 +130,7 @@ def random_model(
     shapes_only: shapes stand in for the weights; it compiles and does not run.
     """
     hf_config = shape.config(dtype)
-    config = ModelConfig.from_hf(hf_config)
+    config = read_config(hf_config)
 
     def build() -> nnx.Module:
         return FAMILIES[config.family].model(config, rngs=nnx.Rngs(seed), dtype=jnp.dtype(dtype))

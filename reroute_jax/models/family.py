@@ -25,6 +25,10 @@ def expand_image_tokens(ids: Sequence[int], image_token: int, counts: Sequence[i
 class Family:
     """Grids are (rows, columns) of an image's visual tokens, sizes (width, height) in pixels.
 
+    name: `model_type` of config.json. Modules `convert.NAME` (conversion table) and `convert.crosscheck.NAME` (PyTorch
+        reference) are found by it.
+    options: of the options that only some families have (arguments of `load` and of the commands), those of this one.
+    read_config(hf): of config.json as transformers read it; raises RerouteError for a setting that is not implemented.
     model(config, rngs=, dtype=): the parameters, with a `decoder`.
     encode_images(model, pixels, arrays, merge): features `[I, C, D]` at decoder width and, for each, the index of the
         visual token it stands for, `[I, C]`; compiled. `arrays` are a MergeArrays; `merge` is static.
@@ -40,6 +44,9 @@ class Family:
     prompt_ids(text, grids, tokenizer, config): the chat prompt of a question behind images, image tokens expanded.
     """
 
+    name: str
+    options: tuple[str, ...]
+    read_config: Callable[[Any], ModelConfig]
     model: Callable[..., nnx.Module]
     encode_images: Callable[..., tuple]
     image_grids: Callable[[Any, Any, ModelConfig], list[Grid]]

@@ -11,17 +11,18 @@ from pathlib import Path
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
-from transformers import AutoImageProcessor
+from transformers import AutoImageProcessor, LlavaConfig
 
-from reroute_jax.config import ModelConfig
+from reroute_jax.config import ModelConfig, decoder_config, require, token_ids
 from reroute_jax.decoder import Decoder
 from reroute_jax.errors import RerouteError
 from reroute_jax.models.family import Family, expand_image_tokens
 from reroute_jax.routing.merge import MergeArrays, nuwa, pooled
 from reroute_jax.routing.plan import NuwaMerge, PoolMerge
 from reroute_jax.types import Grid
-from reroute_jax.vision.clip import ClipTower, Projector, nuwa_inputs
+from reroute_jax.vision.clip import ClipConfig, ClipTower, Projector, nuwa_inputs
 
+NAME = "llava"
 # vicuna_v1 of LLaVA's own evaluation.
 VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -37,6 +38,45 @@ class Llava(nnx.Module):
         self.vision = ClipTower(config.vision, rngs=rngs, dtype=dtype)
         self.projector = Projector(config.vision, config.decoder.hidden_size, rngs=rngs, dtype=dtype)
         self.decoder = Decoder(config.decoder, rngs=rngs, dtype=dtype)
+
+
+def _read_config(hf: LlavaConfig) -> ModelConfig:
+    text, vision = hf.text_config, hf.vision_config
+    require("text_config.model_type", text.model_type, ("llama",))
+    require("text_config.attention_bias", text.attention_bias, (False,))
+    require("text_config.mlp_bias", text.mlp_bias, (False,))
+    require("text_config.rope_parameters.rope_type", text.rope_parameters["rope_type"], ("default",))
+    require("vision_config.model_type", vision.model_type, ("clip_vision_model",))
+    require("vision_feature_select_strategy", hf.vision_feature_select_strategy, ("default",))
+    require("vision_feature_layer as one integer", isinstance(hf.vision_feature_layer, int), (True,))
+    eos = token_ids(text.eos_token_id)
+    pads = (getattr(hf, "pad_token_id", None), text.pad_token_id, *eos)
+    return ModelConfig(
+        family=NAME,
+        decoder=decoder_config(text, qkv_bias=False, rope_sections=(), tied_head=hf.tie_word_embeddings),
+        vision=ClipConfig(
+            hidden_size=vision.hidden_size,
+            mlp_dim=vision.intermediate_size,
+            num_layers=vision.num_hidden_layers,
+            num_heads=vision.num_attention_heads,
+            image_size=vision.image_size,
+            patch_size=vision.patch_size,
+            norm_eps=vision.layer_norm_eps,
+            activation=vision.hidden_act,
+            feature_layer=_hidden_state_index(hf.vision_feature_layer, vision.num_hidden_layers),
+            projector_bias=hf.multimodal_projector_bias,
+            projector_activation=hf.projector_hidden_act,
+        ),
+        image_token=hf.image_token_index,
+        bos_token=text.bos_token_id,
+        eos_tokens=eos,
+        pad_token=next(token for token in pads if token is not None),
+    )
+
+
+def _hidden_state_index(layer: int, num_layers: int) -> int:
+    """HF counts hidden states: `num_layers + 1` of them, negative from the end."""
+    return layer if layer >= 0 else num_layers + 1 + layer
 
 
 def encode_images(
@@ -88,6 +128,9 @@ def _open_processor(folder: Path):
 
 
 FAMILY = Family(
+    name=NAME,
+    options=("vicuna_system", "llava_image_mode"),
+    read_config=_read_config,
     model=Llava,
     encode_images=encode_images,
     image_grids=image_grids,

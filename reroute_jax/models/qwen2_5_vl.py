@@ -14,10 +14,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 from PIL import Image
-from transformers import AutoImageProcessor
+from transformers import AutoImageProcessor, Qwen2_5_VLConfig
 
 from reroute_jax.buckets import VISUAL_BUCKETS, bucket
-from reroute_jax.config import ModelConfig
+from reroute_jax.config import ModelConfig, decoder_config, require, token_ids
 from reroute_jax.decoder import Decoder
 from reroute_jax.errors import RerouteError
 from reroute_jax.models.family import Family, expand_image_tokens
@@ -26,8 +26,11 @@ from reroute_jax.routing.merge import MergeArrays, nuwa, pooled
 from reroute_jax.routing.plan import NuwaMerge, PoolMerge
 from reroute_jax.types import Grid
 from reroute_jax.vision.qwen2_5 import QwenTower, nuwa_inputs
+from reroute_jax.vision.qwen_config import QwenVisionConfig
 from reroute_jax.vision.qwen_images import HARNESS_PIXELS, as_rgb, final_size, preprocess, visual_grid
 from reroute_jax.vision.qwen_windows import QwenPixels, pack
+
+NAME = "qwen2_5_vl"
 
 
 class QwenVL(nnx.Module):
@@ -37,6 +40,42 @@ class QwenVL(nnx.Module):
         self.config = config
         self.vision = QwenTower(config.vision, config.decoder.hidden_size, rngs=rngs, dtype=dtype)
         self.decoder = Decoder(config.decoder, rngs=rngs, dtype=dtype)
+
+
+def _read_config(hf: Qwen2_5_VLConfig) -> ModelConfig:
+    text, vision = hf.text_config, hf.vision_config
+    rope = text.rope_parameters
+    require("use_sliding_window", text.use_sliding_window, (False,))
+    require("rope_parameters.rope_type", rope.get("rope_type", "default"), ("default", "mrope"))
+    require("vision_config.hidden_act", vision.hidden_act, ("silu",))
+    require("vision_config.out_hidden_size", vision.out_hidden_size, (text.hidden_size,))
+    patches = vision.window_size // vision.patch_size
+    # The hub's config.json has 151645, <|im_end|>; its generation config adds 151643 and is not followed.
+    eos = token_ids(text.eos_token_id)
+    return ModelConfig(
+        family=NAME,
+        decoder=decoder_config(
+            text, qkv_bias=True, rope_sections=tuple(rope["mrope_section"]), tied_head=hf.tie_word_embeddings
+        ),
+        vision=QwenVisionConfig(
+            hidden_size=vision.hidden_size,
+            mlp_dim=vision.intermediate_size,
+            num_layers=vision.depth,
+            num_heads=vision.num_heads,
+            patch_size=vision.patch_size,
+            temporal_patch_size=vision.temporal_patch_size,
+            merge=vision.spatial_merge_size,
+            window=patches // vision.spatial_merge_size * vision.spatial_merge_size,
+            full_attention=tuple(vision.fullatt_block_indexes),
+        ),
+        image_token=hf.image_token_id,
+        bos_token=None,
+        eos_tokens=eos,
+        pad_token=text.bos_token_id if text.pad_token_id is None else text.pad_token_id,
+        repetition_penalty=1.05,
+        video_token=hf.video_token_id,
+        temporal_rate=vision.tokens_per_second,
+    )
 
 
 def encode_images(
@@ -111,6 +150,9 @@ def _typical_grid(config: ModelConfig, open_processor: Callable[[], Any]) -> Gri
 
 
 FAMILY = Family(
+    name=NAME,
+    options=("mrope_compat",),
+    read_config=_read_config,
     model=QwenVL,
     encode_images=encode_images,
     image_grids=image_grids,

@@ -5,12 +5,13 @@ Letters: I images, P patch side, n patches, C = n + 1 slots (class token first),
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from reroute_jax.config import ClipConfig
 from reroute_jax.nn.attention import attention
 from reroute_jax.nn.layers import HeadProjection, Linear, OutputProjection, constant, parameter
 from reroute_jax.routing.nuwa import NuwaInputs
@@ -19,6 +20,30 @@ ACTIVATIONS = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
 }
+
+
+@dataclass(frozen=True)
+class ClipConfig:
+    """A CLIP vision transformer and LLaVA's projector behind it. `feature_layer` indexes the tower's hidden states
+    (0 = input of the first block)."""
+
+    hidden_size: int
+    mlp_dim: int
+    num_layers: int
+    num_heads: int
+    image_size: int
+    patch_size: int
+    norm_eps: float
+    activation: str
+    feature_layer: int
+    projector_bias: bool
+    projector_activation: str
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches of one image as (rows, columns)."""
+        side = self.image_size // self.patch_size
+        return side, side
 
 
 class LayerNorm(nnx.Module):

@@ -14,7 +14,6 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from reroute_jax.config import QwenVisionConfig
 from reroute_jax.errors import RerouteError
 from reroute_jax.nn.attention import attention
 from reroute_jax.nn.layers import (
@@ -30,6 +29,7 @@ from reroute_jax.nn.layers import (
 )
 from reroute_jax.nn.products import matmul
 from reroute_jax.routing.nuwa import NuwaInputs
+from reroute_jax.vision.qwen_config import QwenVisionConfig
 from reroute_jax.vision.qwen_windows import QwenPixels
 
 NORM_EPS = 1e-6

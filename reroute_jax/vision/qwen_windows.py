@@ -16,9 +16,9 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from reroute_jax.buckets import VISUAL_BUCKETS, bucket
-from reroute_jax.config import QwenVisionConfig
 from reroute_jax.errors import RerouteError
 from reroute_jax.types import AnyArray
+from reroute_jax.vision.qwen_config import QwenVisionConfig
 
 # Up to this aspect ratio images share one number of windows, 1.25 times what a square image has at 576 tokens; the
 # worst case, a single row, has four times as many.

@@ -26,8 +26,8 @@ from convert.safetensors import INDEX_NAME, list_folder, read, read_header
 from convert.source import MANIFEST_NAME, open_source
 from convert.table import to_hf
 from evals.speed.checkpoint_shapes import SHAPES
-from reroute_jax.config import ModelConfig
 from reroute_jax.errors import RerouteError
+from reroute_jax.models import read_config
 from reroute_jax.types import FLOATS
 from tests.tiny import SPELLINGS, load_torch, tiny_llava
 
@@ -65,7 +65,7 @@ def copy(hf, tmp_path):
 
 
 def model_of(folder):
-    config = ModelConfig.from_hf(open_source(folder).config)
+    config = read_config(open_source(folder).config)
     return abstract_params(config), table_of(config)
 
 
@@ -162,7 +162,7 @@ def test_the_random_checkpoint_can_be_prompted(hf):
     processor = AutoProcessor.from_pretrained(hf)
     image = np.zeros((40, 60, 3), np.uint8)
     batch = processor(images=image, text="USER: <image>\nWhere? ASSISTANT:", return_tensors="np")
-    config = ModelConfig.from_hf(open_source(hf).config)
+    config = read_config(open_source(hf).config)
     assert (batch["input_ids"] == config.image_token).sum() == (SHAPE.image // SHAPE.patch) ** 2
     assert batch["pixel_values"].shape == (1, 3, SHAPE.image, SHAPE.image)
     assert "Where?" in processor.decode(batch["input_ids"][0])
@@ -253,9 +253,9 @@ from pathlib import Path
 from convert.checkpoint import plan, save_converted
 from convert.families import abstract_params, table_of
 from convert.source import open_source
-from reroute_jax.config import ModelConfig
+from reroute_jax.models import read_config
 source = open_source({str(hf)!r})
-config = ModelConfig.from_hf(source.config)
+config = read_config(source.config)
 target = abstract_params(config)
 planned = plan(source, target, table_of(config))
 written = []

@@ -17,8 +17,8 @@ from convert.safetensors import list_folder, read
 from convert.source import open_source
 from convert.table import hf_shapes, match, to_hf
 from evals.speed.checkpoint_shapes import SHAPES
-from reroute_jax.config import ModelConfig
 from reroute_jax.errors import RerouteError
+from reroute_jax.models import read_config
 from tests.tiny_qwen import SPELLINGS, load_torch, tiny_qwen
 
 # 32B and 72B: no checkpoint is written of them, so only here. Vision MLP of 32B is the 72B's.
@@ -57,7 +57,7 @@ def hub_key(key):
 
 
 def load(folder, dtype=None):
-    config = ModelConfig.from_hf(open_source(folder).config)
+    config = read_config(open_source(folder).config)
     return load_params(open_source(folder), abstract_params(config), table_of(config), dtype)
 
 
@@ -81,7 +81,7 @@ def converted(hf, tmp_path_factory):
     return out
 
 
-CONFIG = ModelConfig.from_hf(SHAPES["qwen-tiny"].config("float32"))
+CONFIG = read_config(SHAPES["qwen-tiny"].config("float32"))
 TABLE, TARGET = table_of(CONFIG), {path: value.shape for path, value in abstract_params(CONFIG).items()}
 HUB = hf_shapes(TABLE, TARGET)
 
@@ -90,7 +90,7 @@ HUB = hf_shapes(TABLE, TARGET)
 def test_full_sizes_have_transformers_keys_and_shapes(name):
     """Nothing is allocated: abstract parameters here, the meta device there."""
     written = full_size(name)
-    config = ModelConfig.from_hf(written)
+    config = read_config(written)
     target = {path: value.shape for path, value in abstract_params(config).items()}
     with torch.device("meta"):
         model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig.from_dict(written))
@@ -106,7 +106,7 @@ def test_full_sizes_have_transformers_keys_and_shapes(name):
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_both_spellings_and_a_tied_head_load_what_torch_loads(tmp_path, spelling, tied):
     tiny_qwen(tmp_path, layers=2, vision_layers=3, spelling=spelling, tied=tied, shards=2)
-    config = ModelConfig.from_hf(open_source(tmp_path).config)
+    config = read_config(open_source(tmp_path).config)
     assert config.decoder.rope_sections == (2, 4, 2) and config.decoder.tied_head == tied
     state = {hub_key(key): value.numpy() for key, value in load_torch(tmp_path).state_dict().items()}
     if tied:

@@ -25,10 +25,10 @@ from convert.table import (
     to_hf,
 )
 from evals.speed.checkpoint_shapes import SHAPES
-from reroute_jax.config import ModelConfig
 from reroute_jax.errors import RerouteError
+from reroute_jax.models import read_config
 
-CONFIG = ModelConfig.from_hf(SHAPES["llava-tiny-gqa"].config("float32"))
+CONFIG = read_config(SHAPES["llava-tiny-gqa"].config("float32"))
 TARGET = {path: value.shape for path, value in abstract_params(CONFIG).items()}
 TABLE = llava.table(CONFIG)
 HUB = hf_shapes(TABLE, TARGET)

@@ -15,10 +15,10 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 from transformers.vision_utils import get_vision_window_index
 
 from reroute_jax.buckets import VISUAL_BUCKETS
-from reroute_jax.config import QwenVisionConfig
 from reroute_jax.errors import RerouteError
 from reroute_jax.nn.params import named_parameters, with_parameters
 from reroute_jax.vision.qwen2_5 import QwenTower, nuwa_inputs
+from reroute_jax.vision.qwen_config import QwenVisionConfig
 from reroute_jax.vision.qwen_windows import pack
 
 WIDTH, HEADS, LAYERS, OUT = 32, 2, 5, 24

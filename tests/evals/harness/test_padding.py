@@ -79,5 +79,5 @@ def test_the_system_sentence_opens_the_prompt():
     sentence = told.tokenizer(VICUNA_SYSTEM, add_special_tokens=False)["input_ids"]
     without, found = plain.prompt_ids("where is it", grids), told.prompt_ids("where is it", grids)
     assert sentence and found.tolist() == [without[0], *sentence, *without[1:]]
-    with pytest.raises(RerouteError, match="vicuna_system is for LLaVA"):
+    with pytest.raises(RerouteError, match="vicuna_system is for llava, this model is qwen2_5_vl"):
         load(CHECKPOINTS / "scenes-qwen", vicuna_system=True)
