@@ -18,12 +18,14 @@ from typing import Any
 
 import numpy as np
 
-from evals.harness.cli import EMBEDDED, Parser, exit_code, load_model, positive, positive_number
-from evals.harness.prompts import REC_STYLE_OF_FAMILY, rec
-from evals.harness.routes import budget
+from convert.embedded import EMBEDDED
+from evals.harness.cli import load_model
+from evals.harness.prompts import rec
 from evals.scenes.data import refcoco_rows
+from reroute_jax.commandline.parsing import DATA, ROUTE, RUN, Parser, budget, exit_code, positive, positive_number
 from reroute_jax.engine import model as engine
 from reroute_jax.engine.compilation import keep_programs
+from reroute_jax.models import FAMILIES
 from reroute_jax.routing.methods import METHODS
 
 REPORTS = 10
@@ -107,22 +109,24 @@ def compiled_programs() -> int:
 
 def _questions(family: str, scenes: int) -> list[tuple]:
     rows = refcoco_rows("test", scenes, family=family)
-    style = REC_STYLE_OF_FAMILY[family]
+    style = FAMILIES[family].evaluation.rec_style
     return [(row["image"], rec(row["answer"][0], style)) for row in rows]
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="python -m benchmarks.arrivals", description=__doc__)
-    parser.add_argument("--model", default=EMBEDDED[0])
-    parser.add_argument("--method", choices=tuple(METHODS), default="pdrop")
-    parser.add_argument("--budget", type=budget, default=128)
-    parser.add_argument("--rate", type=positive_number, default=8.0, help="requests a second (default: %(default)s)")
-    parser.add_argument("--requests", type=positive, default=2000)
-    parser.add_argument("--scenes", type=positive, default=200, help="different ones (default: %(default)s)")
-    parser.add_argument("--batch-size", type=positive, default=8)
-    parser.add_argument("--new-tokens", type=positive, default=16)
-    parser.add_argument("--compilation-cache", type=Path, metavar="DIR")
-    parser.add_argument("--seed", type=int, default=0, help="of the arrivals")
+    examples = ("--rate 8 --requests 2000", "--model scenes-qwen --method fastv", "--rate 2 --batch-size 1 --scenes 20")
+    parser = Parser("benchmarks.arrivals", __doc__, examples)
+    run, data, route = parser.group(RUN), parser.group(DATA), parser.group(ROUTE)
+    run.add_argument("--model", default=EMBEDDED[0], help="(default: %(default)s)")
+    run.add_argument("--batch-size", type=positive, default=8, help="at most (default: %(default)s)")
+    run.add_argument("--new-tokens", type=positive, default=16, help="of each answer (default: %(default)s)")
+    run.add_argument("--compilation-cache", type=Path, metavar="DIR", help="keep compiled programs there")
+    data.add_argument("--rate", type=positive_number, default=8.0, help="requests a second (default: %(default)s)")
+    data.add_argument("--requests", type=positive, default=2000, help="how many arrive (default: %(default)s)")
+    data.add_argument("--scenes", type=positive, default=200, help="different ones (default: %(default)s)")
+    data.add_argument("--seed", type=int, default=0, help="of the arrivals (default: %(default)s)")
+    route.add_argument("--method", choices=tuple(METHODS), default="pdrop", help="(default: %(default)s)")
+    route.add_argument("--budget", type=budget, default=128, help="192, 128, 64 or a share (default: %(default)s)")
     return parser
 
 

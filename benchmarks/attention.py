@@ -29,8 +29,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from evals.harness.cli import Parser, exit_code, positive
 from evals.harness.runner import write_json
+from reroute_jax.commandline.parsing import DATA, OUTPUT, RUN, Parser, exit_code, positive
 from reroute_jax.engine.compilation import compiled
 from reroute_jax.errors import RerouteError
 from reroute_jax.nn.attention import attention, causal_attention
@@ -334,12 +334,20 @@ def _wide(arrays):
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="python -m benchmarks.attention", description=__doc__)
-    parser.add_argument("--shape", choices=tuple(SHAPES), default="7b", help="(default: %(default)s)")
-    parser.add_argument("--dtype", choices=tuple(FLOATS), default="bfloat16", help="(default: %(default)s)")
-    parser.add_argument("--batch-sizes", nargs="+", type=positive, default=[1, 8])
-    parser.add_argument("--repetitions", type=positive, default=20, help="counted ones (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("runs/attention"), help="folder (default: %(default)s)")
+    examples = (
+        "--shape 7b",
+        "--shape rehearsal --dtype float32 --repetitions 3",
+        "--batch-sizes 1 --out runs/attention-1",
+    )
+    parser = Parser("benchmarks.attention", __doc__, examples)
+    run, data, output = parser.group(RUN), parser.group(DATA), parser.group(OUTPUT)
+    run.add_argument("--shape", choices=tuple(SHAPES), default="7b", help="(default: %(default)s)")
+    run.add_argument("--dtype", choices=tuple(FLOATS), default="bfloat16", help="(default: %(default)s)")
+    run.add_argument("--repetitions", type=positive, default=20, help="counted ones (default: %(default)s)")
+    data.add_argument(
+        "--batch-sizes", nargs="+", type=positive, default=[1, 8], metavar="B", help="prompts at a time (default: 1 8)"
+    )
+    output.add_argument("--out", type=Path, default=Path("runs/attention"), help="folder (default: %(default)s)")
     return parser
 
 

@@ -21,8 +21,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from evals.harness.cli import Parser, exit_code, positive_number
 from evals.harness.runner import write_json
+from reroute_jax.commandline.parsing import OUTPUT, RUN, Parser, exit_code, positive_number
 from reroute_jax.errors import RerouteError
 
 # JAX takes its share of the memory at the start and never gives it back; PyTorch lives on the rest. At batch 32 in bf16
@@ -182,12 +182,18 @@ def run_logged(step: Step, log: Path) -> int:
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="python -m benchmarks.gpu", description=__doc__)
-    parser.add_argument(
+    examples = (
+        "--peak-tflops 989 --out runs/gpu",
+        "--peak-tflops 312 --out runs/a100",
+        "--peak-tflops 1 --out runs/rehearsal --rehearsal",
+    )
+    parser = Parser("benchmarks.gpu", __doc__, examples)
+    run, output = parser.group(RUN), parser.group(OUTPUT)
+    run.add_argument(
         "--peak-tflops", type=positive_number, required=True, metavar="X", help="of the GPU's datasheet, bf16, dense"
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder of results, logs, and what is finished")
-    parser.add_argument("--rehearsal", action="store_true", help="the same steps with tiny models, on the CPU")
+    run.add_argument("--rehearsal", action="store_true", help="the same steps with tiny models, on the CPU")
+    output.add_argument("--out", type=Path, required=True, help="folder of results, logs, and what is finished")
     return parser
 
 

@@ -7,7 +7,6 @@ tensor is in memory at a time.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
@@ -23,7 +22,7 @@ from convert.families import abstract_params, table_of
 from convert.safetensors import write_folder
 from convert.table import hf_shapes
 from evals.speed.checkpoint_shapes import SHAPES, LlavaShape, QwenShape
-from reroute_jax.errors import RerouteError
+from reroute_jax.commandline.parsing import OUTPUT, RUN, Parser, exit_code, positive
 from reroute_jax.models import read_config
 from reroute_jax.types import FLOATS
 
@@ -63,22 +62,25 @@ def _random(key: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.random_checkpoint", description=__doc__)
-    parser.add_argument("shape", choices=list(SHAPES))
-    parser.add_argument("out", metavar="OUT", type=Path, help="folder to write; must not exist")
-    parser.add_argument("--shards", type=int, default=1, help="safetensors files (default: 1)")
-    parser.add_argument("--dtype", choices=list(FLOATS), default="bfloat16")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
+    args = _parser().parse_args(argv)
     jax.config.update("jax_platforms", "cpu")
-    try:
-        if args.shards < 1:
-            raise RerouteError(f"--shards {args.shards}: expected at least 1")
-        write(SHAPES[args.shape], args.out, args.shards, args.dtype, args.seed)
-    except RerouteError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return exit_code(lambda: write(SHAPES[args.shape], args.out, args.shards, args.dtype, args.seed))
+
+
+def _parser() -> Parser:
+    examples = (
+        "llava-1.5-7b random-7b --shards 3 --dtype bfloat16",
+        "qwen-tiny random-qwen --dtype float32",
+        "llava-tiny-gqa random-gqa --seed 1",
+    )
+    parser = Parser("benchmarks.random_checkpoint", __doc__, examples)
+    run, output = parser.group(RUN), parser.group(OUTPUT)
+    run.add_argument("shape", metavar="SHAPE", choices=list(SHAPES), help=f"one of {', '.join(SHAPES)}")
+    run.add_argument("--dtype", choices=list(FLOATS), default="bfloat16", help="(default: %(default)s)")
+    run.add_argument("--seed", type=int, default=0, help="of the weights (default: %(default)s)")
+    output.add_argument("out", metavar="OUT", type=Path, help="folder to write; must not exist")
+    output.add_argument("--shards", type=positive, default=1, help="safetensors files (default: %(default)s)")
+    return parser
 
 
 if __name__ == "__main__":

@@ -7,14 +7,16 @@ image: FLOPs by XLA's cost analysis, and time. One attention sublayer and one wh
 from __future__ import annotations
 
 import argparse
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from reroute_jax.commandline.parsing import DATA, RUN, Parser, exit_code, positive
 from reroute_jax.nn.attention import attention
 from reroute_jax.vision.qwen2_5 import VisionLayer, image_attention, rotary, window_attention
 from reroute_jax.vision.qwen_config import QwenVisionConfig
@@ -52,11 +54,28 @@ def measure(function: Callable, arguments: tuple, repeats: int) -> tuple[float, 
     return compiled.cost_analysis()["flops"] / 1e9, min(times)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--grid", type=int, nargs=2, default=(24, 24), help="visual tokens: rows, columns")
-    parser.add_argument("--repeats", type=int, default=5)
-    options = parser.parse_args()
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    options = _parser().parse_args(argv)
+    return exit_code(lambda: compare(options))
+
+
+def _parser() -> Parser:
+    examples = ("--grid 24 24 --repeats 5", "--grid 12 40", "--repeats 20")
+    parser = Parser("benchmarks.vision_windows", __doc__, examples)
+    parser.group(RUN).add_argument("--repeats", type=positive, default=5, help="runs of each (default: %(default)s)")
+    parser.group(DATA).add_argument(
+        "--grid",
+        type=positive,
+        nargs=2,
+        default=(24, 24),
+        metavar=("ROWS", "COLS"),
+        help="visual tokens (default: 24 24)",
+    )
+    return parser
+
+
+def compare(options: argparse.Namespace) -> None:
     rows, cols = options.grid
     values = np.zeros((CONFIG.merge**2 * rows * cols, CONFIG.patch_values), np.float32)
     pixels = jax.tree.map(jnp.asarray, pack(values, [(rows, cols)], CONFIG, images=1))
@@ -83,4 +102,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

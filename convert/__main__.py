@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import resource
 import sys
 import time
@@ -14,6 +13,7 @@ from tqdm import tqdm
 from convert.checkpoint import check_free, leftovers, plan, save_converted
 from convert.families import abstract_params, table_of
 from convert.source import open_source
+from reroute_jax.commandline.parsing import OUTPUT, RUN, Parser, exit_code
 from reroute_jax.errors import RerouteError
 from reroute_jax.models import read_config
 from reroute_jax.types import FLOATS
@@ -24,15 +24,8 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     # Nothing is computed here, and a GPU's memory may be another program's.
     jax.config.update("jax_platforms", "cpu")
-    try:
-        _convert(args.src, args.out, args.dtype)
-    except RerouteError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"error: interrupted, {args.out} was not written", file=sys.stderr)
-        return 130
-    return 0
+    interrupted = f"error: interrupted, {args.out} was not written"
+    return exit_code(lambda: _convert(args.src, args.out, args.dtype), interrupted)
 
 
 def _convert(src: str, out: Path, dtype: str | None) -> None:
@@ -61,11 +54,17 @@ def _peak_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m convert", description=__doc__)
-    parser.add_argument("src", metavar="SRC", help="hub id (owner/model) or checkpoint folder with safetensors")
-    parser.add_argument("out", metavar="OUT", type=Path, help="folder to write; must not exist")
-    parser.add_argument("--dtype", choices=list(FLOATS), help="dtype to store (default: as in SRC)")
+def _parser() -> Parser:
+    examples = (
+        "llava-hf/llava-1.5-7b-hf llava-7b",
+        "Qwen/Qwen2.5-VL-7B-Instruct qwen-7b --dtype bfloat16",
+        "checkpoints/mine converted/mine",
+    )
+    parser = Parser("convert", __doc__, examples)
+    run, output = parser.group(RUN), parser.group(OUTPUT)
+    run.add_argument("src", metavar="SRC", help="hub id (owner/model) or checkpoint folder with safetensors")
+    output.add_argument("out", metavar="OUT", type=Path, help="folder to write; must not exist")
+    output.add_argument("--dtype", choices=list(FLOATS), help="dtype to store (default: as in SRC)")
     return parser
 
 

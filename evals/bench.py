@@ -22,16 +22,26 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from evals.harness.cli import Parser, exit_code, positive, positive_number
-from evals.harness.routes import budget
 from evals.harness.runner import write_json
 from evals.speed.bench_report import TimingRecord, figure, rows_of, table
 from evals.speed.programs import Answer, Programs, Steps, compile_programs, compile_tower
 from evals.speed.roofline import Machine, decode_bound, measure_machine, prefill_bound
 from evals.speed.subjects import Sample, Subject, add_subject_arguments, open_subject, sample
+from reroute_jax.commandline.parsing import (
+    DATA,
+    OUTPUT,
+    ROUTE,
+    RUN,
+    Parser,
+    budget,
+    exit_code,
+    positive,
+    positive_number,
+)
 from reroute_jax.errors import RerouteError
 from reroute_jax.routing.methods import METHODS
 from reroute_jax.routing.plan import ACTIONS, Schedule
+from reroute_jax.routing.switches import SWITCHES
 
 Call = Callable[[], Answer]
 
@@ -110,7 +120,7 @@ def plan_variants(subject: Subject, args: argparse.Namespace) -> list[Variant]:
             raise RerouteError(f"method is {method!r}, expected one of: {', '.join(METHODS)}")
         known = METHODS[method]
         options = {"decisions": decisions} if decisions else {}
-        if args.first_decision is not None and "first_decision" in known.switches:
+        if args.first_decision is not None and method in SWITCHES["first_decision"].methods:
             options["first_decision"] = args.first_decision
         for share in args.budgets if known.has_budget else (None,):
             for action in args.actions if known.has_actions else (None,):
@@ -253,31 +263,49 @@ def _rows_unchanged(
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="python -m evals.bench", description=__doc__)
+    examples = (
+        "--methods pdrop nuwa --budgets 64",
+        "--random bench-llava --peer torch",
+        "--random qwen2.5-vl-7b --dtype bfloat16 --compile-only",
+    )
+    parser = Parser("evals.bench", __doc__, examples)
     add_subject_arguments(parser)
-    parser.add_argument(
+    run, data = parser.group(RUN), parser.group(DATA)
+    route, output = parser.group(ROUTE), parser.group(OUTPUT)
+    run.add_argument("--new-tokens", type=positive, default=16, help="of each answer (default: %(default)s)")
+    run.add_argument("--repetitions", type=positive, default=10, help="counted rounds (default: %(default)s)")
+    run.add_argument("--peer", choices=("torch",), help="also time PyTorch on the same weights")
+    run.add_argument("--compile-only", action="store_true", help="of --random: compile, without weights, and stop")
+    data.add_argument(
+        "--batch-sizes", nargs="+", type=positive, default=[1], metavar="B", help="prompts at a time (default: 1)"
+    )
+    route.add_argument(
         "--methods",
         nargs="+",
         default=["fastv", "pdrop", "nuwa"],
         metavar="METHOD[:DECISIONS]",
         help="methods, each with its own decisions or for example `pdrop:every` (default: fastv pdrop nuwa)",
     )
-    parser.add_argument("--actions", nargs="+", choices=ACTIONS, default=list(ACTIONS))
-    parser.add_argument("--budgets", nargs="+", type=budget, default=[192, 128, 64])
-    parser.add_argument("--batch-sizes", nargs="+", type=positive, default=[1])
-    parser.add_argument("--first-decision", type=int, help="layer of the first decision of methods other than nuwa")
-    parser.add_argument("--new-tokens", type=positive, default=16, help="of each answer (default: %(default)s)")
-    parser.add_argument("--repetitions", type=positive, default=10, help="counted rounds (default: %(default)s)")
-    parser.add_argument("--peer", choices=("torch",), help="also time PyTorch on the same weights")
-    parser.add_argument(
+    route.add_argument(
+        "--actions", nargs="+", choices=ACTIONS, default=list(ACTIONS), help=f"(default: {' '.join(ACTIONS)})"
+    )
+    route.add_argument(
+        "--budgets",
+        nargs="+",
+        type=budget,
+        default=[192, 128, 64],
+        metavar="BUDGET",
+        help="192, 128, 64, or shares such as 0.15 or 1/9 (default: 192 128 64)",
+    )
+    route.add_argument("--first-decision", type=int, help="layer of the first decision of methods other than nuwa")
+    output.add_argument(
         "--peak-tflops",
         type=positive_number,
         metavar="X",
         help="the device's datasheet peak for the model's dtype, dense; adds the prefill's model FLOPs utilisation",
     )
-    parser.add_argument("--compile-only", action="store_true", help="of --random: compile, without weights, and stop")
-    parser.add_argument("--figure", action="store_true", help="also figure.png; needs the extra [plot]")
-    parser.add_argument("--out", type=Path, help="folder of the results (default: runs/bench/ and the model's name)")
+    output.add_argument("--figure", action="store_true", help="also figure.png; needs the extra [plot]")
+    output.add_argument("--out", type=Path, help="folder of the results (default: runs/bench/ and the model's name)")
     return parser
 
 

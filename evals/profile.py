@@ -18,10 +18,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from evals.harness.cli import Parser, exit_code, positive, whole
-from evals.harness.routes import add_route_arguments, check_routes, plan_routes
+from evals.harness.routes import DEFAULT_METHOD, add_comparison_arguments, check_routes, plan_routes
 from evals.harness.runner import write_json
 from evals.speed.subjects import Subject, add_subject_arguments, open_subject, sample
+from reroute_jax.commandline.parsing import DATA, OUTPUT, RUN, Parser, exit_code, positive, whole
+from reroute_jax.commandline.routes import add_route_arguments
 from reroute_jax.engine import model as engine
 from reroute_jax.engine.model import Inputs
 from reroute_jax.errors import RerouteError
@@ -228,13 +229,16 @@ def _flops(lowered) -> float:
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="python -m evals.profile", description=__doc__)
+    examples = ("--method pdrop", "--random bench-llava --compare --budget 64", "--method fastv --out profile.json")
+    parser = Parser("evals.profile", __doc__, examples)
     add_subject_arguments(parser)
-    add_route_arguments(parser)
-    parser.add_argument("--batch-size", type=positive, default=1)
-    parser.add_argument("--repetitions", type=positive, default=5, help="traced runs (default: %(default)s)")
-    parser.add_argument("--seed", type=whole, default=0, help="of the method `random` (default: 0)")
-    parser.add_argument("--out", type=Path, help="JSON file of the same numbers")
+    add_route_arguments(parser, DEFAULT_METHOD)
+    add_comparison_arguments(parser)
+    run = parser.group(RUN)
+    run.add_argument("--repetitions", type=positive, default=5, help="traced runs (default: %(default)s)")
+    run.add_argument("--seed", type=whole, default=0, help="of the method `random` (default: %(default)s)")
+    parser.group(DATA).add_argument("--batch-size", type=positive, default=1, help="prompts (default: %(default)s)")
+    parser.group(OUTPUT).add_argument("--out", type=Path, help="JSON file of the same numbers")
     return parser
 
 

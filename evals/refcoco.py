@@ -15,7 +15,6 @@ from PIL import Image
 
 from evals.harness import prompts
 from evals.harness.boxes import (
-    COORD_FORMAT_OF_FAMILY,
     COORD_FORMATS,
     REC_METRICS,
     RESIZED,
@@ -24,10 +23,9 @@ from evals.harness.boxes import (
     rec_metrics,
 )
 from evals.harness.cli import (
-    MAX_NEW_TOKENS,
     add_data_arguments,
     benchmark_parser,
-    exit_code,
+    exit_code_of,
     load_model,
     pad_colour,
     run_benchmark,
@@ -37,7 +35,9 @@ from evals.harness.data import PARITY_JPEG_ROUNDTRIPS, REFCOCO, SCENES, Doc, Doc
 from evals.harness.padding import Colour, from_square, padded
 from evals.harness.routes import check_routes
 from evals.harness.runner import Answerer, Record, Task, fingerprint
+from reroute_jax.commandline.parsing import DATA, RUN, Parser
 from reroute_jax.errors import RerouteError
+from reroute_jax.models import FAMILIES
 
 NAME = "refcoco"
 SCENES_MAX_NEW_TOKENS = 64  # the embedded models need four tokens for a coordinate
@@ -94,20 +94,21 @@ def make_task(
 def main(argv: Sequence[str] | None = None, name: str = NAME, hub: Hub = REFCOCO) -> int:
     """Command line of the set called `name`; returns the exit code."""
     args = parser(name, hub).parse_args(argv)
-    return exit_code(lambda: _run(args, name, hub))
+    return exit_code_of(lambda: _run(args, name, hub))
 
 
-def parser(name: str = NAME, hub: Hub = REFCOCO) -> argparse.ArgumentParser:
+def parser(name: str = NAME, hub: Hub = REFCOCO) -> Parser:
     """Of the command of the set called `name`."""
     parser = benchmark_parser(name, "Grounding accuracy with all visual tokens and with routed ones.")
     add_data_arguments(parser, hub)
-    parser.add_argument(
-        "--prompt-style", choices=prompts.REC_STYLES, help="default: what the reference uses for the model family"
+    run = parser.group(RUN)
+    run.add_argument(
+        "--prompt-style", choices=prompts.REC_STYLES, help="(default: what the reference uses for the model family)"
     )
-    parser.add_argument(
+    run.add_argument(
         "--coord-format", choices=COORD_FORMATS, help="of the model's boxes (default: as its family's reference)"
     )
-    parser.add_argument(
+    parser.group(DATA).add_argument(
         "--jpeg-roundtrips",
         type=int,
         choices=(PARITY_JPEG_ROUNDTRIPS, 0),
@@ -128,12 +129,12 @@ def questions(
     args: argparse.Namespace, source: DocSource, model: Answerer, name: str = NAME
 ) -> tuple[Task, tuple[str, ...], dict[str, Any]]:
     """What `args` ask a model about a source that was opened: the task, its metrics, and its settings."""
-    family, scenes = model.config.family, args.data == SCENES
+    family, scenes = FAMILIES[model.config.family], args.data == SCENES
     if scenes:
-        source = rec_source(args.data, args.split, family)
-    style = args.prompt_style or prompts.REC_STYLE_OF_FAMILY[family]
-    coord_format = args.coord_format or COORD_FORMAT_OF_FAMILY[family]
-    max_new = args.max_new_tokens or (SCENES_MAX_NEW_TOKENS if scenes else MAX_NEW_TOKENS[family])
+        source = rec_source(args.data, args.split, family.name)
+    style = args.prompt_style or family.evaluation.rec_style
+    coord_format = args.coord_format or family.evaluation.coord_format
+    max_new = args.max_new_tokens or (SCENES_MAX_NEW_TOKENS if scenes else family.evaluation.max_new_tokens)
     limit = args.limit or (SCENES_LIMIT if scenes else None)
     data = Path(args.data).expanduser()
     settings = {
@@ -144,7 +145,7 @@ def questions(
         "jpeg_roundtrips": args.jpeg_roundtrips,
     }
     # A family that answers in pixels means those of the whole image after its resize. LLaVA sees a crop.
-    model_size = model.model_size if coord_format == COORD_FORMAT_OF_FAMILY[family] == "pixel" else None
+    model_size = model.model_size if coord_format == family.evaluation.coord_format == "pixel" else None
     pad = pad_colour(args, model)
     if pad is not None and coord_format != "normalized":
         raise RerouteError(

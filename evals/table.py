@@ -19,39 +19,29 @@ from typing import Any
 
 import jax
 
+from convert.embedded import CAVEATS, EMBEDDED, locate
 from convert.source import open_source
 from evals import gqa, mmbench, mme, pope, refcoco, refcocog, refcocoplus, scienceqa, textvqa, vqav2
 from evals.harness import vqa
-from evals.harness.cli import (
-    CAVEATS,
-    CHECKPOINTS,
-    EMBEDDED,
-    Parser,
-    exit_code,
-    load_model,
-    positive,
-    run_settings,
-    whole,
-    write_summary,
-)
+from evals.harness.cli import add_compat_argument, exit_code_of, load_model, run_settings, write_summary
 from evals.harness.columns import OWN_HUB, Hub
 from evals.harness.data import REFCOCO, SCENES, DocSource, rec_source
 from evals.harness.matrix import Entry, Outcome, Sheet, draw, markdown, write_csv
 from evals.harness.report import score_runs, summarise
-from evals.harness.routes import FULL, Routes, budget, named_run
+from evals.harness.routes import FULL, Routes, named_run
 from evals.harness.runner import Answerer, Run, Task, answer, open_folder
+from reroute_jax.commandline.parsing import DATA, OUTPUT, ROUTE, RUN, Parser, budget, positive, whole
 from reroute_jax.config import ModelConfig
 from reroute_jax.errors import RerouteError
 from reroute_jax.models import FAMILIES, read_config
-from reroute_jax.nn.mrope import COMPATS
 from reroute_jax.routing.methods import METHODS, plan
 from reroute_jax.routing.plan import ACTIONS, Schedule
-from reroute_jax.routing.presets import PRESETS, preset
+from reroute_jax.routing.presets import PRESETS, preset, preset_name
+from reroute_jax.routing.switches import SWITCHES
 from reroute_jax.types import FLOATS
 
 GROUNDING, ANSWERING = "grounding", "answering"
-# What the released configurations call the families, and the deletions that they compare with.
-RELEASED = {"llava": "llava15", "qwen2_5_vl": "qwen25vl"}
+# The deletions that the released configurations compare with.
 DELETIONS = {"fastv": "fastv_K3", "pdrop": "pdrop_earlyL2"}
 MATRIX = {"methods": ("fastv", "pdrop", "nuwa"), "actions": ACTIONS, "budgets": (192, 128, 64)}  # where not given
 OFFICIAL_NOTE = (
@@ -136,46 +126,54 @@ class Planned:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     args = _parser().parse_args(argv)
-    return exit_code(lambda: _run(args))
+    return exit_code_of(lambda: _run(args))
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="python -m evals.table", description="One table and a figure of many runs.")
-
-    def listed(name: str, of: Callable[[str], Any], about: str, default: Sequence[Any] | None = None) -> None:
-        shown = ",".join(map(str, default or MATRIX[name]))
-        about = f"{about} (default: {shown})"
-        parser.add_argument(f"--{name}", type=partial(_listed, of), default=default, metavar="A,B", help=about)
-
-    listed("models", str, f"hub ids, folders, or embedded ones: {', '.join(EMBEDDED)}", EMBEDDED[:1])
-    tasks = f"of {', '.join(COMMANDS)}, each with a split as in refcoco:testA where it is not the default one"
-    listed("tasks", str, f"{tasks}; '{GROUNDING}': the paper's eight grounding splits", ("refcoco",))
-    listed("methods", _one_of(METHODS), f"of {', '.join(name for name in METHODS if name != 'none')}")
-    listed("actions", _one_of(ACTIONS), f"of {', '.join(ACTIONS)}")
-    listed("budgets", budget, "192, 128, 64, or shares")
-    parser.add_argument(
-        "--official",
-        action="store_true",
-        help="the released configurations of each model's family instead of methods, actions and budgets",
+    examples = (
+        "--methods pdrop,nuwa --budgets 64 --limit 100",
+        "--tasks refcoco:testA,pope --models scenes-llava,scenes-qwen",
+        "--official --models llava-hf/llava-1.5-7b-hf --tasks grounding --data hub",
     )
-    parser.add_argument(
+    parser = Parser("evals.table", "One table and a figure of many runs.", examples)
+    run, data, route = parser.group(RUN), parser.group(DATA), parser.group(ROUTE)
+    _add_list(run, "models", str, f"hub ids, folders, or embedded ones: {', '.join(EMBEDDED)}", EMBEDDED[:1])
+    tasks = f"of {', '.join(COMMANDS)}, each with a split as in refcoco:testA where it is not the default one"
+    _add_list(run, "tasks", str, f"{tasks}; '{GROUNDING}': the paper's eight grounding splits", ("refcoco",))
+    run.add_argument("--dtype", choices=tuple(FLOATS), help="as of the other commands")
+    run.add_argument("--batch-size", type=positive, default=8, help="questions at a time (default: %(default)s)")
+    run.add_argument(
+        "--seed", type=whole, default=0, help="of the method `random` and of the intervals (default: %(default)s)"
+    )
+    data.add_argument(
         "--data",
         default=SCENES,
         help=f"'{SCENES}': rendered stand-ins; '{OWN_HUB}': each task's own set on the hub; or a folder that holds a "
         "folder of each task's name in the hub's layout (default: %(default)s)",
     )
-    parser.add_argument("--dtype", choices=tuple(FLOATS), help="as of the other commands")
-    parser.add_argument("--mrope-compat", choices=COMPATS, help="as of the other commands")
-    parser.add_argument("--batch-size", type=positive, default=8, help="questions at a time (default: %(default)s)")
-    parser.add_argument("--limit", type=positive, help="only the first so many questions of each task")
-    parser.add_argument(
-        "--seed", type=whole, default=0, help="of the method `random` and of the intervals (default: 0)"
-    )
-    parser.add_argument(
+    data.add_argument("--limit", type=positive, help="only the first so many questions of each task")
+    data.add_argument(
         "--skip-bad", action="store_true", help="count and report images that cannot be decoded instead of stopping"
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/table"), help="folder (default: %(default)s)")
+    _add_list(route, "methods", _one_of(METHODS), f"of {', '.join(name for name in METHODS if name != 'none')}")
+    _add_list(route, "actions", _one_of(ACTIONS), f"of {', '.join(ACTIONS)}")
+    _add_list(route, "budgets", budget, "192, 128, 64, or shares")
+    route.add_argument(
+        "--official",
+        action="store_true",
+        help="the released configurations of each model's family instead of methods, actions and budgets",
+    )
+    add_compat_argument(parser)
+    parser.group(OUTPUT).add_argument(
+        "--out", type=Path, default=Path("runs/table"), help="folder (default: %(default)s)"
+    )
     return parser
+
+
+def _add_list(group, name: str, of: Callable[[str], Any], about: str, default: Sequence[Any] | None = None) -> None:
+    """An argument of values between commas. Without a default it is None unless given, and `MATRIX` has its values."""
+    about = f"{about} (default: {','.join(map(str, default or MATRIX[name]))})"
+    group.add_argument(f"--{name}", type=partial(_listed, of), default=default, metavar="A,B", help=about)
 
 
 def _listed(of: Callable[[str], Any], text: str) -> tuple[Any, ...]:
@@ -246,7 +244,7 @@ def _task_folder(data: str, task: str) -> str:
 
 def _planned(model: str, args: argparse.Namespace) -> Planned:
     """Rows and runs of a model, from its configuration alone. Raises RerouteError naming a run that does not fit it."""
-    source = open_source(CHECKPOINTS / model if model in EMBEDDED else model)
+    source = open_source(locate(model))
     config = read_config(source.config)
     family = FAMILIES[config.family]
     rows, cols = family.typical_grid(config, lambda: family.image_processor(source.folder))
@@ -268,7 +266,7 @@ def _matrix(planner: Callable[..., Schedule], full: Run, args: argparse.Namespac
         method = METHODS[name]
         names: dict[str, str] = {}
         for action in actions if method.has_actions else ("reroute",):
-            seed = {"seed": args.seed} if "seed" in method.switches else {}
+            seed = {"seed": args.seed} if name in SWITCHES["seed"].methods else {}
             run = named_run(planner(name, budget=share, action=action, **seed))
             names[action] = run.name
             runs.append(run)
@@ -281,11 +279,13 @@ def _matrix(planner: Callable[..., Schedule], full: Run, args: argparse.Namespac
 
 def _official(config: ModelConfig, full: Run) -> Planned:
     """The released configurations of the model's family. Those that differ in their label alone share one run."""
-    prefix = RELEASED[config.family]
+    own = FAMILIES[config.family]
+    if own.released is None:
+        raise RerouteError(f"no configurations were released for {config.family}: leave out --official")
     runs: dict[Schedule, Run] = {}
     entries = []
     for name, (family, variant, tier) in PRESETS.items():
-        if family != prefix:
+        if family != own.name:
             continue
         schedule = preset(name, config.num_layers)
         if variant is None:
@@ -294,7 +294,7 @@ def _official(config: ModelConfig, full: Run) -> Planned:
         run = runs.setdefault(replace(schedule, label=""), named_run(schedule))
         host = next(host for host in DELETIONS if host in variant)
         deletes = variant in DELETIONS.values()
-        against = None if deletes else f"{prefix}_{DELETIONS[host]}_avg{tier}"
+        against = None if deletes else preset_name(own, DELETIONS[host], tier)
         entries.append(Entry(name, run.name, host, "delete" if deletes else "reroute", str(tier), against))
     return Planned(tuple(entries), _routes(entries, [full, *runs.values()]))
 

@@ -12,10 +12,6 @@ from reroute_jax.errors import RerouteError
 Box = tuple[float, float, float, float]
 
 COORD_FORMATS = ("normalized", "pixel", "scale_1000")
-COORD_FORMAT_OF_FAMILY = {
-    "llava": "normalized",
-    "qwen2_5_vl": "pixel",
-}  # what the reference runs each model family with
 THRESHOLDS = (0.1, 0.3, 0.5, 0.7, 0.9)
 REC_METRICS = ("refcoco_IoU", *(f"refcoco_ACC@{t}" for t in THRESHOLDS), "refcoco_Center_ACC")
 RESIZED = "_resized"  # a metric with pixels divided by the size that the model saw, not by the stored image's

@@ -13,7 +13,6 @@ _REC = {
     "nuwa": "Locate {} in this image and output the bbox coordinates in JSON format.",
 }
 REC_STYLES = tuple(_REC)
-REC_STYLE_OF_FAMILY = {"llava": "full", "qwen2_5_vl": "nuwa"}  # what the reference runs each model family with
 
 
 def rec(expression: str, style: str) -> str:

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from evals.harness.cli import (
-    MAX_NEW_TOKENS,
     add_data_arguments,
     benchmark_parser,
-    exit_code,
+    exit_code_of,
     load_model,
     pad_colour,
     run_benchmark,
@@ -26,7 +25,9 @@ from evals.harness.metrics import Derived
 from evals.harness.padding import Colour, padded
 from evals.harness.routes import check_routes
 from evals.harness.runner import Answerer, Record, Task, fingerprint
+from reroute_jax.commandline.parsing import DATA, Parser
 from reroute_jax.errors import RerouteError
+from reroute_jax.models import FAMILIES
 
 STAND_IN_SPLIT = "test"
 STAND_IN_LIMIT = 300
@@ -125,16 +126,16 @@ def make_task(
 def main(benchmark: Benchmark, argv: Sequence[str] | None = None) -> int:
     """Command line of a benchmark; returns the exit code."""
     args = parser(benchmark).parse_args(argv)
-    return exit_code(lambda: _run(benchmark, args))
+    return exit_code_of(lambda: _run(benchmark, args))
 
 
-def parser(benchmark: Benchmark) -> argparse.ArgumentParser:
+def parser(benchmark: Benchmark) -> Parser:
     """Of the command of a benchmark."""
     parser = benchmark_parser(benchmark.name, benchmark.about)
     if benchmark.hub is not None:
         add_data_arguments(parser, benchmark.hub)
     else:
-        parser.add_argument("--split", help=f"of the scenes (default: {STAND_IN_SPLIT})")
+        parser.group(DATA).add_argument("--split", help=f"of the scenes (default: {STAND_IN_SPLIT})")
         parser.set_defaults(data=SCENES, skip_bad=False)
     return parser
 
@@ -151,7 +152,7 @@ def questions(
 ) -> tuple[Task, tuple[str, ...], dict[str, Any]]:
     """What `args` ask a model about a source that was opened: the task, its metrics, and its settings."""
     family, scenes = model.config.family, args.data == SCENES
-    max_new = benchmark.max_new_tokens or MAX_NEW_TOKENS[family]
+    max_new = benchmark.max_new_tokens or FAMILIES[family].evaluation.max_new_tokens
     if scenes:
         source = row_source(benchmark, args.data, args.split, family)
         max_new = min(max_new, STAND_IN_MAX_NEW_TOKENS)

@@ -15,13 +15,17 @@ from lmms_eval.protocol import ChatMessages
 from PIL import Image
 from tqdm import tqdm
 
-from evals.harness.cli import EMBEDDED, MAX_NEW_TOKENS, load_model
-from evals.harness.routes import SWITCHES, budget, check_routes, plan_routes
+from convert.embedded import EMBEDDED
+from evals.harness.cli import load_model
+from evals.harness.routes import check_routes, plan_routes
 from evals.harness.runner import sized_batches
+from reroute_jax.commandline.parsing import budget
+from reroute_jax.commandline.routes import SWITCH_ARGUMENTS
 from reroute_jax.errors import RerouteError, one_of
+from reroute_jax.models import FAMILIES
 from reroute_jax.routing.methods import METHODS
 
-ROUTE_OPTIONS = ("method", "action", "budget", "preset", *SWITCHES)
+ROUTE_OPTIONS = ("method", "action", "budget", "preset", *SWITCH_ARGUMENTS)
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,7 @@ class RerouteJax(lmms):
         _, _, asked, _, task, split = request.args
         if asked.get("do_sample") or asked.get("temperature") or (asked.get("num_beams") or 1) != 1:
             raise RerouteError(f"{task} asks for sampling or beams ({dict(asked)}): only greedy decoding is supported")
-        return task, split, asked.get("max_new_tokens") or MAX_NEW_TOKENS[self.model.config.family]
+        return task, split, asked.get("max_new_tokens") or FAMILIES[self.model.config.family].evaluation.max_new_tokens
 
     def _question(self, request: Instance, place: int) -> PluginRequest:
         """Raises RerouteError for what is not one user turn of decoded images and then one text."""

@@ -13,8 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from evals.harness.cli import EMBEDDED, load_model, positive
+from convert.embedded import EMBEDDED
+from evals.harness.cli import load_model
 from evals.speed.checkpoint_shapes import SHAPES, LlavaShape, QwenShape
+from reroute_jax.commandline.parsing import DATA, RUN, Parser, positive
 from reroute_jax.config import ModelConfig
 from reroute_jax.engine.model import Inputs, Model
 from reroute_jax.errors import RerouteError
@@ -87,15 +89,16 @@ class Sample:
         return model.inputs(list(self.ids), self.pixels, self.thw, schedule)
 
 
-def add_subject_arguments(parser: argparse.ArgumentParser) -> None:
-    which = parser.add_mutually_exclusive_group()
+def add_subject_arguments(parser: Parser) -> None:
+    run, data = parser.group(RUN), parser.group(DATA)
+    which = run.add_mutually_exclusive_group()
     which.add_argument("--model", help=f"hub id, folder, or one of {', '.join(EMBEDDED)} (default: {EMBEDDED[0]})")
     which.add_argument("--random", choices=tuple(SHAPES), help="a model of this shape with random weights")
-    parser.add_argument(
-        "--dtype", choices=tuple(FLOATS), help="default: the checkpoint's, float32 for random and embedded"
+    run.add_argument(
+        "--dtype", choices=tuple(FLOATS), help="(default: the checkpoint's, float32 for random and embedded)"
     )
-    parser.add_argument("--text", type=positive, default=64, help="text tokens of a prompt (default: %(default)s)")
-    parser.add_argument(
+    data.add_argument("--text", type=positive, default=64, help="text tokens of a prompt (default: %(default)s)")
+    data.add_argument(
         "--grid",
         type=positive,
         nargs=2,

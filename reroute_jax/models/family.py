@@ -12,6 +12,7 @@ from flax import nnx
 from PIL import Image
 
 from reroute_jax.config import ModelConfig
+from reroute_jax.routing.nuwa_rules import NuwaRules
 from reroute_jax.types import Grid, Size
 
 
@@ -22,12 +23,36 @@ def expand_image_tokens(ids: Sequence[int], image_token: int, counts: Sequence[i
 
 
 @dataclass(frozen=True)
+class Released:
+    """The released configurations of a family. prefix: of their names. depth: decoder layers that they are for."""
+
+    prefix: str
+    depth: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What the reference (lmms-eval v0.7.1 with the release's patch) runs a family with.
+
+    rec_style: of the prompt that asks for a box. coord_format: of the boxes in its answers, "normalized" to [0, 1],
+    "pixel" of the image as the model sees it, or "scale_1000". max_new_tokens: of an answer where the task sets none.
+    """
+
+    rec_style: str
+    coord_format: str
+    max_new_tokens: int
+
+
+@dataclass(frozen=True)
 class Family:
     """Grids are (rows, columns) of an image's visual tokens, sizes (width, height) in pixels.
 
     name: `model_type` of config.json. Modules `convert.NAME` (conversion table) and `convert.crosscheck.NAME` (PyTorch
         reference) are found by it.
     options: of the options that only some families have (arguments of `load` and of the commands), those of this one.
+    nuwa: rules of the method of that name, None where it has none for the family.
+    released: the released routing configurations, None where there are none.
+    evaluation: how the reference asks the family.
     read_config(hf): of config.json as transformers read it; raises RerouteError for a setting that is not implemented.
     model(config, rngs=, dtype=): the parameters, with a `decoder`.
     encode_images(model, pixels, arrays, merge): features `[I, C, D]` at decoder width and, for each, the index of the
@@ -41,11 +66,15 @@ class Family:
     as_rgb(image): before anything else.
     visual_grid(image, config, processor), model_size(size, processor): of an image, or one of this size.
     typical_grid(config, open_processor): that a method is planned for; the processor only where it takes one.
+    settings(config, open_processor): what else a run's answers depend on, for its record.
     prompt_ids(text, grids, tokenizer, config): the chat prompt of a question behind images, image tokens expanded.
     """
 
     name: str
     options: tuple[str, ...]
+    nuwa: NuwaRules | None
+    released: Released | None
+    evaluation: Evaluation
     read_config: Callable[[Any], ModelConfig]
     model: Callable[..., nnx.Module]
     encode_images: Callable[..., tuple]
@@ -59,4 +88,5 @@ class Family:
     visual_grid: Callable[[Image.Image, ModelConfig, Any], Grid]
     model_size: Callable[[Size, Any], Size]
     typical_grid: Callable[[ModelConfig, Callable[[], Any]], Grid]
+    settings: Callable[[ModelConfig, Callable[[], Any]], dict[str, Any]]
     prompt_ids: Callable[[str, Sequence[Grid], Any, ModelConfig], np.ndarray]

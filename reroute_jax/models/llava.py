@@ -6,6 +6,7 @@ Letters: I images, n patches of an image, C tokens left of them after a merge.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,9 @@ from transformers import AutoImageProcessor, LlavaConfig
 from reroute_jax.config import ModelConfig, decoder_config, require, token_ids
 from reroute_jax.decoder import Decoder
 from reroute_jax.errors import RerouteError
-from reroute_jax.models.family import Family, expand_image_tokens
+from reroute_jax.models.family import Evaluation, Family, Released, expand_image_tokens
 from reroute_jax.routing.merge import MergeArrays, nuwa, pooled
+from reroute_jax.routing.nuwa_rules import NuwaRules
 from reroute_jax.routing.plan import NuwaMerge, PoolMerge
 from reroute_jax.types import Grid
 from reroute_jax.vision.clip import ClipConfig, ClipTower, Projector, nuwa_inputs
@@ -130,6 +132,17 @@ def _open_processor(folder: Path):
 FAMILY = Family(
     name=NAME,
     options=("vicuna_system", "llava_image_mode"),
+    nuwa=NuwaRules(
+        "previous_layer",
+        quantile=Fraction(11, 20),
+        diagonal_radius=False,
+        self_weight_override=True,
+        first=16,
+        depth=32,
+        fixed_counts=True,
+    ),
+    released=Released("llava15", 32),
+    evaluation=Evaluation("full", "normalized", 1024),
     read_config=_read_config,
     model=Llava,
     encode_images=encode_images,
@@ -143,5 +156,6 @@ FAMILY = Family(
     visual_grid=lambda image, config, processor: config.vision.grid,
     model_size=lambda size, processor: (processor.crop_size["width"], processor.crop_size["height"]),
     typical_grid=lambda config, open_processor: config.vision.grid,
+    settings=lambda config, open_processor: {"vicuna_system": config.vicuna_system},
     prompt_ids=_prompt_ids,
 )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ from reroute_jax.buckets import VISUAL_BUCKETS, bucket
 from reroute_jax.config import ModelConfig, decoder_config, require, token_ids
 from reroute_jax.decoder import Decoder
 from reroute_jax.errors import RerouteError
-from reroute_jax.models.family import Family, expand_image_tokens
+from reroute_jax.models.family import Evaluation, Family, Released, expand_image_tokens
 from reroute_jax.nn.mrope import mrope_positions
 from reroute_jax.routing.merge import MergeArrays, nuwa, pooled
+from reroute_jax.routing.nuwa_rules import NuwaRules
 from reroute_jax.routing.plan import NuwaMerge, PoolMerge
 from reroute_jax.types import Grid
 from reroute_jax.vision.qwen2_5 import QwenTower, nuwa_inputs
@@ -149,9 +151,30 @@ def _typical_grid(config: ModelConfig, open_processor: Callable[[], Any]) -> Gri
     return math.isqrt(tokens), math.isqrt(tokens)
 
 
+def _settings(config: ModelConfig, open_processor: Callable[[], Any]) -> dict[str, Any]:
+    limits = [open_processor().size[edge] for edge in ("shortest_edge", "longest_edge")]
+    return {"image_resizes": 2, "pixel_limits": limits, "mrope_compat": config.mrope_compat}
+
+
 FAMILY = Family(
     name=NAME,
     options=("mrope_compat",),
+    nuwa=NuwaRules(
+        "previous_layer_last_three",
+        quantile=Fraction(1, 10),
+        diagonal_radius=True,
+        self_weight_override=False,
+        first=15,
+        depth=28,
+        fixed_counts=False,
+        released={
+            0.25: (Fraction(35, 100), 0.42, 3),
+            0.5: (Fraction(60, 100), 0.66, 3),
+            0.75: (Fraction(85, 100), 0.70, 4),
+        },
+    ),
+    released=Released("qwen25vl", 28),
+    evaluation=Evaluation("nuwa", "pixel", 128),
     read_config=_read_config,
     model=QwenVL,
     encode_images=encode_images,
@@ -165,5 +188,6 @@ FAMILY = Family(
     visual_grid=_visual_grid,
     model_size=final_size,
     typical_grid=_typical_grid,
+    settings=_settings,
     prompt_ids=_prompt_ids,
 )

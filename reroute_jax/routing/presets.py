@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from reroute_jax.errors import RerouteError
+from reroute_jax.models import FAMILIES
+from reroute_jax.models.family import Family
 from reroute_jax.routing.plan import Schedule
 from reroute_jax.routing.solver import OFFICIAL_RATIOS, decision_layers
 
-_DEPTHS = {"llava15": 32, "qwen25vl": 28}
 _TIERS = (192, 128, 64)
 
 # shape of the ratios, action, monotonic. The two layouts of reroute are one computation (3.4), so here they are equal.
@@ -19,9 +20,18 @@ _VARIANTS = {
     "ours_vs_pdrop_stagewise": ("pyramid", "reroute", False),
 }
 
+
+def preset_name(family: Family, variant: str | None, tier: int | None) -> str:
+    """What the release calls a variant and tier (None and None: all tokens) of a family that it covers."""
+    prefix = family.released.prefix
+    return f"{prefix}_baseline" if variant is None else f"{prefix}_{variant}_avg{tier}"
+
+
+# Name -> family, variant, tier.
 PRESETS: dict[str, tuple[str, str | None, int | None]] = {
-    f"{family}_{variant}_avg{tier}" if variant else f"{family}_baseline": (family, variant, tier)
-    for family in _DEPTHS
+    preset_name(family, variant, tier): (family.name, variant, tier)
+    for family in FAMILIES.values()
+    if family.released is not None
     for variant, tier in [(None, None), *((variant, tier) for tier in _TIERS for variant in _VARIANTS)]
 }
 
@@ -34,7 +44,7 @@ def preset(name: str, num_layers: int) -> Schedule:
     if name not in PRESETS:
         raise RerouteError(f"unknown preset {name!r}, expected one of: {', '.join(PRESETS)}")
     family, variant, tier = PRESETS[name]
-    depth = _DEPTHS[family]
+    depth = FAMILIES[family].released.depth
     if num_layers != depth:
         raise RerouteError(
             f"preset {name!r} is for {depth} decoder layers and the model has {num_layers}, use a method"

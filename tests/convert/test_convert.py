@@ -370,7 +370,7 @@ def index_of(weight_map):
 def test_damaged_checkpoints(copy, tmp_path, capsys, damage, line):
     damage(copy)
     status, lines = run_cli(capsys, copy, tmp_path / "out")
-    assert status == 1
+    assert status == 2
     assert len(lines) == 1 and lines[0].startswith("error: ") and line in lines[0], lines
     assert not (tmp_path / "out").exists()
 
@@ -384,14 +384,14 @@ def test_overlapping_tensors(copy, tmp_path, capsys):
 
     edit_header(overlap)(copy)
     status, lines = run_cli(capsys, copy, tmp_path / "out")
-    assert status == 1 and len(lines) == 1 and "starts at byte" in lines[0]
+    assert status == 2 and len(lines) == 1 and "starts at byte" in lines[0]
 
 
 def test_misfits_are_one_report(copy, tmp_path, capsys):
     change = edit_header(lambda text: text.replace(b"language_model.lm_head", b"language_model.other"))
     change(copy)
     status, lines = run_cli(capsys, copy, tmp_path / "out")
-    assert status == 1
+    assert status == 2
     assert lines == [
         f"error: checkpoint {copy} does not fit its config.json: 1 unknown, 1 missing",
         "  unknown: language_model.other.weight",
@@ -402,7 +402,7 @@ def test_misfits_are_one_report(copy, tmp_path, capsys):
 def test_shards_that_repeat_a_tensor(copy, tmp_path, capsys):
     shutil.copy(copy / "model.safetensors", copy / "again.safetensors")
     status, lines = run_cli(capsys, copy, tmp_path / "out")
-    assert status == 1 and f"{len(read_header(copy / 'model.safetensors'))} duplicate" in lines[0]
+    assert status == 2 and f"{len(read_header(copy / 'model.safetensors'))} duplicate" in lines[0]
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
@@ -416,21 +416,21 @@ def test_an_existing_target_is_refused(hf, tmp_path, capsys, kind):
 def test_a_file_and_a_wrong_path_are_refused(hf, tmp_path, capsys):
     file = hf / "model.safetensors"
     status, lines = run_cli(capsys, file, tmp_path / "out")
-    assert status == 1 and lines[0].startswith(f"error: {file} is a file: expected a checkpoint folder")
+    assert status == 2 and lines[0].startswith(f"error: {file} is a file: expected a checkpoint folder")
     wrong = tmp_path / "no" / "such" / "folder"
     status, lines = run_cli(capsys, wrong, tmp_path / "out")
-    assert status == 1 and lines[0].startswith(f"error: {wrong} does not exist: expected a checkpoint folder")
+    assert status == 2 and lines[0].startswith(f"error: {wrong} does not exist: expected a checkpoint folder")
 
 
 def test_a_converted_source_is_refused(converted, tmp_path, capsys):
     status, lines = run_cli(capsys, converted, tmp_path / "out")
-    assert status == 1 and lines[0].startswith(f"error: {converted} is converted already")
+    assert status == 2 and lines[0].startswith(f"error: {converted} is converted already")
 
 
 def test_a_full_disk_is_foreseen(hf, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
     status, lines = run_cli(capsys, hf, tmp_path / "out")
-    assert status == 1 and "bytes, the disk has 0: free some" in lines[0]
+    assert status == 2 and "bytes, the disk has 0: free some" in lines[0]
 
 
 def test_values_beyond_float16_are_refused(hf, tmp_path, capsys):

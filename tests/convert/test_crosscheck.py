@@ -9,7 +9,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import convert.crosscheck.command as crosscheck
-from convert.crosscheck.command import Line, difference, main, merge, table, unequal
+from convert.crosscheck.command import main
+from convert.crosscheck.comparison import Line, difference, merge, table, unequal
 from tests.tiny import tiny_llava
 from tests.tiny_qwen import tiny_qwen
 

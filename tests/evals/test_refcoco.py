@@ -4,10 +4,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from convert.embedded import CHECKPOINTS
 from evals import refcoco, scenes_vqa
 from evals.harness import vqa
 from evals.harness.boxes import REC_METRICS
-from evals.harness.cli import CHECKPOINTS, load_model
+from evals.harness.cli import load_model
 from evals.harness.data import rec_source
 from tests.evals.harness.test_data import encoded, photo, row, write
 from tests.evals.stub import StubModel
@@ -268,7 +269,7 @@ def test_corrupt_image_gives_one_line(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_absent_embedded_model_says_how_to_make_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("evals.harness.cli.CHECKPOINTS", tmp_path)
+    monkeypatch.setattr("convert.embedded.CHECKPOINTS", tmp_path)
     assert CHECKPOINTS.parts[-3:] == ("evals", "scenes", "checkpoints")
     with pytest.raises(
         ValueError, match=r"scenes-llava-bypass is not at .*make it with `python -m evals\.scenes\.train`"

@@ -239,7 +239,7 @@ ERRORS = {
     "official nuwa": (dict(method="nuwa", budget=64, ratios="official"), "ratios='official', it is for 'fastv'"),
     "source": (dict(method="fastv", budget=64, score_source="last"), "expected one of: own_layer, previous_layer"),
     "source of reroute": (dict(method="fastv", budget=64, score_source="previous_layer"), "layer 7: under reroute"),
-    "source of nuwa reroute": (dict(method="nuwa", budget=64, score_source="own_layer"), "use nuwa_first_score"),
+    "source of nuwa reroute": (dict(method="nuwa", budget=64, score_source="own_layer"), "belongs to action='delete'"),
     "source of control": (dict(method="random", budget=64, score_source="own_layer"), "no use for score_source"),
     "position mode": (dict(method="fastv", budget=64, position_mode="gap"), "expected one of: original, renumber"),
     "variant": (dict(method="nuwa", budget=64, variant="steep"), "expected one of: flat, pyramid"),

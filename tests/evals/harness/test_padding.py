@@ -9,10 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from convert.embedded import CHECKPOINTS
 from convert.loading import load
 from evals import refcoco
 from evals.harness import vqa
-from evals.harness.cli import CHECKPOINTS
 from evals.harness.padding import from_square, mean_colour, square
 from evals.pope import BENCHMARK
 from evals.scenes.spec import model_config

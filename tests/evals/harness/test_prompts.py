@@ -2,6 +2,7 @@ import pytest
 
 from evals.harness import prompts
 from reroute_jax.errors import RerouteError
+from reroute_jax.models import FAMILIES
 
 
 def test_full_style_is_byte_exact() -> None:
@@ -40,4 +41,6 @@ def test_single_word_suffix() -> None:
 
 
 def test_each_family_gets_the_references_style() -> None:
-    assert prompts.REC_STYLE_OF_FAMILY == {"llava": "full", "qwen2_5_vl": "nuwa"}
+    styles = {name: family.evaluation.rec_style for name, family in FAMILIES.items()}
+    assert styles == {"llava": "full", "qwen2_5_vl": "nuwa"}
+    assert set(styles.values()) <= set(prompts.REC_STYLES)

@@ -1,0 +1,167 @@
+"""One prompt through JAX, and its differences from what PyTorch made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+import jax.numpy as jnp
+import numpy as np
+
+from convert.crosscheck.inputs import Probe
+from reroute_jax.decoder import forward
+from reroute_jax.engine.compilation import compiled
+from reroute_jax.engine.model import Model
+from reroute_jax.models import FAMILIES
+from reroute_jax.nn.positions import rope_tables
+from reroute_jax.routing.merge import merge_arrays
+from reroute_jax.routing.plan import NuwaMerge, PoolMerge, Schedule
+
+if TYPE_CHECKING:
+    from convert.crosscheck.plain import Plain
+    from convert.crosscheck.reference import Reference
+
+# Of fp32 arithmetic, relative to a row's root mean square where that is above 1.
+FEATURES = LAYER = SCORES = 1e-5
+LOGITS = 1e-4
+
+
+@dataclass(frozen=True)
+class Line:
+    """One compared quantity. `found` is a largest difference, or with `of` a number of unequal entries among `of`."""
+
+    quantity: str
+    found: float
+    allowed: float = 0
+    of: int = 0
+
+    @property
+    def passes(self) -> bool:
+        return self.found <= self.allowed  # False for nan
+
+    def merge(self, other: Line) -> Line:
+        found = self.found + other.found if self.of else float(np.fmax(self.found, other.found))
+        if np.isnan(self.found + other.found):
+            found = float("nan")
+        return Line(self.quantity, found, self.allowed, self.of + other.of)
+
+
+def merge(lines: Sequence[Line]) -> list[Line]:
+    """Lines of one quantity become one, in order of first appearance."""
+    order = list(dict.fromkeys(line.quantity for line in lines))
+    merged = []
+    for _, group in groupby(sorted(lines, key=lambda line: order.index(line.quantity)), key=lambda line: line.quantity):
+        first, *others = group
+        for other in others:
+            first = first.merge(other)
+        merged.append(first)
+    return merged
+
+
+def table(lines: Sequence[Line]) -> str:
+    width = max(len(line.quantity) for line in lines)
+    rows = [f"{'':{width}}  {'difference':>16}  {'allowed':>8}"]
+    for line in lines:
+        found = f"{line.found:.0f} of {line.of}" if line.of else f"{line.found:.1e}"
+        allowed = "0" if line.of else f"{line.allowed:.0e}"
+        rows.append(f"{line.quantity:{width}}  {found:>16}  {allowed:>8}  {'ok' if line.passes else 'DIFFERENT'}")
+    return "\n".join(rows)
+
+
+@compiled(static_argnames="merge")
+def _encode(module, pixels, arrays, merge):
+    return FAMILIES[module.config.family].encode_images(module, pixels, arrays, merge)[0]
+
+
+@compiled()
+def _layer(layer, x, rope, mask):
+    return layer.prefill(x, rope, mask)[0]
+
+
+@compiled()
+def _all_logits(decoder, x, rope, mask):
+    return decoder.logits(forward(decoder, x, rope, mask))
+
+
+def compare_plain(model: Model, prompt: Probe, expected: Plain, max_new: int) -> Iterator[Line]:
+    decoder = model.module.decoder
+    if prompt.pixels is not None:
+        yield difference("image features", _features(model, prompt, None), expected.features, FEATURES)
+    text = prompt.ids != model.config.image_token
+    embeds = decoder.embed(jnp.asarray(prompt.ids[text])[None])[0]
+    yield difference("text embeddings", embeds, expected.hidden[0][text], 0)
+    length = len(prompt.ids)
+    positions, _ = model.family.positions(prompt.ids, prompt.grids, model.config)
+    rope = rope_tables(jnp.asarray(positions)[..., None, :], decoder.config)
+    mask = jnp.tril(jnp.ones((1, length, length), bool))
+    for number, (x, after) in enumerate(zip(expected.hidden[:-1], expected.hidden[1:], strict=True)):
+        output = _layer(decoder.layers[number], jnp.asarray(x)[None], rope, mask)[0]
+        yield difference(f"layer {number} on the same input", output, after, LAYER)
+    logits = _all_logits(decoder, jnp.asarray(expected.hidden[0])[None], rope, mask)[0]
+    yield difference("logits, all positions", logits, expected.logits, LOGITS)
+    result = model.prefill(**prompt.given)
+    yield difference("logits, last position", result.logits, expected.logits[-1:], LOGITS)
+    yield _tokens("greedy tokens", model, prompt, None, expected.tokens, max_new)
+
+
+def compare_routed(
+    model: Model, prompt: Probe, expected: Reference, schedule: Schedule, max_new: int
+) -> Iterator[Line]:
+    prefix = f"{schedule.label}: "
+    result = model.prefill(**prompt.given, schedule=schedule, trace=True)
+    if prompt.pixels is not None and schedule.merge is not None:
+        features = _features(model, prompt, schedule.merge)
+        yield difference(prefix + "merged image features", features, expected.features, FEATURES)
+    if expected.anchors is not None:
+        yield unequal(prefix + "anchors", result.trace.anchors[0], expected.anchors)
+    for number, decision in enumerate(expected.decisions):
+        where = f"{prefix}layer {decision.layer}: "
+        yield unequal(where + "selected", result.trace.selected[number][0], decision.selected)
+        # Slots behind the image's tokens pad it to a bucket.
+        scores, wanted = result.trace.scores[number][0], np.flatnonzero(np.isfinite(decision.scores))
+        yield unequal(where + "candidates", np.flatnonzero(np.isfinite(scores)), wanted)
+        yield difference(where + "scores", scores[None, wanted], decision.scores[None, wanted], SCORES)
+    lengths = np.array([len(ran) for ran in expected.ran])
+    yield Line(prefix + "keys cached per layer", int((result.trace.kv_tokens[0] != lengths).sum()), of=len(lengths))
+    yield difference(prefix + "logits, last position", result.logits, expected.logits[None], LOGITS)
+    yield _tokens(prefix + "greedy tokens", model, prompt, schedule, np.array(expected.tokens), max_new)
+
+
+def _features(model: Model, prompt: Probe, merge: NuwaMerge | PoolMerge | None) -> np.ndarray:
+    """[n, D] of all images, without the padding behind each."""
+    family, sizes = model.family, [rows * cols for rows, cols in prompt.grids]
+    arrays = merge_arrays(merge, prompt.grids, len(sizes), family.token_bucket(max(sizes)))
+    packed = family.pack(prompt.pixels, prompt.grids, model.config, len(sizes))
+    left = sizes if merge is None else arrays.keep
+    found = _encode(model.module, packed, arrays, merge)
+    return np.concatenate([one[:count] for one, count in zip(found, left, strict=True)])
+
+
+def difference(quantity: str, found, expected: np.ndarray, allowed: float) -> Line:
+    """Largest difference between two `[rows, width]` arrays; a row of large numbers may differ by more."""
+    scale = np.sqrt(np.mean(np.square(expected, dtype=np.float64), axis=-1, keepdims=True))
+    return Line(quantity, float(np.max(np.abs(np.asarray(found) - expected) / np.maximum(scale, 1))), allowed)
+
+
+def unequal(quantity: str, found: np.ndarray, expected: np.ndarray) -> Line:
+    """Indices in one of two sets only; `found` may be padded with -1."""
+    found = found[found >= 0]
+    missing, surplus = np.setdiff1d(expected, found), np.setdiff1d(found, expected)
+    return Line(quantity, max(len(missing), len(surplus)), of=len(expected))
+
+
+def _tokens(
+    quantity: str, model: Model, prompt: Probe, schedule: Schedule | None, expected: np.ndarray, max_new: int
+) -> Line:
+    """`expected` ends with a stop token or after `max_new` tokens."""
+    found = model.generate_ids(
+        **prompt.given,
+        schedule=schedule,
+        max_new_tokens=max_new,
+        eos_token_id=model.config.eos_tokens,
+        repetition_penalty=model.config.repetition_penalty,
+    )[0]
+    padded = np.pad(expected, (0, max_new - len(expected)), constant_values=model.config.pad_token)
+    return Line(quantity, int((found != padded).sum()), of=max_new)

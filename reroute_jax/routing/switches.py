@@ -1,0 +1,140 @@
+"""What a routing method may be asked to do differently. Each switch is declared here and nowhere else: the command
+line's arguments, the checks of `plan` and the table of the documentation are made from its declaration."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from reroute_jax.errors import RerouteError, one_of
+from reroute_jax.routing.plan import POSITION_MODES, SIM_ORDERS
+
+_STAGED = ("fastv", "pdrop", "random", "uniform", "layout")
+_ROUTED = ("fastv", "pdrop", "nuwa", "random", "uniform", "layout")
+_POSITIONED = ("fastv", "pdrop", "nuwa", "random", "uniform", "pool", "layout")
+
+
+@dataclass(frozen=True)
+class Switch:
+    """methods: that know it. kind, choices: type of its values, and all of them where they are few. action, family: the
+    only ones that it means something to, None for any. defect: whether it reproduces a defect of a release."""
+
+    default: Any
+    about: str
+    methods: tuple[str, ...]
+    kind: type = str
+    choices: tuple[str, ...] = ()
+    action: str | None = None
+    family: str | None = None
+    defect: bool = False
+
+
+def _switch(default: Any, about: str, methods: tuple[str, ...], **more) -> Any:
+    return field(default=default, metadata={"switch": Switch(default, about, methods, **more)})
+
+
+@dataclass(frozen=True)
+class Switches:
+    """The switches of one call of `plan`. Raises RerouteError for a value that is not allowed."""
+
+    decisions: str | None = _switch(
+        None,
+        "'every' or 'every:K': decide at every layer, or every K-th, from the method's first one on, with one solved "
+        "ratio",
+        _ROUTED,
+    )
+    first_decision: int | None = _switch(
+        None, "layer of the first decision (FastV's K), instead of the released 2 or 3", _STAGED, kind=int
+    )
+    ratios: str = _switch(
+        "solved",
+        "keep ratios solved for this depth and budget, or the released ones (192, 128 and 64 only)",
+        _STAGED,
+        choices=("solved", "official"),
+    )
+    score_source: str | None = _switch(
+        None,
+        "attention that ranks the tokens of a deletion (3.5), instead of the one released with the method",
+        ("fastv", "pdrop", "nuwa"),
+        choices=("own_layer", "previous_layer"),
+        action="delete",
+    )
+    position_mode: str = _switch(
+        "original", "keep token positions, or renumber after each decision", _POSITIONED, choices=POSITION_MODES
+    )
+    variant: str | None = _switch(
+        None,
+        "reroute at the layers of this shape (6), instead of Nuwa's own two",
+        ("nuwa",),
+        choices=("flat", "pyramid"),
+        action="reroute",
+    )
+    nuwa_first_score: str = _switch(
+        "own_layer",
+        "attention at the first reroute decision: its own layer's, or what Nuwa itself ranks by",
+        ("nuwa",),
+        choices=("own_layer", "host"),
+        action="reroute",
+    )
+    self_weight_override: bool = _switch(
+        True, "overwrite the self weight of merged tokens, as released (4.3)", ("nuwa",), kind=bool, family="llava"
+    )
+    keep_ratio: float | None = _switch(
+        None,
+        "a released ratio, 0.25, 0.5 or 0.75 (5.1), instead of a budget",
+        ("nuwa",),
+        kind=float,
+        family="qwen2_5_vl",
+    )
+    qwen_sim_order: str = _switch(
+        "raster",
+        "'window' leaves the rows of the similarity in window order, as the release does (5.2)",
+        ("nuwa",),
+        choices=SIM_ORDERS,
+        family="qwen2_5_vl",
+        defect=True,
+    )
+    qwen_layer14_causal: bool = _switch(
+        True,
+        "without it the layer before the decision has no causal mask, as in the release (5.4)",
+        ("nuwa",),
+        kind=bool,
+        family="qwen2_5_vl",
+        defect=True,
+    )
+    seed: int = _switch(0, "of the random scores", ("random",), kind=int)
+    first_image_only: bool = _switch(False, "of several images in a row, route the first one only", _ROUTED, kind=bool)
+
+    def __post_init__(self) -> None:
+        for name, switch in SWITCHES.items():
+            value = getattr(self, name)
+            if switch.choices and value is not None:
+                one_of(name, value, switch.choices)
+        if self.decisions is not None and not re.fullmatch(r"every(:[1-9]\d*)?", self.decisions):
+            raise RerouteError(f"decisions is {self.decisions!r}, expected 'every' or 'every:K' with K from 1 on")
+        if self.ratios == "official" and (self.decisions is not None or self.first_decision is not None):
+            raise RerouteError("ratios='official' belongs to a method's own decisions, use ratios='solved' here")
+
+    @property
+    def step(self) -> int:
+        """Layers between two decisions of `decisions`."""
+        return int(self.decisions.partition(":")[2] or 1)
+
+    @property
+    def changed(self) -> tuple[str, ...]:
+        """Names of the switches that do not stand at their default."""
+        return tuple(name for name, switch in SWITCHES.items() if getattr(self, name) != switch.default)
+
+    def check(self, method: str, family: str) -> None:
+        """Raises RerouteError naming a changed switch that the method, or the model's family, has no use for."""
+        for name in self.changed:
+            switch, value = SWITCHES[name], getattr(self, name)
+            if method not in switch.methods:
+                users = ", ".join(map(repr, switch.methods))
+                raise RerouteError(f"method {method!r} has no use for {name}={value!r}, it is for {users}")
+            if switch.family not in (None, family):
+                raise RerouteError(f"{name} of method {method!r} is for {switch.family}, this model is {family}")
+
+
+SWITCHES: dict[str, Switch] = {one.name: one.metadata["switch"] for one in fields(Switches)}
