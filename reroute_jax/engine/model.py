@@ -25,7 +25,7 @@ from reroute_jax.engine.compilation import compiled
 from reroute_jax.engine.generation import Sampling
 from reroute_jax.engine.images import open_image
 from reroute_jax.engine.pipeline import ahead, full_groups
-from reroute_jax.engine.trace import Trace
+from reroute_jax.engine.trace import Seen, Trace
 from reroute_jax.errors import RerouteError
 from reroute_jax.models import FAMILIES
 from reroute_jax.models.family import Family
@@ -171,8 +171,10 @@ class Model:
         rows = valid_rows(input_ids, attention_mask)
         batch, anchors, result = self._run(rows, pixel_values, image_grid_thw, schedule, 0)
         merged = schedule is not None and schedule.merge is not None
-        found = _trace(batch, result, anchors if merged else None) if trace else None
-        return PrefillResult(np.asarray(result.logits), found)
+        if not trace:
+            return PrefillResult(np.asarray(result.logits), None)
+        seen = Seen.of(self, rows, pixel_values, image_grid_thw, schedule)
+        return PrefillResult(np.asarray(result.logits), _trace(batch, result, anchors if merged else None, seen))
 
     def generate_ids(
         self,
@@ -361,7 +363,7 @@ def _from_folder(read, folder: Path):
         ) from problem
 
 
-def _trace(batch: Batch, result: Prefilled, anchors) -> Trace:
+def _trace(batch: Batch, result: Prefilled, anchors, seen: Seen) -> Trace:
     selected = tuple(_indices(np.asarray(decision.selected)) for decision in result.decisions)
     scores = tuple(np.asarray(decision.scores) for decision in result.decisions)
     kept = None
@@ -372,7 +374,7 @@ def _trace(batch: Batch, result: Prefilled, anchors) -> Trace:
         row, slot = np.nonzero(prompt.feature >= 0)
         kept[row, of_slot[row, slot]] = True
         kept = _indices(kept)
-    return Trace(selected, scores, kept, np.asarray(result.cache.tokens_per_layer()))
+    return Trace(selected, scores, kept, np.asarray(result.cache.tokens_per_layer()), seen)
 
 
 def _indices(mask: np.ndarray) -> np.ndarray:

@@ -1,10 +1,63 @@
-"""What a prefill selected, for those who want to see it."""
+"""What a prefill selected, and a picture of it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+
+from reroute_jax.config import ModelConfig
+from reroute_jax.engine.batching import split_images
+from reroute_jax.errors import RerouteError
+from reroute_jax.figure.card import Figure, Routed, routed_figure
+from reroute_jax.figure.maps import View
+from reroute_jax.figure.tokens import StageTokens, stage_tokens
+from reroute_jax.models import FAMILIES
+from reroute_jax.routing.cost import kv_width
+from reroute_jax.routing.plan import Schedule
+from reroute_jax.types import FLOATS, Grid
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a prefill was given, for pictures of it.
+
+    grids: of every row's images. pixel_values: of all images, as `prefill` takes them. dtype: of the cache.
+    open_processor: gives the image processor, whose mean and deviation the pixels were normalised with.
+    """
+
+    schedule: Schedule
+    grids: tuple[tuple[Grid, ...], ...]
+    pixel_values: Any
+    config: ModelConfig
+    dtype: str
+    open_processor: Callable[[], Any]
+
+    @classmethod
+    def of(cls, model, rows: Sequence[np.ndarray], pixel_values, image_grid_thw, schedule: Schedule | None) -> Seen:
+        """By a `Model`, whose `prefill` explains the arguments. rows: ids without padding."""
+        flat = model.family.image_grids(pixel_values, image_grid_thw, model.config)
+        grids = tuple(row.grids for row in split_images(rows, flat, model.config))
+        schedule = schedule or Schedule.from_decisions((), (), model.config.num_layers, label="none")
+        return cls(schedule, grids, pixel_values, model.config, model.dtype, lambda: model.image_processor)
+
+    def views(self, row: int) -> list[View]:
+        """The images of a row as the model sees them."""
+        before = sum(map(len, self.grids[:row]))
+        flat = [grid for grids in self.grids for grid in grids]
+        if not self.grids[row]:
+            return []
+        processor = self.open_processor()
+        mean, deviation = np.array(processor.image_mean), np.array(processor.image_std)
+        images = FAMILIES[self.config.family].unpack(self.pixel_values, flat, self.config)
+        views = []
+        of_row = images[before : before + len(self.grids[row])]
+        for pixels, grid in zip(of_row, self.grids[row], strict=True):
+            levels = np.rint(255 * np.clip(pixels * deviation + mean, 0, 1))
+            views.append(View(levels.astype(np.uint8), grid))
+        return views
 
 
 @dataclass(frozen=True)
@@ -13,9 +66,33 @@ class Trace:
 
     selected: per decision `[B, k]`. scores: per decision fp32 `[B, n]`, -inf where a token was not a candidate.
     anchors: `[B, N1]`, tokens kept by Nuwa's stage 1, or None. kv_tokens: `[B, L]`, keys cached per layer.
+    seen: what the prompts were.
     """
 
     selected: tuple[np.ndarray, ...]
     scores: tuple[np.ndarray, ...]
     anchors: np.ndarray | None
     kv_tokens: np.ndarray
+    seen: Seen
+
+    def stages(self, row: int = 0) -> list[StageTokens]:
+        """What every visual token of a row did in each stage."""
+        sizes = [rows * cols for rows, cols in self.seen.grids[row]]
+        of_row = [[one[row] for one in found] for found in (self.selected, self.scores)]
+        return stage_tokens(self.seen.schedule, sizes, *of_row, None if self.anchors is None else self.anchors[row])
+
+    def routed(self, row: int = 0) -> Routed:
+        """A row's stages with what they cost, for a picture."""
+        label, tokens = self.seen.schedule.label, self.kv_tokens[row].tolist()
+        each = 2 * kv_width(self.seen.config.decoder) * FLOATS[self.seen.dtype].itemsize
+        return Routed(label, tuple(self.stages(row)), tuple(tokens), each * sum(tokens))
+
+    def show(self, row: int = 0) -> Figure:
+        """A picture of one row, which a notebook displays: its images with the tokens of every stage shaded by what
+        they did, the scores on hover, tokens a layer and KV bytes.
+
+        Raises RerouteError for a row that is not there, and where the checkpoint lacks its image processor.
+        """
+        if not 0 <= row < len(self.seen.grids):
+            raise RerouteError(f"there is no row {row}: expected 0 to {len(self.seen.grids) - 1}")
+        return routed_figure(self.seen.views(row), self.routed(row))

@@ -68,6 +68,8 @@ class Family:
     typical_grid(config, open_processor): that a method is planned for; the processor only where it takes one.
     settings(config, open_processor): what else a run's answers depend on, for its record.
     prompt_ids(text, grids, tokenizer, config): the chat prompt of a question behind images, image tokens expanded.
+    unpack(pixel_values, grids, config): each image's normalised pixels `[h, w, 3]`, which `preprocess` made.
+    seen_part(size, processor): (x1, y1, x2, y2) of what the model sees of an image, in fractions of it.
     """
 
     name: str
@@ -90,3 +92,5 @@ class Family:
     typical_grid: Callable[[ModelConfig, Callable[[], Any]], Grid]
     settings: Callable[[ModelConfig, Callable[[], Any]], dict[str, Any]]
     prompt_ids: Callable[[str, Sequence[Grid], Any, ModelConfig], np.ndarray]
+    unpack: Callable[[Any, Sequence[Grid], ModelConfig], list[np.ndarray]]
+    seen_part: Callable[[Size, Any], tuple[float, float, float, float]]

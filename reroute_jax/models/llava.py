@@ -21,7 +21,7 @@ from reroute_jax.models.family import Evaluation, Family, Released, expand_image
 from reroute_jax.routing.merge import MergeArrays, nuwa, pooled
 from reroute_jax.routing.nuwa_rules import NuwaRules
 from reroute_jax.routing.plan import NuwaMerge, PoolMerge
-from reroute_jax.types import Grid
+from reroute_jax.types import Grid, Size
 from reroute_jax.vision.clip import ClipConfig, ClipTower, Projector, nuwa_inputs
 
 NAME = "llava"
@@ -129,6 +129,16 @@ def _open_processor(folder: Path):
     return AutoImageProcessor.from_pretrained(folder, backend="pil")
 
 
+def _seen_part(size: Size, processor) -> tuple[float, float, float, float]:
+    """The centre crop of the image whose shorter side was resized to `shortest_edge`."""
+    short = processor.size["shortest_edge"]
+    resized = [int(short * side / min(size)) for side in size]
+    crop = processor.crop_size["width"], processor.crop_size["height"]
+    first = [(side - kept) // 2 for side, kept in zip(resized, crop, strict=True)]
+    (x, y), (width, height) = first, resized
+    return x / width, y / height, (x + crop[0]) / width, (y + crop[1]) / height
+
+
 FAMILY = Family(
     name=NAME,
     options=("vicuna_system", "llava_image_mode"),
@@ -158,4 +168,6 @@ FAMILY = Family(
     typical_grid=lambda config, open_processor: config.vision.grid,
     settings=lambda config, open_processor: {"vicuna_system": config.vicuna_system},
     prompt_ids=_prompt_ids,
+    unpack=lambda pixel_values, grids, config: list(np.asarray(pixel_values, np.float32).transpose(0, 2, 3, 1)),
+    seen_part=_seen_part,
 )

@@ -29,7 +29,7 @@ from reroute_jax.routing.plan import NuwaMerge, PoolMerge
 from reroute_jax.types import Grid
 from reroute_jax.vision.qwen2_5 import QwenTower, nuwa_inputs
 from reroute_jax.vision.qwen_config import QwenVisionConfig
-from reroute_jax.vision.qwen_images import HARNESS_PIXELS, as_rgb, final_size, preprocess, visual_grid
+from reroute_jax.vision.qwen_images import HARNESS_PIXELS, as_rgb, final_size, preprocess, unpack, visual_grid
 from reroute_jax.vision.qwen_windows import QwenPixels, pack
 
 NAME = "qwen2_5_vl"
@@ -190,4 +190,6 @@ FAMILY = Family(
     typical_grid=_typical_grid,
     settings=_settings,
     prompt_ids=_prompt_ids,
+    unpack=lambda pixel_values, grids, config: unpack(pixel_values, grids, config.vision),
+    seen_part=lambda size, processor: (0.0, 0.0, 1.0, 1.0),
 )

@@ -10,7 +10,8 @@ from jaxtyping import Float, Int
 from PIL import Image
 
 from reroute_jax.errors import RerouteError
-from reroute_jax.types import Size
+from reroute_jax.types import Grid, Size
+from reroute_jax.vision.qwen_config import QwenVisionConfig
 
 # Fewest and most pixels that the reference gives the image processor of the released checkpoints (lmms-eval's lower
 # bound, and the upper one of its command line); the checkpoints' own are 3136 and 12845056.
@@ -93,3 +94,19 @@ def preprocess(
     first = [resize_like_reference(image, factor) for image in images]
     found = processor(images=first, return_tensors="np")
     return found["pixel_values"], found["image_grid_thw"]
+
+
+def unpack(
+    pixel_values: Float[np.ndarray, "patches values"], grids: Sequence[Grid], config: QwenVisionConfig
+) -> list[Float[np.ndarray, "height width 3"]]:
+    """The images that `preprocess` made patches of, normalised as these are. grids: of visual tokens."""
+    images, first = [], 0
+    merge, side = config.merge, config.patch_size
+    for rows, cols in grids:
+        count = rows * cols * merge**2
+        patches = np.asarray(pixel_values[first : first + count], np.float32)
+        patches = patches.reshape(rows, cols, merge, merge, 3, -1, side, side)[..., 0, :, :]  # frames are alike
+        image = patches.transpose(0, 2, 5, 1, 3, 6, 4)
+        images.append(image.reshape(rows * merge * side, cols * merge * side, 3))
+        first += count
+    return images

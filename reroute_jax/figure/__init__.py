@@ -1,0 +1,1 @@
+"""Pictures of what ran: plain functions from arrays to HTML and SVG text."""
