@@ -91,7 +91,7 @@ def _patterns(name: str, w: float, h: float) -> str:
     return "".join(
         (
             pattern("returned", GREEN, 0.16, frame),
-            pattern("deferred", BLUE, 0.72, line(0.2, 0.8, 0.8, 0.2, "#ffffff", 0.7)),
+            pattern("deferred", BLUE, 0.64, line(0.2, 0.8, 0.8, 0.2, "#ffffff", 0.7)),
             pattern(
                 "deleted",
                 INK,
@@ -99,7 +99,7 @@ def _patterns(name: str, w: float, h: float) -> str:
                 line(0.28, 0.28, 0.72, 0.72, "#ffffff", 0.45) + line(0.28, 0.72, 0.72, 0.28, "#ffffff", 0.45),
             ),
             pattern("merged", ORANGE, 0.74, line(0.2, 0.38, 0.8, 0.38, INK) + line(0.2, 0.64, 0.8, 0.64, INK)),
-            pattern("chosen", "none", 0, dot),
+            pattern("chosen", "none", 0.0, dot),
         )
     )
 
@@ -186,7 +186,7 @@ def _view_box(view: View) -> str:
 
 
 def layers(stage: StageTokens) -> str:
-    return f"layer {stage.lo}" if stage.hi == stage.lo + 1 else f"layers {stage.lo}\u2013{stage.hi - 1}"
+    return f"layer {stage.lo}" if stage.hi == stage.lo + 1 else f"layers {stage.lo} to {stage.hi - 1}"
 
 
 def _counts(stage: StageTokens) -> str:
@@ -196,19 +196,19 @@ def _counts(stage: StageTokens) -> str:
 
 def legend(name: str) -> str:
     """What the shades mean; ids start with `name`."""
-    side = 16
+    side = 16.0
     swatches = "".join(
-        f'<li><svg class="rj-swatch" width="{side}" height="{side}" aria-hidden="true">'
-        f'<rect class="rj-photo" width="{side}" height="{side}"/>'
-        f'<rect width="{side}" height="{side}" fill="{"none" if state == "run" else f"url(#{name}-{state})"}"/></svg>'
+        f'<li><svg class="rj-swatch" width="{side:g}" height="{side:g}" aria-hidden="true">'
+        f'<rect class="rj-photo" width="{side:g}" height="{side:g}"/>'
+        f'<rect width="{side:g}" height="{side:g}" fill="{"none" if state == "run" else f"url(#{name}-{state})"}"/></svg>'
         f"<span><b>{state}</b> {MEANING[state]}</span></li>"
         for state in STATES
     )
     ramp = "".join(
-        f'<rect x="{9 * step}" width="9" height="{side}" fill="{colour}"/>' for step, colour in enumerate(HEAT)
+        f'<rect x="{9 * step}" width="9" height="{side:g}" fill="{colour}"/>' for step, colour in enumerate(HEAT)
     )
     heat = (
-        f'<li><svg class="rj-swatch" width="{9 * len(HEAT)}" height="{side}" aria-hidden="true">{ramp}</svg>'
+        f'<li><svg class="rj-swatch" width="{9 * len(HEAT)}" height="{side:g}" aria-hidden="true">{ramp}</svg>'
         "<span><b>score</b> low to high by rank, kept tokens dotted</span></li>"
     )
     defs = (

@@ -39,9 +39,9 @@ class StageTokens:
 def stage_tokens(
     schedule: Schedule,
     sizes: Sequence[int],
-    selected: Sequence[Int[np.ndarray, " k"]],
+    selected: Sequence[Int[np.ndarray, " _"]],
     scores: Sequence[Float[np.ndarray, " n"]],
-    anchors: Int[np.ndarray, " k"] | None,
+    anchors: Int[np.ndarray, " _"] | None,
 ) -> list[StageTokens]:
     """The stages of one row, whose images have `sizes` visual tokens; the rest as a Trace has it for this row."""
     count = sum(sizes)
@@ -93,7 +93,7 @@ def ranks(scores: Float[np.ndarray, " V"]) -> Int[np.ndarray, " V"]:
     return np.where(np.isneginf(scores), 0, place)
 
 
-def _mask(indices: Int[np.ndarray, " k"], count: int) -> Bool[np.ndarray, " V"]:
+def _mask(indices: Int[np.ndarray, " _"], count: int) -> Bool[np.ndarray, " V"]:
     mask = np.zeros(count, bool)
     mask[indices[indices >= 0]] = True
     return mask
