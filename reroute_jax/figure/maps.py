@@ -197,10 +197,10 @@ def _counts(stage: StageTokens) -> str:
 def legend(name: str) -> str:
     """What the shades mean; ids start with `name`."""
     side = 16.0
+    square = f'width="{side:g}" height="{side:g}"'
     swatches = "".join(
-        f'<li><svg class="rj-swatch" width="{side:g}" height="{side:g}" aria-hidden="true">'
-        f'<rect class="rj-photo" width="{side:g}" height="{side:g}"/>'
-        f'<rect width="{side:g}" height="{side:g}" fill="{"none" if state == "run" else f"url(#{name}-{state})"}"/></svg>'
+        f'<li><svg class="rj-swatch" {square} aria-hidden="true"><rect class="rj-photo" {square}/>'
+        f'<rect {square} fill="{"none" if state == "run" else f"url(#{name}-{state})"}"/></svg>'
         f"<span><b>{state}</b> {MEANING[state]}</span></li>"
         for state in STATES
     )
