@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from reroute_jax.routing.switches import SWITCHES
+
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 PACKAGES = ("reroute_jax", "convert", "evals", "benchmarks", "tests")
@@ -94,6 +96,7 @@ def test_every_section_that_the_code_quotes_is_there():
         for line, text in _prose(path)
         for number in _sections(text)
     }
+    quoted |= {(number, name) for name, switch in SWITCHES.items() for number in _sections(switch.about)}
     assert len({number for number, _ in quoted}) > 20
     assert sorted((number, where) for number, where in quoted if number not in there) == []
 
@@ -114,3 +117,16 @@ def _prose(path: Path) -> Iterator[tuple[int, str]]:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, documented) and (text := ast.get_docstring(node)) is not None:
             yield getattr(node, "lineno", 1), text
+
+
+def test_the_table_of_switches_is_that_of_their_declarations():
+    methods = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    assert [name for name in SWITCHES if _switch_row(name) not in methods] == []
+
+
+def _switch_row(name: str) -> str:
+    switch = SWITCHES[name]
+    values = ", ".join(f"`{choice}`" for choice in switch.choices) or {bool: "yes, no"}.get(switch.kind, "")
+    users = ", ".join(switch.methods)
+    only = "".join(f"; {what} only" for what in (switch.action, switch.family) if what)
+    return f"| `{name}` | {switch.default} | {values} | {users}{only} | {switch.about} |"
