@@ -26,7 +26,9 @@ from evals.harness import vqa
 from evals.harness.cli import add_compat_argument, exit_code_of, load_model, run_settings, write_summary
 from evals.harness.columns import OWN_HUB, Hub
 from evals.harness.data import REFCOCO, SCENES, DocSource, rec_source
+from evals.harness.finished_runs import read_finished
 from evals.harness.matrix import Entry, Outcome, Sheet, draw, markdown, write_csv
+from evals.harness.pages import board, page
 from evals.harness.report import score_runs, summarise
 from evals.harness.routes import FULL, Routes, named_run
 from evals.harness.runner import Answerer, Run, Task, answer, open_folder
@@ -76,7 +78,8 @@ def _grounding(name: str, hub: Hub) -> Command:
     )
 
 
-def _answering(benchmark: vqa.Benchmark, metric: str) -> Command:
+def answering(benchmark: vqa.Benchmark, metric: str) -> Command:
+    """Of a question-answering set."""
     return Command(
         metric,
         ANSWERING,
@@ -90,13 +93,13 @@ COMMANDS = {
     "refcoco": _grounding("refcoco", REFCOCO),
     "refcocoplus": _grounding("refcocoplus", refcocoplus.HUB),
     "refcocog": _grounding("refcocog", refcocog.HUB),
-    "pope": _answering(pope.BENCHMARK, "pope_accuracy"),
-    "gqa": _answering(gqa.BENCHMARK, "exact_match"),
-    "mme": _answering(mme.BENCHMARK, "mme_total"),
-    "mmbench": _answering(mmbench.BENCHMARK, "gpt_eval_score"),
-    "textvqa": _answering(textvqa.BENCHMARK, "exact_match"),
-    "scienceqa": _answering(scienceqa.BENCHMARK, "exact_match"),
-    "vqav2": _answering(vqav2.BENCHMARK, "exact_match"),
+    "pope": answering(pope.BENCHMARK, "pope_accuracy"),
+    "gqa": answering(gqa.BENCHMARK, "exact_match"),
+    "mme": answering(mme.BENCHMARK, "mme_total"),
+    "mmbench": answering(mmbench.BENCHMARK, "gpt_eval_score"),
+    "textvqa": answering(textvqa.BENCHMARK, "exact_match"),
+    "scienceqa": answering(scienceqa.BENCHMARK, "exact_match"),
+    "vqav2": answering(vqav2.BENCHMARK, "exact_match"),
 }
 # The splits of the paper's grounding average.
 EIGHT_SPLITS = (
@@ -209,7 +212,19 @@ def _run(args: argparse.Namespace) -> None:
     (args.out / "table.md").write_text(text, encoding="utf-8")
     write_csv(sheets, args.out / "table.csv")
     draw(sheets, [args.out / "figure.png", args.out / "figure.svg"])
-    print(f"{text}\ntable.md, table.csv, figure.png, figure.svg, answers and summaries: {args.out}")
+    (args.out / "index.html").write_text(_page(sheets, args.out), encoding="utf-8")
+    print(f"{text}\nindex.html, table.md, table.csv, figure.png, figure.svg, answers and summaries: {args.out}")
+
+
+def _page(sheets: Sequence[Sheet], out: Path) -> str:
+    """Every model on every task as `evals.show` has it, without pictures of tokens."""
+    boards = []
+    for sheet in sheets:
+        for one in sheet.outcomes:
+            folder = _task_folder_of(out, sheet.model, one.task)
+            note = f"Pictures of which tokens ran: python -m evals.show --run {folder}"
+            boards.append(board(read_finished(folder), one.metric, one.scale, {}, note))
+    return page("Accuracy against visual tokens", boards)
 
 
 def _task_names(given: Sequence[str]) -> list[str]:
@@ -326,7 +341,7 @@ def _outcome(name: str, model: Answerer, routes: Routes, asked: OpenedTask, args
     own = argparse.Namespace(**{**vars(asked.args), "model": name})
     task, metrics, settings = asked.command.questions(own, asked.source, model)
     settings = run_settings(own, model, task, settings)
-    folder = args.out / _file_name(name) / _file_name(asked.name)
+    folder = _task_folder_of(args.out, name, asked.name)
     for run in routes.runs:
         open_folder(folder / run.name, settings | {"runs": Routes((run,), ()).settings})
     records = {run.name: answer(model, task, run, folder / run.name, args.batch_size) for run in routes.runs}
@@ -340,6 +355,11 @@ def _outcome(name: str, model: Answerer, routes: Routes, asked: OpenedTask, args
         summary,
         score_runs(records, metrics, args.seed, task),
     )
+
+
+def _task_folder_of(out: Path, model: str, task: str) -> Path:
+    """Of the answers of a model to a task."""
+    return out / _file_name(model) / _file_name(task)
 
 
 def _file_name(text: str) -> str:

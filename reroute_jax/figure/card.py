@@ -129,11 +129,14 @@ def _answer(number: int, one: Answered) -> str:
 
 def _key(number: int) -> str:
     """A sample of a box's line, with the mark at its corner."""
-    colour, dashes = BOX_STYLES[_style(number)]
+    colour, dashes, casing = BOX_STYLES[_style(number)]
     mark = str(number) if number else ""
     lines = "".join(
         f'<line class="{name}" x1="1" x2="27" y1="7" y2="7" {more}/>'
-        for name, more in (("rj-case", ""), ("rj-box", f'stroke="{colour}" stroke-dasharray="{dashes}"'))
+        for name, more in (
+            ("rj-case", f'stroke="{casing}"'),
+            ("rj-box", f'stroke="{colour}" stroke-dasharray="{dashes}"'),
+        )
     )
     return (
         f'<svg class="rj-key" width="28" height="14" aria-hidden="true">{lines}</svg><span class="rj-no">{mark}</span>'

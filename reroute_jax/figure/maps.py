@@ -53,8 +53,15 @@ class Box:
     style: int
 
 
-# Colour and dashes: the true box, then those of the runs in order.
-BOX_STYLES = (("#ffffff", "5 4"), (BLUE, ""), (VERMILION, "9 4"), (GREEN, "2 4"), (PURPLE, "9 4 2 4"), (ORANGE, "14 4"))
+# Colour, dashes and what is drawn below: the true box, then those of the runs in order.
+BOX_STYLES = (
+    ("#ffffff", "5 4", "#000000"),
+    (BLUE, "", "#ffffff"),
+    (VERMILION, "9 4", "#ffffff"),
+    (GREEN, "2 4", "#ffffff"),
+    (PURPLE, "9 4 2 4", "#ffffff"),
+    (ORANGE, "14 4", "#ffffff"),
+)
 
 
 def definitions(name: str, view: View) -> str:
@@ -142,9 +149,10 @@ def _box(box: Box, width: int, height: int) -> str:
     x1, y1, x2, y2 = (value * side for value, side in zip(box.corners, (width, height) * 2, strict=True))
     left, top = min(x1, x2), min(y1, y2)
     place = f'x="{left:g}" y="{top:g}" width="{abs(x2 - x1):g}" height="{abs(y2 - y1):g}"'
-    colour, dashes = BOX_STYLES[box.style]
+    colour, dashes, casing = BOX_STYLES[box.style]
     rect = (
-        f'<rect class="rj-case" {place}/><rect class="rj-box" {place} stroke="{colour}" stroke-dasharray="{dashes}"/>'
+        f'<rect class="rj-case" {place} stroke="{casing}"/>'
+        f'<rect class="rj-box" {place} stroke="{colour}" stroke-dasharray="{dashes}"/>'
     )
     if not box.mark:
         return rect
