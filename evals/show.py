@@ -25,6 +25,7 @@ from evals.harness.routes import FULL, check_routes, plan_routes
 from evals.harness.runner import Record, Run, Task
 from evals.harness.schedules import read_schedule
 from reroute_jax.commandline.parsing import DATA, RUN, Parser
+from reroute_jax.engine.compilation import keep_programs
 from reroute_jax.engine.model import Model
 from reroute_jax.engine.trace import Trace
 from reroute_jax.errors import RerouteError
@@ -32,7 +33,7 @@ from reroute_jax.figure.card import Answered, Question
 
 COMMANDS = table.COMMANDS | {"scenes_vqa": table.answering(scenes_vqa.BENCHMARK, "exact_match")}
 SHOWN = 8  # questions, where nothing else is said
-OWN = ("task", "run", "index", "limit", "out")
+OWN = ("task", "run", "index", "limit", "out", "compilation_cache")
 SETTINGS = ("prompt_style", "coord_format", "jpeg_roundtrips", "llava_image_mode", "vicuna_system", "mrope_compat")
 FRAME_NOTE = (
     "Boxes are drawn where the model points in the image that it sees; verdicts and IoU are those of the score."
@@ -65,6 +66,13 @@ def _parser(task: str) -> Parser:
     )
     parser.group(DATA).add_argument("--index", type=_indices, metavar="3,7", help="numbers of the questions to show")
     parser.set_defaults(out=Path("runs/show"))
+    meanings = {
+        "limit": f"how many questions, with --run those that tell most (default: {SHOWN})",
+        "out": "folder of the page (default: %(default)s)",
+        "batch_size": "of other commands; here questions are asked one at a time (default: %(default)s)",
+    }
+    for action in parser._actions:
+        action.help = meanings.get(action.dest, action.help)
     return parser
 
 
@@ -78,6 +86,8 @@ def _indices(text: str) -> tuple[int, ...]:
 def _run(args: argparse.Namespace, parser: Parser) -> None:
     if args.index is not None and args.limit is not None:
         raise RerouteError("--index names the questions and --limit counts them: give one of them")
+    if args.compilation_cache is not None:
+        keep_programs(args.compilation_cache)
     if args.run is None:
         title, boards = f"{args.task}: which visual tokens ran", [_asked_board(args)]
     else:

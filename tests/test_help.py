@@ -15,6 +15,7 @@ GROUNDING = ("refcoco", "refcocoplus", "refcocog")
 ANSWERING = ("pope", "gqa", "mme", "mmbench", "textvqa", "scienceqa", "vqav2", "scenes_vqa")
 GROUPS = {
     **{f"evals.{task}": (*ROUTED, OUTPUT) for task in (*GROUNDING, *ANSWERING)},
+    "evals.show": (*ROUTED, OUTPUT),
     "evals.table": (RUN, DATA, ROUTE, DEFECT, OUTPUT),
     "evals.bench": (RUN, DATA, ROUTE, OUTPUT),
     "evals.profile": (*ROUTED, OUTPUT),

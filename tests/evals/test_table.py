@@ -95,11 +95,23 @@ def test_one_load_and_one_full_run_serve_the_whole_matrix(tmp_path: Path, models
         assert list(summary(folder)["runs"]) == ["full", *MATRIX]
     assert {file.name for file in (tmp_path / "o").iterdir()} == {
         "scenes-llava",
+        "index.html",
         "table.md",
         "table.csv",
         "figure.png",
         "figure.svg",
     }
+
+
+def test_the_page_has_every_task_with_its_questions_and_pairs(tmp_path: Path) -> None:
+    run("--tasks", "refcoco,pope", *SMALL, "--out", tmp_path)
+    html = (tmp_path / "index.html").read_text()
+    assert html.count('class="pg-board"') == 2
+    assert html.count('data-number="') == 2 * 12
+    for entry in MATRIX:
+        assert f'<th scope="row">{entry}</th>' in html
+    assert html.count(" against ") >= 2
+    assert f"python -m evals.show --run {tmp_path / 'scenes-llava' / 'pope'}" in html
 
 
 def test_numbers_are_those_of_the_summaries(tmp_path: Path) -> None:
