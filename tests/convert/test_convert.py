@@ -410,7 +410,7 @@ def test_an_existing_target_is_refused(hf, tmp_path, capsys, kind):
     out = tmp_path / "out"
     out.touch() if kind == "file" else out.mkdir()
     status, lines = run_cli(capsys, hf, out)
-    assert (status, lines) == (1, [f"error: {out} already exists: delete it or choose another name"])
+    assert (status, lines) == (2, [f"error: {out} already exists: delete it or choose another name"])
 
 
 def test_a_file_and_a_wrong_path_are_refused(hf, tmp_path, capsys):
@@ -441,7 +441,7 @@ def test_values_beyond_float16_are_refused(hf, tmp_path, capsys):
     save_hf(folder, params, model_of(hf)[1], "float32")
     shutil.copy(hf / "config.json", folder)
     status, lines = run_cli(capsys, folder, tmp_path / "out", "--dtype", "float16")
-    assert (status, len(lines)) == (1, 1)
+    assert (status, len(lines)) == (2, 1)
     assert "language_model.model.norm.weight has values beyond float16's 65504" in lines[0]
     assert not list(tmp_path.glob("out*"))
     assert cli.main([str(folder), str(tmp_path / "out")]) == 0
@@ -519,7 +519,7 @@ def test_an_unreachable_hub(tmp_path, capsys, monkeypatch, error):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     status, lines = run_cli(capsys, "owner/model", tmp_path / "out")
     assert (status, lines) == (
-        1,
+        2,
         [
             "error: owner/model is not a folder here and the hub cannot be reached (no network): "
             "check the network, or give a folder"
