@@ -33,7 +33,7 @@ from evals.harness.runner import write_json
 from reroute_jax.commandline.parsing import DATA, OUTPUT, RUN, Parser, exit_code, positive
 from reroute_jax.engine.compilation import compiled
 from reroute_jax.errors import RerouteError
-from reroute_jax.nn.attention import attention, causal_attention
+from reroute_jax.nn.attention import attention
 from reroute_jax.routing.methods import TIERS, plan
 from reroute_jax.types import FLOATS, Grid
 
@@ -211,7 +211,7 @@ def prefill(qkv, attend) -> tuple[Float[Array, "B T N H"], list]:
 
 def ours(q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]) -> tuple[Array, ...]:
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-    return causal_attention(q, k, v).swapaxes(1, 2), k, v
+    return attention(q, k, v, causal=True).swapaxes(1, 2), k, v
 
 
 def library(

@@ -134,7 +134,7 @@ def prefill(
             number = len(decisions)
             scores, keys = _scores(decoder, stage, rows, before_last, prompt.prior, number, plan)
             with jax.named_scope("select"):
-                chosen = select(scores, rows.eligible, stage.cap, prompt.keep[number])
+                chosen = select(scores, rows.eligible, prompt.keep[number])
                 decisions.append(_decision(scores, chosen, rows, prompt))
                 slots = compact_slots(chosen | (rows.valid & (rows.visual < 0)), prompt.text_slots + stage.cap)
             if plan.monotonic:
@@ -215,20 +215,17 @@ def _scores(
 def _run_stage(decoder: Decoder, stage: StagePlan, rows: Rows, keys, max_new: int, plan: RoutingPlan):
     """Run layers [lo, hi); returns the rows, the input of the last layer, and cached (keys, values) per layer."""
     x = before_last = rows.hidden
+    lengths = rows.valid.sum(axis=1)
     cached_keys, cached_values = [], []
     with jax.named_scope(f"layers_{stage.lo}_{stage.hi}"):
         for number in range(stage.lo, stage.hi):
             before_last = x
             # Rows are right-padded, so that the plain triangle hides padding from every valid row.
-            mask = _all_valid(rows) if number == plan.bidirectional_layer else None
-            x, k, v = decoder.layers[number].prefill(x, rows.rope, mask, keys if number == stage.lo else None)
+            mask = rows.valid[:, None] if number == plan.bidirectional_layer else None
+            x, k, v = decoder.layers[number].prefill(x, rows.rope, mask, keys if number == stage.lo else None, lengths)
             cached_keys.append(with_room(k, max_new))
             cached_values.append(with_room(v, max_new))
     return replace(rows, hidden=x), before_last, (tuple(cached_keys), tuple(cached_values))
-
-
-def _all_valid(rows: Rows) -> Bool[Array, "B T T"]:
-    return jnp.broadcast_to(rows.valid[:, None], (*rows.valid.shape, rows.valid.shape[1]))
 
 
 def _consecutive(valid: Bool[Array, "B T"], config: DecoderConfig) -> Rope:
@@ -239,6 +236,4 @@ def _consecutive(valid: Bool[Array, "B T"], config: DecoderConfig) -> Rope:
 def _decision(scores: Float[Array, "B T"], chosen: Bool[Array, "B T"], rows: Rows, prompt: Prompt) -> Decision:
     count = prompt.visual_positions.shape[-1]
     scores = jnp.where(rows.eligible, scores, -jnp.inf)
-    return Decision(
-        by_visual_index(scores, rows.visual, count, -jnp.inf), by_visual_index(chosen, rows.visual, count, False)
-    )
+    return Decision(by_visual_index(scores, rows.visual, count), by_visual_index(chosen, rows.visual, count))

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import SingleDeviceSharding
 
 from evals.speed.subjects import Sample, Subject
 from reroute_jax.engine import model as engine
@@ -96,6 +97,33 @@ def compile_programs(subject: Subject, schedule: Schedule, given: Sample, tower:
     logits, cache = prefill.shapes.logits, prefill.shapes.cache
     decode = _compile(engine.decode, decoder, logits, cache, batch.seen, jax.random.key(0), sampling, new_tokens)
     return Programs(subject, schedule, tower, prefill, decode)
+
+
+def trace_programs(
+    subject: Subject, schedule: Schedule, given: Sample, new_tokens: int, device: jax.Device | None = None
+) -> dict[str, jax.stages.Traced]:
+    """The three programs by name, for prompts of the shape of `given`, to lower and compile ahead of time. Nothing
+    compiles or runs. device: that they are for, which need not be in this machine (`jax.experimental.topologies`).
+    """
+    model, inputs = subject.model, given.inputs(subject.model, schedule)
+    batch, sampling = inputs.batch, Sampling(pad=subject.model.config.pad_token)
+    module = _on(device, model.module)
+
+    def trace(function: Callable, *arguments) -> jax.stages.Traced:
+        return function.jitted(device and device.platform).trace(*arguments)
+
+    encode = trace(engine.encode, module, *_on(device, inputs.images[:3]), inputs.images[3])
+    features = _on(device, encode.out_info)
+    prefill = trace(engine.prefill, module.decoder, _on(device, batch.prompt), *features, batch.plan, new_tokens)
+    state = _on(device, (prefill.out_info.logits, prefill.out_info.cache, batch.seen, jax.random.key(0)))
+    decode = trace(engine.decode, module.decoder, *state, sampling, new_tokens)
+    return {"encode": encode, "prefill": prefill, "decode": decode}
+
+
+def _on(device: jax.Device | None, arrays):
+    """The shapes of arrays, there."""
+    sharding = None if device is None else SingleDeviceSharding(device)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arrays)
 
 
 def _compile(function: Callable, *arguments) -> Compiled:

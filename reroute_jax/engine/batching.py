@@ -186,7 +186,8 @@ def _lay_out(row: Row, config: ModelConfig, schedule: Schedule) -> _Layout:
 def _shape(rows: Sequence[Row], laid: Sequence[_Layout], config: ModelConfig, schedule: Schedule) -> BatchShape:
     token_bucket = FAMILIES[config.family].token_bucket
     text = bucket(max(int((~one.routed).sum()) for one in laid), TEXT_BUCKETS, "a prompt, in text tokens,")
-    routed = token_bucket(max(int(one.routed.sum()) for one in laid))
+    most_routed = max(int(one.routed.sum()) for one in laid)
+    routed = token_bucket(most_routed) if most_routed else 0
     sizes = [[r * c for r, c in row.grids] for row in rows]
     # A batch without images has one slot, which nothing reads.
     visual = token_bucket(max(1, *(sum(of_row) for of_row in sizes)))

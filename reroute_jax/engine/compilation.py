@@ -1,4 +1,4 @@
-"""Compiling for the backend at hand."""
+"""Compiling for the platform that a program will run on."""
 
 from __future__ import annotations
 
@@ -13,32 +13,44 @@ import jax
 # loop: 26 GB for a 7B model instead of 0.5. The memory-optimised scheduler is also the faster one in fp32: 640 tokens,
 # hidden 1024, 16 layers in 1.32 s, not 1.53 (2 cores, jax 0.10.2, November 2026). Loops over less than about 1 GB
 # become one piece of code for one thread: 65 ms a token of the same model, not 40 (jax 0.12.0.1, November 2026).
-_CPU_OPTIONS = {
-    "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
-    "xla_disable_hlo_passes": "while-loop-invariant-code-motion,small-while-loop-hoisting",
+_OPTIONS = {
+    "cpu": {
+        "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
+        "xla_disable_hlo_passes": "while-loop-invariant-code-motion,small-while-loop-hoisting",
+    }
 }
 
 
 def compiled(**jit_options) -> Callable[[Callable], Callable]:
-    """`jax.jit` with options for the default backend, which is only asked for at the first call.
+    """`jax.jit` with the options of the platform that the arguments lie on.
 
-    The wrapped function offers `jitted()`, the function that `jax.jit` made.
+    The wrapped function offers `jitted(platform)`, the function that `jax.jit` made for it ("cpu", "gpu", "tpu"; None:
+    that of the default device), for those who lower and compile ahead of time.
     """
 
     def decorate(function: Callable) -> Callable:
         @cache
-        def jitted() -> Callable:
-            options = _CPU_OPTIONS if jax.default_backend() == "cpu" else None
-            return jax.jit(function, compiler_options=options, **jit_options)
+        def jitted(platform: str | None = None) -> Callable:
+            if platform is None:
+                return jitted(jax.default_backend())
+            return jax.jit(function, compiler_options=_OPTIONS.get(platform), **jit_options)
 
         @wraps(function)
         def call(*args, **kwargs):
-            return jitted()(*args, **kwargs)
+            return jitted(_platform((args, kwargs)))(*args, **kwargs)
 
         call.jitted = jitted
         return call
 
     return decorate
+
+
+def _platform(arguments) -> str | None:
+    """Of the device that the first committed array of the arguments lies on: where jax will run the program."""
+    for leaf in jax.tree.leaves(arguments):
+        if getattr(leaf, "committed", False):
+            return next(iter(leaf.devices())).platform
+    return None
 
 
 def keep_programs(folder: Path) -> None:

@@ -15,8 +15,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from reroute_jax.config import DecoderConfig
-from reroute_jax.nn.attention import attention, causal_attention, query_probabilities
-from reroute_jax.nn.products import matmul
+from reroute_jax.nn.attention import attention, query_probabilities
+from reroute_jax.nn.products import barrier_on_cpu, matmul
 
 
 class Rope(NamedTuple):
@@ -127,17 +127,18 @@ class DecoderLayer(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         rope: Rope,
-        mask: Bool[Array, "#B T T"] | None,
+        mask: Bool[Array, "#B #T T"] | None,
         keys: Float[Array, "B K T H"] | None = None,
+        lengths: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B K T H"], Float[Array, "B K T H"]]:
         """Run the layer on whole rows; returns the new rows, keys and values. A mask of None is the plain triangle.
-        `keys`: this layer's, if known."""
+        keys: this layer's, if known. lengths: real rows of each batch entry, which stand first."""
         with jax.named_scope("attention"):
             normed = self.attn_norm(x)
             q = rotate(self.attn.q(normed), rope)
             k = rotate(self.attn.k(normed), rope) if keys is None else keys
             v = self.attn.v(normed)
-            seen = causal_attention(q, k, v) if mask is None else attention(q, k, v, mask)
+            seen = attention(q, k, v, causal=True, lengths=lengths) if mask is None else attention(q, k, v, mask)
             x = x + self.attn.o(seen)
         return self._mlp_residual(x), k, v
 
@@ -159,19 +160,21 @@ class DecoderLayer(nnx.Module):
             values = jax.lax.dynamic_update_slice_in_dim(values, self.attn.v(normed).astype(values.dtype), slot, axis=2)
             # Without the barrier XLA's CPU backend writes twice, for the product and for the result, and copies the
             # whole cache to do so.
-            keys, values = jax.lax.optimization_barrier((keys, values))
+            keys, values = barrier_on_cpu((keys, values))
             x = x + self.attn.o(attention(q, keys, values, visible[:, None]))
         return self._mlp_residual(x), keys, values
 
     def probabilities(
         self, x: Float[Array, "B T D"], rope: Rope, queries: Int[Array, "B Q"], mask: Bool[Array, "B Q T"]
     ) -> tuple[Float[Array, "B N Q T"], Float[Array, "B K T H"]]:
-        """Attention of the rows at slots `queries` over all rows, and the keys this took."""
+        """Attention of the rows at slots `queries` over all rows, and the keys this took. The queries are fp32 from
+        their norm on, whatever the dtype of the rest."""
         with jax.named_scope("scoring"):
             normed = self.attn_norm(x)
             k = rotate(self.attn.k(normed), rope)
             at_queries = Rope(*(take_rows(table, queries) for table in rope))
-            q = rotate(self.attn.q(take_rows(normed, queries)), at_queries)
+            wide = self.attn_norm(take_rows(x, queries).astype(jnp.float32))
+            q = rotate(self.attn.q(wide), at_queries)
             return query_probabilities(q, k, mask), k
 
     def _mlp_residual(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from reroute_jax.nn.precision import precision
+
 
 class NuwaInputs(NamedTuple):
     """What Nüwa's stage 1 reads from the tower (arXiv 2602.02951)."""
@@ -57,7 +59,7 @@ def stage_one(
     weights = weights / (weights.sum(axis=1, keepdims=True) + 1e-8)
     if self_weight_override:
         weights = jnp.where(own, 1, weights)
-    merged = jnp.matmul(weights.astype(features.dtype), features, precision=jax.lax.Precision.HIGHEST)
+    merged = jnp.matmul(weights.astype(features.dtype), features, precision=precision(features))
     return merged, anchors
 
 
@@ -80,7 +82,7 @@ def _weights(similarity: Float[Array, "n C"], anchors: Int[Array, " cap"], cols,
     norms = jnp.linalg.norm(similarity, axis=1, keepdims=True)
     unit = similarity / jnp.maximum(norms, 1e-12)
     of_anchors = unit.at[anchors].get(mode="fill", fill_value=0)
-    cosine = jnp.matmul(of_anchors, unit.T, precision=jax.lax.Precision.HIGHEST)
+    cosine = jnp.matmul(of_anchors, unit.T, precision=precision(unit))
     y, x = jnp.divmod(jnp.arange(similarity.shape[0]), cols)
     anchor_y, anchor_x = jnp.divmod(anchors[:, None], cols)
     square = (anchor_y - y) ** 2 + (anchor_x - x) ** 2

@@ -36,19 +36,30 @@ class Rows:
         return self.valid.sum(axis=1) - 1
 
 
-def select(
-    scores: Float[Array, "B T"], eligible: Bool[Array, "B T"], cap: int, keep: Int[Array, " B"]
-) -> Bool[Array, "B T"]:
-    """The `keep[b]` best eligible slots of each row, `keep[b] <= cap`; of equal scores the lowest slot wins."""
-    _, best = jax.lax.top_k(jnp.where(eligible, scores, -jnp.inf), cap)
-    wanted = jnp.arange(cap) < keep[:, None]
-    return jax.vmap(lambda slots, on: jnp.zeros(scores.shape[1], bool).at[slots].set(on))(best, wanted)
+def select(scores: Float[Array, "B T"], eligible: Bool[Array, "B T"], keep: Int[Array, " B"]) -> Bool[Array, "B T"]:
+    """The `keep[b]` best eligible slots of each row; of equal scores the lowest slot wins.
+
+    A slot's rank is the number of those that beat it: all pairs compared and counted in one pass that XLA fuses. A sort
+    is a program of its own, which the TPU compiler takes seconds to make.
+    """
+    value, slots = jnp.where(eligible, scores, -jnp.inf), jnp.arange(scores.shape[1])
+    mine, other = value[:, :, None], value[:, None]
+    beaten = (other > mine) | ((other == mine) & (slots < slots[:, None]))
+    return eligible & (beaten.sum(axis=2) < keep[:, None])
 
 
 def compact_slots(running: Bool[Array, "B T"], size: int) -> Int[Array, "B C"]:
-    """Slots of running rows, ascending, padded with the out-of-range slot T."""
-    slots = running.shape[1]
-    return jnp.sort(jnp.where(running, jnp.arange(slots), slots), axis=1)[:, :size]
+    """Slots of running rows, ascending; behind them T, T + 1, ..., which are out of range. Without a sort, see
+    `select`."""
+    place, order = _places(running), jnp.arange(size)
+    slots = (place[:, None] <= order[:, None]).sum(axis=2)
+    return slots + jnp.maximum(order - running.sum(axis=1, keepdims=True), 0)
+
+
+def _places(running: Bool[Array, "B T"]) -> Int[Array, "B T"]:
+    """How many slots run up to each, itself included: the slot that runs as number c is the first with more than c."""
+    slots = jnp.arange(running.shape[1])
+    return (running[:, None] & (slots <= slots[:, None])).sum(axis=2)
 
 
 def gather(rows: Rows, slots: Int[Array, "B C"]) -> Rows:
@@ -68,16 +79,13 @@ def gather_keys(keys: Float[Array, "B K T H"], slots: Int[Array, "B C"]) -> Floa
 
 
 def scatter(rows: Rows, slots: Int[Array, "B C"], processed: Rows) -> Rows:
-    """Write processed hidden states back; rows that were deferred keep theirs."""
-    hidden = jax.vmap(lambda row, index, new: row.at[index].set(new, mode="drop", indices_are_sorted=True))(
-        rows.hidden, slots, processed.hidden
-    )
+    """Write processed hidden states back; rows that were deferred keep theirs. slots: of `compact_slots`."""
+    promised = {"mode": "drop", "indices_are_sorted": True, "unique_indices": True}
+    hidden = jax.vmap(lambda row, index, new: row.at[index].set(new, **promised))(rows.hidden, slots, processed.hidden)
     return replace(rows, hidden=hidden)
 
 
-def by_visual_index(values: Array, visual: Int[Array, "B T"], count: int, fill: float | bool) -> Array:
-    """Re-order per-slot values `[B, T]` by original visual index, `[B, count]`; absent tokens get `fill`."""
-    target = jnp.where(visual < 0, count, visual)
-    return jax.vmap(lambda index, row: jnp.full(count, fill, values.dtype).at[index].set(row, mode="drop"))(
-        target, values
-    )
+def by_visual_index(values: Array, visual: Int[Array, "B T"], count: int) -> Array:
+    """Re-order per-slot values `[B, T]` by original visual index, `[B, count]`; absent tokens get -inf, or False."""
+    here = visual[:, None] == jnp.arange(count)[:, None]
+    return jnp.where(here, values[:, None], False if values.dtype == bool else -jnp.inf).max(axis=2)

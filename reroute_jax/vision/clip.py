@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 
 from reroute_jax.nn.attention import attention
 from reroute_jax.nn.layers import HeadProjection, Linear, OutputProjection, constant, parameter
+from reroute_jax.nn.precision import precision
 from reroute_jax.routing.nuwa import NuwaInputs
 
 ACTIVATIONS = {
@@ -66,7 +67,12 @@ class PatchEmbed(nnx.Module):
 
     def __call__(self, pixels: Float[Array, "I 3 height width"]) -> Float[Array, "I n D"]:
         patches = jax.lax.conv_general_dilated(
-            pixels, self.kernel[...], self.kernel.shape[2:], "VALID", dimension_numbers=("NCHW", "OIHW", "NHWC")
+            pixels,
+            self.kernel[...],
+            self.kernel.shape[2:],
+            "VALID",
+            dimension_numbers=("NCHW", "OIHW", "NHWC"),
+            precision=precision(pixels),
         )
         return patches.reshape(pixels.shape[0], -1, self.kernel.shape[0])
 
@@ -81,12 +87,12 @@ class ClipAttention(nnx.Module):
         self.o = OutputProjection(heads, width // heads, width, **keep)
 
     def __call__(self, x: Float[Array, "I C D"]) -> Float[Array, "I C D"]:
-        return self.o(attention(self.q(x), self.k(x), self.v(x), None))
+        return self.o(attention(self.q(x), self.k(x), self.v(x)))
 
     def class_row(self, x: Float[Array, "I C D"]) -> Float[Array, "I n"]:
         """Attention of the class token over the patches, fp32, summed over heads; normalised over all C keys."""
         q, k = self.q(x[:, :1]).astype(jnp.float32), self.k(x).astype(jnp.float32)
-        logits = jnp.einsum("INTH,INCH->INTC", q, k)[:, :, 0] * q.shape[-1] ** -0.5
+        logits = jnp.einsum("INTH,INCH->INTC", q, k, precision=precision(q))[:, :, 0] * q.shape[-1] ** -0.5
         return jax.nn.softmax(logits, axis=-1).sum(axis=1)[:, 1:]
 
 

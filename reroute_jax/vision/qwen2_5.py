@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from reroute_jax.errors import RerouteError
-from reroute_jax.nn.attention import attention
+from reroute_jax.nn.attention import attention, received_attention
 from reroute_jax.nn.layers import (
     GatedMLP,
     Linear,
@@ -97,20 +97,9 @@ class VisionLayer(nnx.Module):
             return x + self.mlp(self.norm2(x))
 
     def received(self, x: Float[Array, "I P D"], rope: Rope, count: Int[Array, " I"]) -> Float[Array, "I P"]:
-        """Attention each patch receives from the whole image, fp32, mean over heads; 0 at padding. The map of one head
-        of one image is in memory at a time."""
+        """Attention each patch receives from the whole image, fp32, mean over heads; 0 at padding."""
         q, k, _ = self.attn.rotated(self.norm1(x), rope)
-        images, heads, slots, dim = q.shape
-        valid = jnp.repeat(_valid(count, slots), heads, axis=0)
-
-        def column_sums(inputs: tuple[Array, Array, Array]) -> Float[Array, " P"]:
-            queries, keys, real = inputs
-            logits = jnp.matmul(queries, keys.T, preferred_element_type=jnp.float32) * dim**-0.5
-            probabilities = jax.nn.softmax(jnp.where(real, logits, jnp.finfo(jnp.float32).min), axis=-1)
-            return jnp.where(real[:, None] & real, probabilities, 0).sum(axis=0)
-
-        maps = (q.reshape(-1, slots, dim), k.reshape(-1, slots, dim), valid)
-        return jax.lax.map(column_sums, maps).reshape(images, heads, slots).mean(axis=1)
+        return received_attention(q, k, count)
 
 
 class Merger(nnx.Module):
@@ -165,8 +154,7 @@ def image_attention(
     q: Float[Array, "I N P H"], k: Float[Array, "I N P H"], v: Float[Array, "I N P H"], pixels: QwenPixels
 ) -> Float[Array, "I N P H"]:
     """Every patch sees the real patches of its image."""
-    images, _, slots, _ = q.shape
-    return attention(q, k, v, jnp.broadcast_to(_valid(pixels.count, slots)[:, None], (images, slots, slots)))
+    return attention(q, k, v, lengths=pixels.count)
 
 
 def window_attention(
@@ -174,15 +162,15 @@ def window_attention(
 ) -> Float[Array, "I N P H"]:
     """Every patch sees the patches of its window; zeros at padding."""
     images, heads, slots, dim = q.shape
-    windows, size = pixels.windows.shape[1:]
+    size = pixels.windows.shape[2]
     flat = pixels.windows.reshape(images, -1)
 
     def spread(x: Float[Array, "I N P H"]) -> Float[Array, "blocks N S H"]:
         return take_rows(x.swapaxes(1, 2), flat).reshape(-1, size, heads, dim).swapaxes(1, 2)
 
-    filled = (flat < slots).reshape(-1, 1, size)
-    mask = jnp.broadcast_to(filled, (images * windows, size, size))
-    out = attention(spread(q), spread(k), spread(v), mask).swapaxes(1, 2).reshape(images, -1, heads, dim)
+    # The patches of a window stand first in it.
+    filled = (flat < slots).reshape(-1, size).sum(axis=1)
+    out = attention(spread(q), spread(k), spread(v), lengths=filled).swapaxes(1, 2).reshape(images, -1, heads, dim)
     return take_rows(out, pixels.slot).swapaxes(1, 2)
 
 
@@ -215,7 +203,3 @@ def nuwa_inputs(tower: QwenTower, pixels: QwenPixels, order: str = "raster") -> 
         similarity = take_rows(similarity, jnp.argsort(pixels.slot[:, ::group], axis=1))
     metric = received.reshape(received.shape[0], -1, group).mean(axis=2)
     return NuwaInputs(metric, tower.merger(states[last]), similarity)
-
-
-def _valid(count: Int[Array, " I"], slots: int) -> Bool[Array, "I P"]:
-    return jnp.arange(slots) < count[:, None]

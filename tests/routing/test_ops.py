@@ -19,7 +19,7 @@ def test_vector_2_scores():
     np.testing.assert_allclose(scores[0], [0.079247, 0.103413, 0.250983, 0.383699, 0.103413, 0.079247], atol=1e-6)
     visual = jnp.array([[False, True, True, True, True, False]])
     for keep, wanted in ((2, [2, 3]), (3, [1, 2, 3])):
-        chosen = select(scores, visual, keep, jnp.array([keep]))
+        chosen = select(scores, visual, jnp.array([keep]))
         np.testing.assert_array_equal(np.flatnonzero(chosen[0]), wanted)
 
 
@@ -39,7 +39,7 @@ def test_select_equals_a_stable_sort(seed):
     scores = rng.integers(0, 5, (3, 30)).astype(np.float32)
     eligible = rng.random((3, 30)) < 0.7
     keep = np.array([0, 4, 9])
-    chosen = np.asarray(select(jnp.asarray(scores), jnp.asarray(eligible), 9, jnp.asarray(keep)))
+    chosen = np.asarray(select(jnp.asarray(scores), jnp.asarray(eligible), jnp.asarray(keep)))
     for row in range(3):
         order = sorted(np.flatnonzero(eligible[row]), key=lambda slot: (-scores[row, slot], slot))
         np.testing.assert_array_equal(np.flatnonzero(chosen[row]), sorted(order[: keep[row]]))
@@ -66,7 +66,7 @@ def test_vector_3_reroute_and_delete(recover, selected, final, cached):
     ends = {int(v): None for v in range(8)}
     for given, keep, layers in (([0.1, 0.6, 0.2, 0.5, 0.4, 0.3], 3, 2), ([0.9, 0.1, 0.8, 0.2, 0.3, 0.0], 2, 3)):
         scores = jnp.take(jnp.asarray(given), jnp.maximum(rows.visual, 0))
-        chosen = select(scores, rows.eligible, keep, jnp.array([keep]))
+        chosen = select(scores, rows.eligible, jnp.array([keep]))
         slots = compact_slots(chosen | (rows.visual < 0), 2 + keep)
         active = gather(rows, slots)
         stage = 0 if layers == 2 else 1

@@ -158,3 +158,12 @@ def test_one_decision_deletes_as_it_reroutes():
     ]
     np.testing.assert_allclose(found[0].logits, found[1].logits, atol=1e-5)
     np.testing.assert_array_equal(found[0].trace.kv_tokens, found[1].trace.kv_tokens)
+
+
+def test_text_alone_runs_the_unrouted_plan():
+    """The smallest bucket of visual tokens is no reason to score, gather and scatter."""
+    _, model = qwen_pair()
+    for name in ("pdrop-reroute", "nuwa-delete", "random-reroute"):
+        batch = model.inputs([ROWS[3]], None, None, schedule_of(name)).batch
+        assert [(stage.lo, stage.hi, stage.cap) for stage in batch.plan.stages] == [(0, 8, None)]
+        assert batch.prompt.ids.shape == (1, batch.prompt.text_slots)

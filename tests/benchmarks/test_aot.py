@@ -1,0 +1,80 @@
+"""Ahead-of-time accounts, with this machine's own CPU for the chip that is elsewhere."""
+
+import json
+
+import jax
+import jaxtyping
+import pytest
+
+from benchmarks import aot
+
+ARGUMENTS = ["--random", "llava-tiny-gqa", "--dtype", "float32", "--text", "16", "--batch-sizes", "2"]
+
+
+@pytest.fixture(autouse=True)
+def unchecked_annotations():
+    """Lowering ahead of time puts shapes where the annotations of `Prompt` want arrays."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def here(monkeypatch):
+    monkeypatch.setattr(aot, "chip", lambda platform, topology: jax.devices("cpu")[0])
+
+
+def test_a_run_goes_on_where_it_stopped(here, monkeypatch, tmp_path, capsys):
+    some = [
+        *ARGUMENTS,
+        "--methods",
+        "none",
+        "pdrop",
+        "--budgets",
+        "192",
+        "--actions",
+        "reroute",
+        "--out",
+        str(tmp_path),
+    ]
+    assert aot.main([*some, "--programs", "prefill"]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "aot_tpu.jsonl").read_text().splitlines()]
+    assert [(row["method"], row["program"], row["batch"]) for row in rows] == [
+        ("none", "prefill", 2),
+        ("pdrop", "prefill", 2),
+    ]
+    plain, routed = rows
+    weights = 4 * sum(leaf.size for leaf in jax.tree.leaves(_decoder()))
+    assert plain["argument_bytes"] > weights and routed["argument_bytes"] > weights
+    assert 0 < routed["flops"] < plain["flops"] and routed["operations"] > plain["operations"]
+    assert plain["sorts"] == plain["scatters"] == 0
+    capsys.readouterr()
+
+    seen, account = [], aot.account
+    monkeypatch.setattr(aot, "account", lambda *given: seen.append(given) or account(*given))
+    assert aot.main([*some, "--programs", "prefill", "decode"]) == 0
+    assert len(seen) == 2
+    rows = [json.loads(line) for line in (tmp_path / "aot_tpu.jsonl").read_text().splitlines()]
+    assert [row["program"] for row in rows] == ["prefill", "prefill", "decode", "decode"]
+    text = (tmp_path / "aot_tpu.md").read_text()
+    assert text in capsys.readouterr().out and "| llava-tiny-gqa | 2 | pdrop reroute 192 | decode |" in text
+    assert text.startswith("`python -m benchmarks.aot --random llava-tiny-gqa")
+
+
+def test_towers_are_compiled_once_for_each_merge():
+    args = aot._parser().parse_args([*ARGUMENTS, "--programs", "encode"])
+    assert [(one.method, one.budget) for one in aot.wanted(args, "a chip")] == [
+        ("none", None),
+        ("nuwa", 192),
+        ("nuwa", 64),
+    ]
+
+
+def test_an_unknown_topology_is_one_line(capsys, tmp_path):
+    assert aot.main([*ARGUMENTS, "--platform", "cpu", "--topology", "v9:2x2", "--out", str(tmp_path)]) == 2
+    assert "no compiler for the topology 'v9:2x2' of 'cpu' here" in capsys.readouterr().err
+
+
+def _decoder():
+    model, _ = aot.random_model(aot.SHAPES["llava-tiny-gqa"], "float32", shapes_only=True)
+    return model.module.decoder

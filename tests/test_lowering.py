@@ -1,0 +1,60 @@
+"""The three programs of every family, lowered for a GPU and a TPU on a machine that has neither."""
+
+import re
+
+import jaxtyping
+import pytest
+
+from evals.speed.checkpoint_shapes import SHAPES
+from evals.speed.programs import trace_programs
+from evals.speed.subjects import Subject, random_model, sample
+
+ROUTES = {"none": {}, "pdrop": {"action": "reroute", "budget": 192}, "nuwa": {"action": "delete", "budget": 64}}
+GRIDS = {"llava-tiny-gqa": (4, 4), "qwen-tiny": (4, 6)}
+
+
+@pytest.fixture(autouse=True)
+def unchecked_annotations():
+    """Lowering ahead of time puts shapes where the annotations of `Prompt` want arrays."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def traced(shape, dtype, schedule=None, **route):
+    model, hf_config = random_model(SHAPES[shape], dtype, shapes_only=True)
+    subject = Subject(shape, model, hf_config, GRIDS[shape], 16)
+    schedule = schedule or subject.plan(route.pop("method"), **route)
+    return trace_programs(subject, schedule, sample(subject, 2), 4)
+
+
+def products(program, platform):
+    """(operand dtypes, precisions) of every matrix product and convolution."""
+    text = program.lower(lowering_platforms=(platform,)).as_text()
+    found = []
+    for line in re.findall(r".*stablehlo\.(?:dot_general|convolution).*", text):
+        operands = re.search(r": \(tensor<(?:\d+x)*(\w+)>, tensor<(?:\d+x)*(\w+)>\)", line)
+        found.append((set(operands.groups()), set(re.findall(r"DEFAULT|HIGHEST|HIGH", line))))
+    return found
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("method", ROUTES)
+@pytest.mark.parametrize("shape", GRIDS)
+def test_lowers_and_multiplies_fp32_in_full(shape, method, dtype, platform):
+    """fp32 operands, in whatever program they stand, are never TF32 or one bf16 pass; 16-bit ones take one pass."""
+    for name, program in traced(shape, dtype, method=method, **ROUTES[method]).items():
+        found = products(program, platform)
+        assert found, name
+        for operands, precisions in found:
+            assert precisions == ({"HIGHEST"} if "f32" in operands else {"DEFAULT"}), (name, operands)
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_scores_are_fp32(platform):
+    """In bf16 the routed prefill has fp32 products, the plain one has none."""
+    plain = products(traced("llava-tiny-gqa", "bfloat16", method="none")["prefill"], platform)
+    routed = products(traced("llava-tiny-gqa", "bfloat16", method="pdrop", budget=192)["prefill"], platform)
+    assert all("f32" not in operands for operands, _ in plain)
+    assert any(operands == {"f32"} for operands, _ in routed)
