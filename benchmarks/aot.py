@@ -25,12 +25,13 @@ import jax
 from jax.experimental import topologies
 from tqdm import tqdm
 
-from evals.harness.cli import Parser, exit_code, positive
 from evals.speed.checkpoint_shapes import SHAPES
 from evals.speed.programs import trace_programs
-from evals.speed.subjects import QWEN_GRID, Subject, random_model, sample
-from reroute_jax.config import ClipConfig
+from evals.speed.subjects import open_subject, sample
+from reroute_jax.commandline.parsing import DATA, OUTPUT, ROUTE, RUN, Parser, exit_code, positive
 from reroute_jax.errors import RerouteError
+from reroute_jax.routing.methods import TIERS
+from reroute_jax.routing.plan import ACTIONS
 from reroute_jax.types import FLOATS
 
 PROGRAMS = ("encode", "prefill", "decode")
@@ -59,10 +60,12 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Account:
-    """By the compiler, a run: FLOPs, and bytes moved. compile_seconds: from the lowered text on."""
+    """compile_seconds: from the lowered text on; compile_cpu_seconds: of all threads, which depends less on what else
+    runs. flops, moved_bytes: of a run, by the compiler. operations, sorts, scatters: in the lowered text."""
 
     trace_seconds: float
     compile_seconds: float
+    compile_cpu_seconds: float
     argument_bytes: int
     temporary_bytes: int
     flops: float
@@ -134,10 +137,8 @@ def wanted(args: argparse.Namespace, device: str) -> Iterator[Wanted]:
 def accounts(route: Sequence[Wanted], new_tokens: int, device: jax.Device) -> Iterator[tuple[Wanted, Account]]:
     """Of programs of one model, batch size and schedule."""
     one = route[0]
-    model, hf_config = random_model(SHAPES[one.model], one.dtype, shapes_only=True)
-    vision = model.config.vision
-    grid = vision.grid if isinstance(vision, ClipConfig) else QWEN_GRID
-    subject = Subject(one.model, model, hf_config, grid, one.text)
+    named = argparse.Namespace(random=one.model, dtype=one.dtype, grid=None, text=one.text)
+    subject = open_subject(named, shapes_only=True)
     options = {} if one.method == "none" else {"budget": one.budget, "action": one.action}
     schedule = subject.plan(one.method, **options)
     start = time.perf_counter()
@@ -151,13 +152,14 @@ def account(program: jax.stages.Traced, device: jax.Device, seconds: float) -> A
     """Lower and compile. seconds: that tracing took."""
     start = time.perf_counter()
     lowered = program.lower(lowering_platforms=(device.platform,))
-    middle = time.perf_counter()
+    middle, busy = time.perf_counter(), time.process_time()
     done = lowered.compile()
-    end = time.perf_counter()
+    end, busy = time.perf_counter(), time.process_time() - busy
     memory, cost, text = done.memory_analysis(), done.cost_analysis(), lowered.as_text()
     return Account(
         trace_seconds=seconds + middle - start,
         compile_seconds=end - middle,
+        compile_cpu_seconds=busy,
         argument_bytes=memory.argument_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
         flops=cost.get("flops", 0.0),
@@ -181,14 +183,14 @@ def read(results: Path) -> dict[Wanted, Account]:
 def table(known: dict[Wanted, Account]) -> str:
     """Markdown."""
     lines = [
-        "| model | batch | method | program | trace s | compile s | arguments GB | temporaries GB | TFLOPs | GB moved "
-        "| operations | sorts | scatters |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| model | batch | method | program | trace s | compile s | of CPU | arguments GB | temporaries GB | TFLOPs "
+        "| GB moved | operations | sorts | scatters |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for one, of in sorted(known.items(), key=lambda entry: _place(entry[0])):
         method = " ".join(str(part) for part in (one.method, one.action, one.budget) if part is not None)
         cells = [one.model, str(one.batch), method, one.program]
-        cells += [f"{of.trace_seconds:.1f}", f"{of.compile_seconds:.1f}"]
+        cells += [f"{of.trace_seconds:.1f}", f"{of.compile_seconds:.1f}", f"{of.compile_cpu_seconds:.1f}"]
         cells += [f"{of.argument_bytes / 1e9:.2f}", f"{of.temporary_bytes / 1e9:.2f}"]
         cells += [f"{of.flops / 1e12:.2f}", f"{of.moved_bytes / 1e9:.1f}"]
         cells += [str(of.operations), str(of.sorts), str(of.scatters)]
@@ -202,19 +204,32 @@ def _place(one: Wanted) -> tuple:
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="python -m benchmarks.aot", description=__doc__)
-    parser.add_argument("--platform", default="tpu", help="of jax (default: %(default)s)")
-    parser.add_argument("--topology", default="v5e:2x2", help="that has the chip (default: %(default)s)")
-    parser.add_argument("--random", nargs="+", choices=tuple(SHAPES), default=["llava-1.5-7b"], help="shapes of models")
-    parser.add_argument("--dtype", choices=tuple(FLOATS), default="bfloat16", help="(default: %(default)s)")
-    parser.add_argument("--text", type=positive, default=64, help="text tokens of a prompt (default: %(default)s)")
-    parser.add_argument("--new-tokens", type=positive, default=64, help="(default: %(default)s)")
-    parser.add_argument("--batch-sizes", nargs="+", type=positive, default=[1, 8])
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--budgets", nargs="+", type=positive, default=[192, 64])
-    parser.add_argument("--actions", nargs="+", choices=("delete", "reroute"), default=["delete", "reroute"])
-    parser.add_argument("--programs", nargs="+", choices=PROGRAMS, default=list(PROGRAMS))
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder (default: %(default)s)")
+    examples = (
+        "--platform tpu --topology v5e:2x2 --random llava-1.5-7b qwen2.5-vl-7b",
+        "--methods none pdrop --budgets 128 --actions reroute --programs prefill",
+    )
+    parser = Parser("benchmarks.aot", __doc__, examples)
+    run, data, route, output = (parser.group(title) for title in (RUN, DATA, ROUTE, OUTPUT))
+    run.add_argument("--platform", default="tpu", help="of jax (default: %(default)s)")
+    run.add_argument("--topology", default="v5e:2x2", help="that has the chip (default: %(default)s)")
+    run.add_argument(
+        "--random", nargs="+", choices=tuple(SHAPES), default=["llava-1.5-7b"], help="models (default: llava-1.5-7b)"
+    )
+    run.add_argument("--dtype", choices=tuple(FLOATS), default="bfloat16", help="(default: %(default)s)")
+    run.add_argument(
+        "--programs", nargs="+", choices=PROGRAMS, default=list(PROGRAMS), help="to compile (default: all three)"
+    )
+    data.add_argument("--text", type=positive, default=64, help="text tokens of a prompt (default: %(default)s)")
+    data.add_argument("--new-tokens", type=positive, default=64, metavar="N", help="(default: %(default)s)")
+    data.add_argument(
+        "--batch-sizes", nargs="+", type=positive, default=[1, 8], metavar="B", help="prompts at a time (default: 1 8)"
+    )
+    route.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="(default: all)")
+    route.add_argument(
+        "--budgets", nargs="+", type=int, choices=tuple(TIERS), default=[192, 64], help="(default: 192 64)"
+    )
+    route.add_argument("--actions", nargs="+", choices=ACTIONS, default=list(ACTIONS), help="(default: both)")
+    output.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder (default: %(default)s)")
     return parser
 
 

@@ -7,6 +7,7 @@ import jaxtyping
 import pytest
 
 from benchmarks import aot
+from evals.speed.subjects import random_model
 
 ARGUMENTS = ["--random", "llava-tiny-gqa", "--dtype", "float32", "--text", "16", "--batch-sizes", "2"]
 
@@ -76,5 +77,4 @@ def test_an_unknown_topology_is_one_line(capsys, tmp_path):
 
 
 def _decoder():
-    model, _ = aot.random_model(aot.SHAPES["llava-tiny-gqa"], "float32", shapes_only=True)
-    return model.module.decoder
+    return random_model(aot.SHAPES["llava-tiny-gqa"], "float32", shapes_only=True)[0].module.decoder
