@@ -120,8 +120,9 @@ def _answer(number: int, one: Answered) -> str:
     key = "" if one.box is None else _key(number)
     share = one.routed.average / max(one.routed.visual, 1)
     score = f' <span class="rj-score">{escape(one.score)}</span>' if one.score else ""
+    said = f"<q>{escape(one.text)}</q>" if one.text else '<em class="rj-score">an empty answer</em>'
     return (
-        f'<tr><th scope="row">{key}{escape(one.name)}</th><td><q>{escape(one.text)}</q> {chip}{score}</td>'
+        f'<tr><th scope="row">{key}{escape(one.name)}</th><td>{said} {chip}{score}</td>'
         f'<td data-label="tokens a layer">{one.routed.average:.1f} <small>({share:.1%})</small></td>'
         f'<td data-label="KV bytes">{one.routed.kv_bytes:,}</td></tr>'
     )

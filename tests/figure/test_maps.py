@@ -61,7 +61,16 @@ def test_markup_is_sound_and_complete(html):
 
 def test_a_card_tells_answers_costs_and_verdicts():
     text = " ".join(parsed(card(QUESTION)).itertext())
-    for expected in (HOSTILE, "✓ right", "✗ wrong", "IoU 0.71", "24,000", "3 of 6 run", "layers 1 to 2"):
+    for expected in (
+        HOSTILE,
+        "✓ right",
+        "✗ wrong",
+        "IoU 0.71",
+        "24,000",
+        "3 of 6 run",
+        "layers 1 to 2",
+        "an empty answer",
+    ):
         assert expected in text
 
 
