@@ -207,6 +207,7 @@ def _parser() -> Parser:
     examples = (
         "--platform tpu --topology v5e:2x2 --random llava-1.5-7b qwen2.5-vl-7b",
         "--methods none pdrop --budgets 128 --actions reroute --programs prefill",
+        "--topology v6e:2x2 --batch-sizes 1 --out runs/aot-v6e",
     )
     parser = Parser("benchmarks.aot", __doc__, examples)
     run, data, route, output = (parser.group(title) for title in (RUN, DATA, ROUTE, OUTPUT))

@@ -21,6 +21,7 @@ GROUPS = {
     "evals.profile": (*ROUTED, OUTPUT),
     "convert": (RUN, OUTPUT),
     "convert.crosscheck": ROUTED,
+    "benchmarks.aot": (RUN, DATA, ROUTE, OUTPUT),
     "benchmarks.arrivals": (RUN, DATA, ROUTE),
     "benchmarks.attention": (RUN, DATA, OUTPUT),
     "benchmarks.gpu": (RUN, OUTPUT),
