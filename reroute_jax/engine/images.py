@@ -52,10 +52,10 @@ _LONGEST_NAME = 200
 def open_image(source: Any, name: str = "") -> Image.Image:
     """The image as upright RGB on white, decoded as a whole, under the name of its file if it has one.
 
-    source: see the module. name: of the image in messages; its own where empty. Raises RerouteError, with the name.
+    source: see the module. name: in front of messages, such as the question's. Raises RerouteError, naming the image.
     """
-    name = name or _own_name(source)
-    image = decode_image(source, name)
+    name = _in_messages(source, name)
+    image = _decode(source, name)
     try:
         rgb = on_white(image)
     except ValueError as problem:
@@ -70,9 +70,12 @@ def decode_image(source: Any, name: str = "") -> Image.Image:
 
     A copy without a `format` where the file has an orientation, as in `datasets`. Otherwise as `open_image`.
     """
-    name = name or _own_name(source)
+    return _decode(source, _in_messages(source, name))
+
+
+def _decode(source: Any, name: str) -> Image.Image:
     if isinstance(source, Mapping):
-        source, name = _stored(source, name)
+        return decode_image(_stored(source, name), name)
     if isinstance(source, Image.Image):
         return _upright(_whole(source, name))
     if isinstance(source, np.ndarray):
@@ -190,13 +193,11 @@ def _of_array(values: np.ndarray, name: str) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(eight[..., 0] if eight.shape[2:] == (1,) else eight))
 
 
-def _stored(record: Mapping, name: str) -> tuple[Any, str]:
-    """What a record of the hub holds, and its name in messages: the bytes count before the path."""
-    encoded, path = record.get("bytes"), record.get("path")
-    if encoded is not None:
-        return encoded, name
-    if path is not None:
-        return path, f"{name}, image {_shown(path)}"
+def _stored(record: Mapping, name: str) -> Any:
+    """What a record of the hub holds: the bytes count before the path."""
+    for key in ("bytes", "path"):
+        if record.get(key) is not None:
+            return record[key]
     raise RerouteError(f"{name}: there is no image, expected encoded bytes or the path of a file")
 
 
@@ -206,7 +207,7 @@ def _file(source: Any, name: str) -> Iterator[BinaryIO]:
         raise RerouteError(f"{name}: there is no image, expected {TAKEN}")
     if isinstance(source, bytes | bytearray | memoryview):
         yield io.BytesIO(_some(bytes(source), name))
-    elif isinstance(source, str) and source[:5].lower() == "data:":
+    elif _is_data_url(source):
         yield io.BytesIO(_some(_data_url(source, name), name))
     elif isinstance(source, str | os.PathLike):
         with _file_at(os.fsdecode(source), name) as file:
@@ -257,19 +258,28 @@ def _data_url(url: str, name: str) -> bytes:
         raise RerouteError(f"{name}: a data URL that is not base64 ({_line(problem)}), encode the file again") from None
 
 
-def _own_name(source: Any) -> str:
-    if isinstance(source, str) and source[:5].lower() == "data:":
-        return "image given as a data URL"
+def _in_messages(source: Any, name: str) -> str:
+    """The given name, with the image's file where it has one."""
     file = _file_name(source)
-    return f"image {_shown(file)}" if file else f"image given as {type(source).__name__}"
+    if file:
+        own = f"image {_shown(file)}"
+        return f"{name}, {own}" if name else own
+    if name:
+        return name
+    return "image given as a data URL" if _is_data_url(source) else f"image given as {type(source).__name__}"
 
 
 def _file_name(source: Any) -> str:
+    if _is_data_url(source):
+        return ""
     if isinstance(source, str | os.PathLike):
-        path = os.fsdecode(source)
-        return "" if path[:5].lower() == "data:" else path
+        return os.fsdecode(source)
     name = getattr(source, "filename", "") if isinstance(source, Image.Image) else ""
     return os.fsdecode(name) if name else ""
+
+
+def _is_data_url(source: Any) -> bool:
+    return isinstance(source, str) and source[:5].lower() == "data:"
 
 
 def _shown(text: Any) -> str:
