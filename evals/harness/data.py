@@ -194,7 +194,7 @@ def _as_lmms_eval(stored: Any, where: str, jpeg_roundtrips: int) -> Image.Image:
         rgb = image.convert("RGB")
     except RerouteError as error:
         raise BadImage(f"{error}; repair it or give --skip-bad") from error
-    except (OSError, ValueError) as error:
+    except (OSError, TypeError, ValueError) as error:
         raise BadImage(f"{where}: the image cannot be used ({error}), repair it or give --skip-bad") from error
     rgb.info = {}  # or the model would lay a transparent colour, which is dropped here, on white
     return rgb

@@ -58,8 +58,8 @@ def open_image(source: Any, name: str = "") -> Image.Image:
     image = _decode(source, name)
     try:
         rgb = on_white(image)
-    except ValueError as problem:
-        raise RerouteError(f"{name}: {_line(problem)}") from None
+    except (TypeError, ValueError) as problem:
+        raise RerouteError(f"{name}: the image cannot be turned into RGB ({_line(problem)})") from None
     rgb.info = {}  # nothing is left for a later reader to apply a second time
     rgb.filename = _file_name(source)
     return rgb
@@ -96,11 +96,11 @@ def on_white(image: Image.Image) -> Image.Image:
     """RGB of a decoded image of any mode, by the table above.
 
     Alpha is composited in 8 bits, as `transformers.image_transforms.convert_to_rgb` (5.24) does: equal to the pixel.
-    Raises ValueError where there is no conversion.
+    Raises ValueError where there is no conversion, and TypeError for a transparent colour that is none.
     """
     if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
         raise ValueError(
-            f"an image of mode {image.mode} has numbers of no known range: scale them to 0 to 255 and convert to mode L"
+            f"mode {image.mode} has numbers of no known range: scale them to 0 to 255 and convert to mode L"
         )
     if image.mode.startswith("I"):
         return _sixteen_bit_grey(image)

@@ -260,6 +260,14 @@ def test_transparency_that_transformers_overlooks_is_laid_on_white_too(mode: str
     assert np.asarray(plain)[..., 3].min() < 128
 
 
+@pytest.mark.parametrize("mode", ["1", "L", "RGB", "P"])
+@pytest.mark.parametrize("junk", ["x", (1, 2, 3, 4)])
+def test_a_transparent_colour_that_is_none_is_refused(mode: str, junk: Any) -> None:
+    image = PICTURE.convert(mode)
+    image.info["transparency"] = junk
+    assert "the image cannot be turned into RGB" in refusal(image)
+
+
 def test_black_ink_on_nothing_is_black_on_white() -> None:
     ink = np.zeros((4, 4, 4), np.uint8)
     ink[1, 1:3, 3] = 255
@@ -309,7 +317,10 @@ def test_the_transparent_grey_of_a_sixteen_bit_png_is_white() -> None:
 def test_numbers_without_a_range_are_refused(mode: str) -> None:
     image = Image.fromarray(np.array([[0.0, 0.5, 1.0]], np.float32)).convert(mode)
     for source in (image, encoded(image, "TIFF")):
-        assert f"an image of mode {mode} has numbers of no known range: scale them to 0 to 255" in refusal(source)
+        assert (
+            f"cannot be turned into RGB (mode {mode} has numbers of no known range: scale them to 0 to 255"
+            in refusal(source)
+        )
 
 
 # What is refused
@@ -366,7 +377,7 @@ def test_a_given_name_stands_in_front() -> None:
     assert refusal(b"", "row 3, image 2").startswith("row 3, image 2: the image cannot be decoded (0 bytes)")
     assert refusal("/nowhere/a.png", "row 3").startswith("row 3, image /nowhere/a.png does not exist")
     assert refusal(np.zeros(3), "row 3").startswith("row 3: the array is [3]")
-    assert refusal(Image.new("F", (2, 2)), "row 3").startswith("row 3: an image of mode F")
+    assert refusal(Image.new("F", (2, 2)), "row 3").startswith("row 3: the image cannot be turned into RGB (mode F")
 
 
 def test_a_folder_and_a_closed_image_are_refused(tmp_path: Path) -> None:
