@@ -166,6 +166,8 @@ def test_arrays_are_taken_by_the_range_of_their_type() -> None:
     [
         (np.zeros((4, 4), np.float32), "the array is float32, expected uint8 (0 to 255) or uint16 (0 to 65535)"),
         (np.zeros((4, 4, 3), np.float64), "the array is float64"),
+        (np.zeros((4, 4), np.float16), "the array is float16"),
+        (np.zeros((4, 4), np.int16), "the array is int16"),
         (np.zeros((4, 4), bool), "the array is bool"),
         (np.zeros((4, 4), np.int8), "the array is int8"),
         (np.zeros((4, 4), np.int64), "the array is int64"),
