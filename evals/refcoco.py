@@ -88,6 +88,7 @@ def make_task(
         prompt=lambda doc: prompts.rec(doc.text, style),
         score=score,
         max_new_tokens=max_new,
+        skip_bad=skip_bad,
     )
 
 

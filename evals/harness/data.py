@@ -14,10 +14,11 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from evals.harness.boxes import Box
 from evals.harness.columns import DataRow, Hub, Kind, a_list, is_number, is_text, open_table
+from reroute_jax.engine.images import decode_image
 from reroute_jax.errors import RerouteError
 
 SCENES = "scenes"
@@ -32,7 +33,7 @@ IMAGE_BACKEND = "pil"  # what decodes and resizes; pixels differ a little betwee
 
 
 class BadImage(RerouteError):
-    """A row's image that is missing or cannot be decoded."""
+    """A row's image that is missing, cannot be decoded or has a form that the model does not take."""
 
 
 @dataclass(frozen=True)
@@ -94,9 +95,8 @@ def rec_docs(source: DocSource, start: int, stop: int, jpeg_roundtrips: int, ski
         expressions = _expressions(row["answer"], where)
         wanted = range(max(start, doc_id), min(stop, doc_id + len(expressions)))
         if wanted:
-            image, bad = _image_or_reason(row["image"], where, skip_bad)
+            image, bad = _image_or_reason(row["image"], where, skip_bad, jpeg_roundtrips)
             if image is not None:
-                image = _prepare(image, jpeg_roundtrips)
                 with bad_row_named(where):
                     truth = _truth(row["bbox"], image.size, where)
         for index in wanted:
@@ -134,11 +134,10 @@ def row_docs(
         truth = {name: value for name, value in row.items() if name != "image"}
         with bad_row_named(where):
             text, label = prompt(row), "" if cluster is None else cluster(row)
-        image, bad = _image_or_reason(row["image"], where, skip_bad)
+        image, bad = _image_or_reason(row["image"], where, skip_bad, jpeg_roundtrips=0)
         if image is None:
             yield Doc(doc_id, question_id, None, None, text, None, cluster=label, bad=bad)
         else:
-            image = image.convert("RGB")
             yield Doc(doc_id, question_id, image, image.size, text, truth, cluster=label)
 
 
@@ -170,43 +169,35 @@ def _truth(bbox: Iterable[float] | None, size: tuple[int, int], where: str) -> B
     return tuple(float(np.float32(value)) for value in corners)
 
 
-def _image_or_reason(stored: Any, where: str, skip_bad: bool) -> tuple[Image.Image | None, str]:
+def _image_or_reason(stored: Any, where: str, skip_bad: bool, jpeg_roundtrips: int) -> tuple[Image.Image | None, str]:
     try:
-        return _open(stored, where), ""
+        return _as_lmms_eval(stored, where, jpeg_roundtrips), ""
     except BadImage as error:
         if not skip_bad:
             raise
         return None, str(error)
 
 
-def _open(stored: Any, where: str) -> Image.Image:
-    """A row's image, decoded as `datasets` decodes it: {"bytes", "path"} as parquet stores it, or a PIL image."""
-    if isinstance(stored, Image.Image):
-        return stored
-    encoded, path = (stored or {}).get("bytes"), (stored or {}).get("path")
-    if encoded is None and path is None:
-        raise BadImage(f"{where}: there is no image, expected encoded bytes or the path of a file")
+def _as_lmms_eval(stored: Any, where: str, jpeg_roundtrips: int) -> Image.Image:
+    """RGB as lmms-eval's tasks hand it over, after as many re-saves of a JPEG (Pillow's defaults: quality 75, 4:2:0).
+
+    Its rule for modes is Pillow's plain `convert("RGB")`, not `images.on_white` of the library: transparency is dropped
+    and 16-bit grey is cut off at 255. An image that had to be turned has no format and so no re-saves, in `datasets`.
+    """
     try:
-        image = Image.open(path if encoded is None else io.BytesIO(encoded))
-        image.load()
-    except FileNotFoundError as error:
-        raise BadImage(f"{where}: image file {path} does not exist") from error
-    except (OSError, UnidentifiedImageError, SyntaxError, Image.DecompressionBombError) as error:
-        raise BadImage(f"{where}: the image cannot be decoded ({error}), repair it or give --skip-bad") from error
-    if image.getexif().get(ExifTags.Base.Orientation) is not None:
-        # The turned copy has no format any more, so that `datasets` keeps it losslessly; so does _prepare.
-        return ImageOps.exif_transpose(image)
-    return image
-
-
-def _prepare(image: Image.Image, jpeg_roundtrips: int) -> Image.Image:
-    """RGB, after as many re-saves of a JPEG (Pillow's defaults: quality 75, 4:2:0) as the reference makes."""
-    for _ in range(jpeg_roundtrips if image.format == "JPEG" else 0):
-        buffer = io.BytesIO()
-        image.save(buffer, format="JPEG")
-        image = Image.open(buffer)
-        image.load()
-    return image.convert("RGB")
+        image = decode_image(stored, where)
+        for _ in range(jpeg_roundtrips if image.format == "JPEG" else 0):
+            buffer = io.BytesIO()
+            image.save(buffer, format="JPEG")
+            image = Image.open(buffer)
+            image.load()
+        rgb = image.convert("RGB")
+    except RerouteError as error:
+        raise BadImage(f"{error}; repair it or give --skip-bad") from error
+    except (OSError, TypeError, ValueError) as error:
+        raise BadImage(f"{where}: the image cannot be used ({error}), repair it or give --skip-bad") from error
+    rgb.info = {}  # or the model would lay a transparent colour, which is dropped here, on white
+    return rgb
 
 
 def _scenes(split: str, family: str) -> DocSource:

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from PIL import Image
 from tqdm import tqdm
 
-from evals.harness.data import IMAGE_BACKEND, Doc
+from evals.harness.data import IMAGE_BACKEND, BadImage, Doc
 from evals.harness.metrics import Derived
 from reroute_jax.config import ModelConfig
 from reroute_jax.engine.pipeline import ahead
@@ -63,6 +63,7 @@ class Task:
         exists for `derived` alone.
     finish: all records of a run in order -> the same with metrics that need several of them filled in. One with
         "left_out", a reason, and no metrics is counted under that reason.
+    skip_bad: whether a question whose image has a form that the model does not take is counted instead of stopping.
     difference_scale: what tables multiply differences by, 100 for metrics that are fractions.
     """
 
@@ -74,6 +75,7 @@ class Task:
     max_new_tokens: int
     derived: Mapping[str, Derived] = field(default_factory=dict)
     finish: Callable[[Sequence[Record]], list[Record]] = list
+    skip_bad: bool = False
     difference_scale: int = 100
 
 
@@ -172,7 +174,8 @@ def _resume(file: Path, model: Answerer, task: Task, batch_size: int) -> tuple[i
     if done < task.total:
         window = WINDOW * batch_size
         done = done // window * window
-        batches = sized_batches(task.docs(done), batch_size, size)
+        docs = (_taken(model, task, doc) for doc in task.docs(done))
+        batches = sized_batches(docs, batch_size, size)
         begun = list(islice(batches, WINDOW)) if done < len(found) else []
         written = _written(begun, done, len(found))
         done += sum(map(len, begun[:written]))
@@ -183,6 +186,20 @@ def _resume(file: Path, model: Answerer, task: Task, batch_size: int) -> tuple[i
             os.fsync(lines.fileno())
         _read(file)
     return done, batches
+
+
+def _taken(model: Answerer, task: Task, doc: Doc) -> Doc:
+    """The question, as one with a bad image where the model takes none of its form."""
+    if doc.image is None:
+        return doc
+    try:
+        model.visual_grid(doc.image)
+    except RerouteError as error:
+        why = f"{task.name}, question_id {doc.question_id}: {error}; repair it or give --skip-bad"
+        if not task.skip_bad:
+            raise BadImage(why) from error
+        return replace(doc, image=None, size=None, truth=None, bad=why)
+    return doc
 
 
 def _written(batches: Sequence[Sequence[Doc]], start: int, stop: int) -> int:

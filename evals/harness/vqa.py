@@ -117,6 +117,7 @@ def make_task(
         prompt=lambda doc: doc.text,
         score=benchmark.score,
         max_new_tokens=max_new,
+        skip_bad=skip_bad,
         derived=benchmark.derived,
         finish=benchmark.finish,
         difference_scale=benchmark.difference_scale,

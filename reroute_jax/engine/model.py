@@ -292,7 +292,7 @@ class Model:
         if image is None:
             return []
         group = image if isinstance(image, list | tuple) else [image]
-        return [open_image(one, self.family.as_rgb) for one in group]
+        return [open_image(one) for one in group]
 
     def prompt_ids(self, text: str, grids: Sequence[tuple[int, int]]) -> np.ndarray:
         """Ids of the chat prompt of a question behind images of these grids, image tokens expanded."""

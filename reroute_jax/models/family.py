@@ -62,8 +62,9 @@ class Family:
     pack(pixel_values, grids, config, images): pixels for `encode_images`, padded to `images` images.
     positions(ids, grids, config): rotary positions of an unpadded row, `[S]` or `[3, S]`, and the next token's.
     token_bucket(tokens): the number of visual tokens that a program is compiled for.
-    image_processor(folder), preprocess(images, processor): what makes (pixel_values, image_grid_thw) of PIL images.
-    as_rgb(image): before anything else.
+    image_processor(folder), preprocess(images, processor): what makes (pixel_values, image_grid_thw) of opened images;
+        in two steps, `pixels([fit(image, processor), ...], processor)`. What `fit` gives is RGB in the size that the
+        model sees, to be held until the batch runs; it raises RerouteError for a size that the model does not take.
     visual_grid(image, config, processor), model_size(size, processor): of an image, or one of this size.
     typical_grid(config, open_processor): that a method is planned for; the processor only where it takes one.
     settings(config, open_processor): what else a run's answers depend on, for its record.
@@ -86,7 +87,8 @@ class Family:
     token_bucket: Callable[[int], int]
     image_processor: Callable[[Path], Any]
     preprocess: Callable[[Sequence[Image.Image], Any], tuple[np.ndarray, np.ndarray | None]]
-    as_rgb: Callable[[Image.Image], Image.Image]
+    fit: Callable[[Image.Image, Any], Image.Image]
+    pixels: Callable[[Sequence[Image.Image], Any], tuple[np.ndarray, np.ndarray | None]]
     visual_grid: Callable[[Image.Image, ModelConfig, Any], Grid]
     model_size: Callable[[Size, Any], Size]
     typical_grid: Callable[[ModelConfig, Callable[[], Any]], Grid]

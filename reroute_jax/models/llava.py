@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
+from PIL import Image
 from transformers import AutoImageProcessor, LlavaConfig
 
 from reroute_jax.config import ModelConfig, decoder_config, require, token_ids
@@ -139,6 +140,17 @@ def _seen_part(size: Size, processor) -> tuple[float, float, float, float]:
     return x / width, y / height, (x + crop[0]) / width, (y + crop[1]) / height
 
 
+def _fit(image: Image.Image, processor) -> Image.Image:
+    """The RGB image resized and cropped, in 8 bits."""
+    seen = processor(images=image, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"]
+    return Image.fromarray(seen[0].astype(np.uint8).transpose(1, 2, 0))
+
+
+def _pixels(fitted: Sequence[Image.Image], processor) -> tuple[Float[np.ndarray, "I 3 height width"], None]:
+    made = processor(images=list(fitted), do_resize=False, do_center_crop=False, return_tensors="np")
+    return made["pixel_values"], None
+
+
 FAMILY = Family(
     name=NAME,
     options=("vicuna_system", "llava_image_mode"),
@@ -161,8 +173,9 @@ FAMILY = Family(
     positions=lambda ids, grids, config: (np.arange(len(ids)), len(ids)),
     token_bucket=lambda tokens: tokens,
     image_processor=_open_processor,
-    preprocess=lambda images, processor: (processor(images=images, return_tensors="np")["pixel_values"], None),
-    as_rgb=lambda image: image.convert("RGB"),
+    preprocess=lambda images, processor: _pixels([_fit(image, processor) for image in images], processor),
+    fit=_fit,
+    pixels=_pixels,
     visual_grid=lambda image, config, processor: config.vision.grid,
     model_size=lambda size, processor: (processor.crop_size["width"], processor.crop_size["height"]),
     typical_grid=lambda config, open_processor: config.vision.grid,

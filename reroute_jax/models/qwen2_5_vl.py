@@ -29,7 +29,7 @@ from reroute_jax.routing.plan import NuwaMerge, PoolMerge
 from reroute_jax.types import Grid
 from reroute_jax.vision.qwen2_5 import QwenTower, nuwa_inputs
 from reroute_jax.vision.qwen_config import QwenVisionConfig
-from reroute_jax.vision.qwen_images import HARNESS_PIXELS, as_rgb, final_size, preprocess, unpack, visual_grid
+from reroute_jax.vision.qwen_images import HARNESS_PIXELS, final_size, fit, patches, preprocess, unpack, visual_grid
 from reroute_jax.vision.qwen_windows import QwenPixels, pack
 
 NAME = "qwen2_5_vl"
@@ -184,7 +184,8 @@ FAMILY = Family(
     token_bucket=lambda tokens: bucket(tokens, VISUAL_BUCKETS, "an image or a row, in visual tokens,"),
     image_processor=_open_processor,
     preprocess=preprocess,
-    as_rgb=as_rgb,
+    fit=fit,
+    pixels=patches,
     visual_grid=_visual_grid,
     model_size=final_size,
     typical_grid=_typical_grid,

@@ -23,18 +23,17 @@ _FIRST_TOKENS = (4, 16384)  # limits of the first resize, in visual tokens
 def smart_resize(size: Size, factor: int, fewest: int, most: int, name: str = "an image") -> Size:
     """(width, height) in whole multiples of `factor` with `fewest` to `most` pixels, near the form of `size`.
 
-    Each side goes to the nearest multiple (ties to the even one). If that is too large or too small, both sides are
-    scaled from their given, unrounded values and cut down or up to multiples. Raises RerouteError for a side under
-    `factor` or sides of a ratio over LARGEST_RATIO, with the image's `name`.
+    Each side goes to the nearest multiple (ties to the even one), but never to 0. If that is too large or too small,
+    both sides are scaled from their given, unrounded values and cut down or up to multiples. Raises RerouteError for
+    sides of a ratio over LARGEST_RATIO, with the image's `name`.
     """
     width, height = size
-    if min(size) < factor:
-        raise RerouteError(f"{name} has {width} x {height} pixels: expected at least {factor} on each side")
     if max(size) > LARGEST_RATIO * min(size):
         raise RerouteError(f"{name} has {width} x {height} pixels: expected sides of a ratio up to {LARGEST_RATIO}")
-    pixels = math.prod(round(side / factor) * factor for side in size)
+    nearest = tuple(max(factor, round(side / factor) * factor) for side in size)
+    pixels = math.prod(nearest)
     if fewest <= pixels <= most:
-        return tuple(round(side / factor) * factor for side in size)
+        return nearest
     if pixels > most:
         shrink = math.sqrt(width * height / most)
         return tuple(max(factor, math.floor(side / shrink / factor) * factor) for side in size)
@@ -65,35 +64,40 @@ def visual_grid(size: Size, processor, name: str = "an image") -> tuple[int, int
     return height // factor, width // factor
 
 
-def as_rgb(image: Image.Image) -> Image.Image:
-    """RGB; transparent parts become white where the image is RGBA, as in the reference."""
-    if image.mode != "RGBA":
-        return image.convert("RGB")
-    white = Image.new("RGB", image.size, "white")
-    white.paste(image, mask=image.getchannel("A"))
-    return white
-
-
 def resize_like_reference(image: Image.Image, factor: int) -> Image.Image:
     """The RGB image after the first resize (bicubic), which the image processor then gets."""
-    return as_rgb(image).resize(first_size(image.size, factor), Image.Resampling.BICUBIC)
+    return image.resize(first_size(image.size, factor), Image.Resampling.BICUBIC)
+
+
+def fit(image: Image.Image, processor, name: str = "an image") -> Image.Image:
+    """The RGB image in the size that the model sees, after both resizes: all that `patches` needs of it.
+
+    8 bits a value; `patches` makes 8 times as many bytes of it. Raises RerouteError as `final_size`.
+    """
+    factor = processor.patch_size * processor.merge_size
+    final = final_size(image.size, processor, name)
+    return resize_like_reference(image, factor).resize(final, Image.Resampling(processor.resample))
+
+
+def patches(
+    fitted: Sequence[Image.Image], processor
+) -> tuple[Float[np.ndarray, "patches values"], Int[np.ndarray, "images 3"]]:
+    """Pixels of at least one image that `fit` made, as the checkpoint's PIL image processor gives them.
+
+    pixel_values: fp32, normalised, the patches of all images one behind the other, each image's by blocks of merge x
+    merge patches; a patch's values are by channel, frame (one image, repeated), y and x. image_grid_thw: (1, rows,
+    columns) of each image in patches.
+    """
+    found = processor(images=list(fitted), do_resize=False, return_tensors="np")
+    return found["pixel_values"], found["image_grid_thw"]
 
 
 def preprocess(
     images: Sequence[Image.Image], processor
 ) -> tuple[Float[np.ndarray, "patches values"], Int[np.ndarray, "images 3"]]:
-    """Pixels of at least one image as the checkpoint's PIL image processor gives them after the first resize.
-
-    pixel_values: fp32, normalised, the patches of all images one behind the other, each image's by blocks of merge x
-    merge patches; a patch's values are by channel, frame (one image, repeated), y and x. image_grid_thw: (1, rows,
-    columns) of each image in patches. Raises RerouteError for an image of a size that is not taken, naming it.
-    """
-    factor = processor.patch_size * processor.merge_size
-    for number, image in enumerate(images, 1):
-        final_size(image.size, processor, f"image {getattr(image, 'filename', '') or number}")
-    first = [resize_like_reference(image, factor) for image in images]
-    found = processor(images=first, return_tensors="np")
-    return found["pixel_values"], found["image_grid_thw"]
+    """`patches` of opened images. Raises RerouteError for an image of a size that is not taken, naming it."""
+    names = [f"image {getattr(image, 'filename', '') or number}" for number, image in enumerate(images, 1)]
+    return patches([fit(image, processor, name) for image, name in zip(images, names, strict=True)], processor)
 
 
 def unpack(

@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -7,14 +9,15 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 from reroute_jax.errors import RerouteError
 from reroute_jax.vision.qwen_images import (
     HARNESS_PIXELS,
-    as_rgb,
     final_size,
     first_size,
+    fit,
     preprocess,
     resize_like_reference,
     smart_resize,
     visual_grid,
 )
+from reroute_jax.vision.qwen_images import patches as patches_of
 
 FACTOR = 28
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073])[:, None, None]
@@ -130,31 +133,11 @@ def test_several_images_of_an_embedded_model(small) -> None:
     np.testing.assert_allclose(pixels[256:508], patches(images[1], 7), atol=1e-5)
 
 
-def test_transparent_parts_become_white(processor) -> None:
-    rng = np.random.default_rng(0)
-    data = rng.integers(0, 256, (60, 80, 4)).astype(np.uint8)
-    data[:30, :, 3] = 0
-    found = np.asarray(as_rgb(Image.fromarray(data)))
-    assert (found[:30] == 255).all()
-    share = data[30:, :, 3:] / 255
-    np.testing.assert_allclose(found[30:], share * data[30:, :, :3] + (1 - share) * 255, atol=1)
-    clear = Image.new("RGBA", (448, 448), (200, 0, 0, 0))
-    np.testing.assert_array_equal(
-        preprocess([clear], processor)[0], preprocess([Image.new("RGB", (448, 448), "white")], processor)[0]
-    )
-
-
-@pytest.mark.parametrize("mode", ["L", "P", "CMYK", "1", "LA"])
-def test_other_modes_are_converted(mode: str) -> None:
-    image = photo((40, 30)).convert(mode)
-    assert np.array_equal(as_rgb(image), image.convert("RGB"))
-
-
 @pytest.mark.parametrize(
     ("size", "expected"),
     [
-        ((27, 400), "27 x 400 pixels: expected at least 28 on each side"),
-        ((400, 1), "400 x 1 pixels: expected at least 28 on each side"),
+        ((1, 201), "1 x 201 pixels: expected sides of a ratio up to 200"),
+        ((400, 1), "400 x 1 pixels: expected sides of a ratio up to 200"),
         ((28, 5601), "28 x 5601 pixels: expected sides of a ratio up to 200"),
         ((5796, 28), "5796 x 28 pixels: expected sides of a ratio up to 200"),
         ((5800, 29), "5796 x 28 pixels: expected sides of a ratio up to 200"),  # only after the first resize
@@ -170,12 +153,53 @@ def test_sizes_that_are_not_taken_give_one_line_with_the_images_name(size, expec
     assert "\n" not in str(found.value)
 
 
-def test_the_narrowest_images_that_are_taken(processor) -> None:
-    assert final_size((28, 28), processor) == (448, 448)
+def first_resize_of_qwen_vl_utils(size: tuple[int, int], factor: int) -> tuple[int, int]:
+    """Version 0.0.14, worked out apart: the nearest multiple, at least one, and up where that is under 4 tokens."""
+    rounded = [max(1, round(side / factor)) for side in size]
+    if rounded[0] * rounded[1] < 4:
+        grow = (4 * factor**2 / (size[0] * size[1])) ** 0.5
+        rounded = [math.ceil(side * grow / factor) for side in size]
+    return rounded[0] * factor, rounded[1] * factor
+
+
+@pytest.mark.parametrize("factor", [14, 28])
+def test_narrow_images_are_taken_as_both_resizes_of_the_reference_take_them(factor: int) -> None:
+    own = Qwen2VLImageProcessorPil(patch_size=factor // 2, min_pixels=4 * factor**2, max_pixels=1000 * factor**2)
+    harness = Qwen2VLImageProcessorPil(patch_size=factor // 2, min_pixels=256 * factor**2, max_pixels=576 * factor**2)
+    for side in range(1, factor):
+        for other in (1, 2, 9, 13, 14, 27, 28, 40, 41, 42, 43, 100, 199, 200, 640, 1001, 5400):
+            for size in ((side, other), (other, side)):
+                if max(size) > 200 * min(size):
+                    continue
+                first = first_resize_of_qwen_vl_utils(size, factor)
+                assert first_size(size, factor) == first
+                for processor in (own, harness):
+                    limits = processor.size["shortest_edge"], processor.size["longest_edge"]
+                    assert final_size(size, processor) == hf_smart_resize(*first[::-1], factor, *limits)[::-1]
+
+
+@pytest.mark.parametrize("size", [(9, 40), (40, 9), (1, 1), (1, 200), (27, 27), (13, 28), (3, 500)])
+def test_pixels_of_narrow_images_are_those_of_transformers(size, processor) -> None:
+    image = photo(size)
+    first = image.resize(first_resize_of_qwen_vl_utils(size, FACTOR), Image.Resampling.BICUBIC)
+    theirs = processor(images=[first], return_tensors="np")
+    pixels, grid = preprocess([image], processor)
+    np.testing.assert_array_equal(pixels, theirs["pixel_values"])
+    np.testing.assert_array_equal(grid, theirs["image_grid_thw"])
+    rows, cols = visual_grid(size, processor)
+    assert grid.tolist() == [[1, 2 * rows, 2 * cols]]
+
+
+def test_an_elongated_image_that_is_taken(processor) -> None:
     assert final_size((5600, 28), processor)[0] > 5600
 
 
-def test_an_embedded_model_takes_sides_of_its_own_visual_token(small) -> None:
-    preprocess([photo((14, 14))], small)
-    with pytest.raises(RerouteError, match="13 x 14 pixels: expected at least 14"):
-        preprocess([photo((13, 14))], small)
+def test_fitted_images_are_held_in_8_bits_and_give_the_same_pixels(processor) -> None:
+    images = [photo(size) for size in ((640, 200), (1200, 900), (9, 40))]
+    fitted = [fit(image, processor) for image in images]
+    assert [one.size for one in fitted] == [final_size(image.size, processor) for image in images]
+    first = [image.resize(first_size(image.size, FACTOR), Image.Resampling.BICUBIC) for image in images]
+    theirs = processor(images=first, return_tensors="np")
+    found, grid = patches_of(fitted, processor)
+    np.testing.assert_array_equal(found, theirs["pixel_values"])
+    np.testing.assert_array_equal(grid, theirs["image_grid_thw"])

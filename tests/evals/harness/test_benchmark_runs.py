@@ -203,7 +203,8 @@ def test_a_bad_image_stops_the_run_and_is_named(tmp_path: Path, capsys: pytest.C
     file = broken(rows, 2, tmp_path / "x.jsonl")
     run("mme", "--data", file, code=2)
     said = capsys.readouterr().err.splitlines()[-1]
-    assert said.startswith(f"error: {file}, question_id {rows[2]['question_id']}: the image cannot be decoded")
+    assert said.startswith(f"error: {file}, question_id {rows[2]['question_id']}, image {file.parent / 'images'}/")
+    assert ": the image cannot be decoded" in said
     assert said.endswith("repair it or give --skip-bad")
 
 

@@ -1,4 +1,6 @@
 import io
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,9 @@ import pytest
 from PIL import ExifTags, Image
 
 from evals.harness.columns import _hub
-from evals.harness.data import REC_COLUMNS, DocSource, rec_docs, rec_source
+from evals.harness.data import REC_COLUMNS, BadImage, DocSource, rec_docs, rec_source
 from evals.scenes.data import refcoco_rows
+from reroute_jax.engine.images import open_image
 from reroute_jax.errors import RerouteError
 
 IMAGE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
@@ -36,6 +39,12 @@ def encoded(image: Image.Image, form: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format=form, **options)
     return buffer.getvalue()
+
+
+def with_chunk(png: bytes, kind: bytes, data: bytes) -> bytes:
+    """A PNG with one chunk more, behind its header."""
+    found = struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    return png[:33] + found + png[33:]
 
 
 def row(question_id: str, image: bytes | None, answer: list[str], bbox: list[float] | None = None) -> dict[str, Any]:
@@ -167,6 +176,40 @@ def test_missing_and_corrupt_images_are_named(tmp_path: Path, png: bytes) -> Non
         with pytest.raises(RerouteError, match=r"question_id q9: the image cannot be decoded") as caught:
             read(write(tmp_path / "x.parquet", [row("q9", broken, ["a"])]))
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "mode", ["1", "L", "P", "P, transparent", "RGB, transparent", "RGBA", "LA", "CMYK", "I;16", "I", "F"]
+)
+def test_modes_become_rgb_by_the_rule_of_lmms_eval(tmp_path: Path, mode: str) -> None:
+    """Plain `convert("RGB")`: no white under transparency, neither here nor where the model opens the image again."""
+    base, _, transparent = mode.partition(", ")
+    image = photo().convert("RGBA").convert(base) if base != "I;16" else photo().convert("I").convert("I;16")
+    options = {"transparency": image.getpixel((3, 3))} if transparent else {}
+    stored = encoded(image, "PNG" if base in ("P", "RGB", "RGBA") else "TIFF", **options)
+    expected = np.asarray(Image.open(io.BytesIO(stored)).convert("RGB"))
+    (doc,) = read(write(tmp_path / "x.parquet", [row("q", stored, ["a"])]))
+    assert (np.asarray(doc.image) == expected).all()
+    assert (np.asarray(open_image(doc.image)) == expected).all()
+
+
+@pytest.mark.parametrize("kind", ["bomb", "text", "exif", "closed form"])
+def test_odd_images_are_bad_rows_or_whole(tmp_path: Path, png: bytes, kind: str, monkeypatch) -> None:
+    odd = {
+        "bomb": png,
+        "text": with_chunk(png, b"zTXt", b"key\0\0" + zlib.compress(b"x" * (1 << 21))),
+        "exif": with_chunk(png, b"eXIf", b"broken"),
+        "closed form": b"GIF89a",
+    }[kind]
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4000 if kind == "bomb" else 1 << 20)
+    file = write(tmp_path / "x.parquet", [row("q5", odd, ["a"])])
+    if kind == "exif":
+        assert (np.asarray(read(file)[0].image) == np.asarray(photo())).all()
+        return
+    with pytest.raises(BadImage, match=r"x\.parquet, question_id q5: .*repair it or give --skip-bad") as caught:
+        read(file)
+    (doc,) = rec_docs(rec_source(str(file), None), 0, 9, 2, skip_bad=True)
+    assert doc.image is None and doc.bad == str(caught.value) and "\n" not in doc.bad
 
 
 def test_bad_boxes_are_named(tmp_path: Path, png: bytes) -> None:

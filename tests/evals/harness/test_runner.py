@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from evals.harness.data import rec_source
+from evals.harness.data import BadImage, rec_source
 from evals.harness.runner import WINDOW, Run, Task, answer, fingerprint, open_folder
 from evals.refcoco import make_task
 from reroute_jax.errors import RerouteError
@@ -63,6 +63,32 @@ def test_a_run_cut_anywhere_resumes_to_the_same_bytes(task: Task, tmp_path: Path
     lines = whole[:keep].count(b"\n")
     kept = lines if lines == TOTAL else lines // BATCH * BATCH
     assert sum(model.batches) == TOTAL - kept
+
+
+class NarrowRefused(StubModel):
+    """Refuses the form of one image, as Qwen's resize does."""
+
+    def __init__(self, refused: bytes) -> None:
+        super().__init__()
+        self.refused = refused
+
+    def visual_grid(self, image) -> tuple[int, int]:
+        if image.tobytes() == self.refused:
+            raise RerouteError("an image has 1 x 900 pixels: expected sides of a ratio up to 200")
+        return super().visual_grid(image)
+
+
+def test_an_image_of_a_form_that_the_model_does_not_take_is_a_bad_row(task: Task, tmp_path: Path) -> None:
+    docs = list(task.docs(0))
+    model = NarrowRefused(docs[5].image.tobytes())
+    bad = [doc.doc_id for doc in docs if doc.image.tobytes() == model.refused]
+    with pytest.raises(BadImage, match=rf"^refcoco, question_id {docs[5].question_id}: an image has 1 x 900") as caught:
+        answer(model, task, full(), tmp_path, BATCH)
+    assert str(caught.value).endswith("repair it or give --skip-bad")
+    records = answer(model, replace(task, skip_bad=True), full(), tmp_path, BATCH)
+    assert [record["doc_id"] for record in records if record.get("left_out") == "bad image"] == bad
+    assert all(record["why"] == str(caught.value) for record in records if "why" in record)
+    assert sum(model.batches) == TOTAL - len(bad)
 
 
 def test_a_finished_run_asks_nothing(task: Task, tmp_path: Path) -> None:
