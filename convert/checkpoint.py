@@ -11,7 +11,6 @@ import asyncio
 import json
 import math
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -21,14 +20,15 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from convert.safetensors import DTYPES, INDEX_NAME, Tensor, equal, list_folder, read, write_folder
-from convert.source import COMPANIONS, FORMAT, MANIFEST_NAME, Manifest, Source, quantised
+from convert.dropped import compare_dropped, refuse_quantised
+from convert.safetensors import DTYPES, INDEX_NAME, Tensor, list_folder, read, write_folder
+from convert.source import COMPANIONS, FORMAT, MANIFEST_NAME, Manifest, Source
 from convert.table import Assignment, ConversionTable, hf_shapes, match, raise_report, to_hf
+from convert.values import cast, finite, not_finite
 from reroute_jax.errors import RerouteError
 from reroute_jax.types import FLOATS
 
 _RESTORE_BYTES = 10**9
-_QUANTISED_KEYS = (".qweight", ".qzeros", ".weight_packed", ".absmax")
 
 Progress = Callable[[int], object]
 Target = Mapping[str, jax.ShapeDtypeStruct]
@@ -63,35 +63,12 @@ def plan(source: Source, target: Target, table: ConversionTable) -> list[tuple[A
     Raises RerouteError with everything that does not fit in one report.
     """
     tensors = list_folder(source.folder)
-    _refuse_quantised(source.name, tensors)
+    refuse_quantised(source.name, tensors)
     entries = [(tensor.key, tensor.dtype, tensor.shape) for tensor in tensors]
     assignments = match(table, entries, {path: value.shape for path, value in target.items()}, source.name)
-    _compare_dropped(source.name, tensors, table)
+    compare_dropped(source.name, tensors, table)
     named = {tensor.key: tensor for tensor in tensors}
     return [(assignment, named[assignment.key]) for assignment in assignments]
-
-
-def _refuse_quantised(name: str, tensors: Sequence[Tensor]) -> None:
-    """By its tensors alone; what config.json says was seen before. Buffers are I64, or floating point."""
-    for tensor in tensors:
-        packed = tensor.key.endswith(_QUANTISED_KEYS)
-        if packed or tensor.dtype.startswith(("F8", "F4", "F6")) or tensor.dtype in ("I8", "U8"):
-            raise RerouteError(quantised(name, f"{tensor.key} is {tensor.dtype}"))
-
-
-def _compare_dropped(name: str, tensors: Sequence[Tensor], table: ConversionTable) -> None:
-    """What becomes no parameter must be what the model has without it."""
-    named = {table.canonical(tensor.key): tensor for tensor in tensors}
-    for key, tensor in named.items():
-        for buffer in table.buffers:
-            if re.fullmatch(buffer.pattern, key) and not buffer.agrees(read(tensor)):
-                raise RerouteError(
-                    f"{name}: {tensor.key} differs from what config.json makes of it: the weights are of a model with "
-                    "other positions, correct config.json"
-                )
-    for copy, original in table.copies:
-        if copy in named and original in named and not equal(named[copy], named[original]):
-            raise RerouteError(f"{name}: {copy} differs from {original}, which config.json says it repeats")
 
 
 def save_converted(
@@ -160,7 +137,7 @@ def save_hf(folder: Path, params: Mapping[str, jax.Array], table: ConversionTabl
     def produce(key: str) -> np.ndarray:
         made, value = next(tensors)
         assert made == key
-        return _cast(key, value, dtype)
+        return cast(key, value, dtype)
 
     shapes = hf_shapes(table, {path: value.shape for path, value in params.items()})
     write_folder(folder, shapes, FLOATS[dtype], produce, shards)
@@ -232,7 +209,7 @@ def _restore(source: Source, target: Target, dtype: str | None, progress: Progre
             progress(sum(_nbytes(value) for value in batch.values()))
     for path, value in params.items():
         if not jax.numpy.isfinite(value).all():
-            raise RerouteError(_not_finite(path, dtype))
+            raise RerouteError(not_finite(path, dtype))
     return params
 
 
@@ -294,35 +271,11 @@ def _nbytes(value) -> int:
 
 def _converted(assignment: Assignment, tensor: Tensor, shape: tuple[int, ...], dtype: str | None) -> np.ndarray:
     value = read(tensor)
-    if not _finite(value):
-        raise RerouteError(_not_finite(tensor.key, None))
+    if not finite(value):
+        raise RerouteError(not_finite(tensor.key, None))
     if dtype:
-        value = _cast(tensor.key, value, dtype)
+        value = cast(tensor.key, value, dtype)
     return value.reshape(shape)
-
-
-def _cast(name: str, value: np.ndarray, dtype: str) -> np.ndarray:
-    if dtype != "float16":
-        return value.astype(FLOATS[dtype], copy=False)
-    with np.errstate(over="ignore"):
-        value = value.astype(np.float16, copy=False)
-    if not _finite(value):
-        raise RerouteError(_not_finite(name, dtype))
-    return value
-
-
-def _finite(value: np.ndarray) -> bool:
-    """By the bits, because numpy has no fast test for bfloat16: NaN and infinity have all bits of the exponent."""
-    size = value.dtype.itemsize
-    exponent = {"float32": 0x7F800000, "float16": 0x7C00, "bfloat16": 0x7F80}[value.dtype.name]
-    bits = value.reshape(-1).view(f"u{size}")
-    return all(int((bits[first : first + 2**20] & exponent).max()) != exponent for first in range(0, len(bits), 2**20))
-
-
-def _not_finite(name: str, dtype: str | None) -> str:
-    if dtype == "float16":
-        return f"{name} has values beyond float16's 65504: use bfloat16 or float32"
-    return f"{name} holds NaN or infinity: the checkpoint is damaged, download it again or save it anew"
 
 
 def _sharding(value: jax.ShapeDtypeStruct) -> jax.sharding.Sharding:

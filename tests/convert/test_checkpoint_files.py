@@ -275,7 +275,7 @@ def test_weights_that_are_not_finite_are_named(tmp_path, dtype, value):
 def test_a_converted_folder_is_checked_too(llava, tmp_path, monkeypatch):
     edit(llava, lambda tensors: tensors[f"{LINEAR}.weight"].__setitem__((5, 7), float("nan")))
     with monkeypatch.context() as patch:
-        patch.setattr("convert.checkpoint._finite", lambda value: True)
+        patch.setattr("convert.checkpoint.finite", lambda value: True)
         assert cli.main([str(llava), str(tmp_path / "out")]) == 0
     with pytest.raises(RerouteError, match=r"up\.kernel holds NaN or infinity"):
         reroute_jax.load(tmp_path / "out")
