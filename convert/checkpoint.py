@@ -91,7 +91,7 @@ def save_converted(
         raise
     except (OSError, ValueError) as problem:  # Orbax's writers raise ValueError for a full disk
         reason = getattr(problem, "strerror", None) or " ".join(str(problem).split())[:200]
-        raise RerouteError(f"{out} cannot be written ({reason}): choose a folder on a disk with room") from problem
+        raise RerouteError(f"{out} cannot be written ({reason}): choose another folder, or make room") from problem
 
 
 def _save_converted(

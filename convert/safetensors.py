@@ -154,18 +154,18 @@ def _list_indexed(index: Path, weight_map: Mapping[str, str], present: Sequence[
     if beside:
         raise RerouteError(_two_checkpoints(folder, f"the shards of {index.name}", beside[0]))
     tensors = [tensor for name in files for tensor in read_header(folder / name)]
-    unnamed = [f"{tensor.key} in {tensor.file.name}" for tensor in tensors if tensor.key not in weight_map]
-    if unnamed:
-        raise RerouteError(
-            f"{index} leaves out {len(unnamed)} tensors that its shards hold (first: {unnamed[0]}): "
-            "index and shards are of different checkpoints"
-        )
     held = {(tensor.key, tensor.file.name) for tensor in tensors}
     wrong = [f"{key} in {name}" for key, name in weight_map.items() if (key, name) not in held]
     if wrong:
         raise RerouteError(
             f"{index} names {len(wrong)} tensors that their shards do not hold "
             f"(first: {wrong[0]}): index and shards are of different checkpoints"
+        )
+    unnamed = [f"{tensor.key} in {tensor.file.name}" for tensor in tensors if tensor.key not in weight_map]
+    if unnamed:
+        raise RerouteError(
+            f"{index} leaves out {len(unnamed)} tensors that its shards hold (first: {unnamed[0]}): "
+            "index and shards are of different checkpoints"
         )
     return tensors
 

@@ -147,7 +147,7 @@ def _open_processor(folder: Path, config: ModelConfig):
         return AutoImageProcessor.from_pretrained(folder, backend="pil", **given)
 
     processor = read(config.pixel_limits)
-    if processor.size["longest_edge"] is None and processor.size["max_pixels"] is not None:
+    if processor.size["longest_edge"] is None and getattr(processor.size, "max_pixels", None) is not None:
         # A spelling that transformers reads and does not follow.
         processor = read((processor.size["min_pixels"], processor.size["max_pixels"]))
     if processor.size["shortest_edge"] is None or processor.size["longest_edge"] is None:

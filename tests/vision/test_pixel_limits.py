@@ -29,12 +29,13 @@ def checkpoint(tmp_path_factory):
 
 
 def set_limits(folder, entries, nested=False):
-    file = folder / "preprocessor_config.json"
-    kept = {k: v for k, v in json.loads(file.read_text()).items() if k not in ("size", "min_pixels", "max_pixels")}
-    (folder / "processor_config.json").unlink(missing_ok=True)
-    if nested:
-        (folder / "processor_config.json").write_text(json.dumps({"image_processor": kept | entries}))
-    file.write_text(json.dumps(kept if nested else kept | entries))
+    """In preprocessor_config.json, or nested in processor_config.json as transformers 5 writes it."""
+    flat, joint = folder / "preprocessor_config.json", folder / "processor_config.json"
+    stored = json.loads(flat.read_text()) if flat.exists() else json.loads(joint.read_text())["image_processor"]
+    for file in (flat, joint):
+        file.unlink(missing_ok=True)
+    settings = {k: v for k, v in stored.items() if k not in ("size", "min_pixels", "max_pixels")} | entries
+    (joint if nested else flat).write_text(json.dumps({"image_processor": settings} if nested else settings))
 
 
 @pytest.mark.parametrize("nested", [False, True])
@@ -63,8 +64,8 @@ def test_limits_of_the_caller_and_of_the_harness(checkpoint):
 
 
 def test_plans_need_no_image_processor_where_the_grid_is_known(checkpoint, tmp_path):
-    for file in ("preprocessor_config.json", "processor_config.json"):
-        (checkpoint / file).rename(tmp_path / file) if (checkpoint / file).exists() else None
+    set_limits(checkpoint, SPELLINGS["size"])
+    (checkpoint / "preprocessor_config.json").rename(tmp_path / "preprocessor_config.json")
     try:
         model = reroute_jax.load(checkpoint)
         with pytest.raises(RerouteError, match="lacks tokenizer or image processor files"):
@@ -76,7 +77,7 @@ def test_plans_need_no_image_processor_where_the_grid_is_known(checkpoint, tmp_p
         (tmp_path / "preprocessor_config.json").rename(checkpoint / "preprocessor_config.json")
 
 
-@pytest.mark.parametrize("limits", [(5, 4), (0, 10**6), (1, TOKEN**2 - 1), (1.0, 10**6), (1,)])
+@pytest.mark.parametrize("limits", [(500, 400), (0, 10**6), (1, TOKEN**2 - 1), (True, 10**6)])
 def test_limits_that_cannot_be(checkpoint, limits):
     with pytest.raises(RerouteError, match=r"pixel_limits are .* expected two whole numbers"):
         reroute_jax.load(checkpoint, pixel_limits=limits)
