@@ -107,7 +107,7 @@ def with_generation(config: ModelConfig, generation: Mapping) -> ModelConfig:
     return replace(config, eos_tokens=stops, pad_token=pad, repetition_penalty=float(penalty))
 
 
-def token_ids(ids: int | list[int] | None) -> tuple[int, ...]:
+def token_ids(ids: Any) -> tuple[Any, ...]:
     """One id, several or none, as config.json has them."""
     return tuple(ids) if isinstance(ids, list) else (() if ids is None else (ids,))
 
