@@ -12,10 +12,9 @@ from tqdm import tqdm
 
 from convert.checkpoint import check_free, leftovers, plan, save_converted
 from convert.families import abstract_params, table_of
-from convert.source import open_source
+from convert.opening import open_checkpoint
 from reroute_jax.commandline.parsing import OUTPUT, RUN, Parser, exit_code
 from reroute_jax.errors import RerouteError
-from reroute_jax.models import read_config
 from reroute_jax.types import FLOATS
 
 
@@ -31,10 +30,9 @@ def main(argv: list[str] | None = None) -> int:
 def _convert(src: str, out: Path, dtype: str | None) -> None:
     start = time.monotonic()
     check_free(out)
-    source = open_source(src)
+    source, config = open_checkpoint(src)
     if source.manifest is not None:
         raise RerouteError(f"{src} is converted already: expected a Hugging Face checkpoint")
-    config = read_config(source.config)
     target = abstract_params(config)
     planned = plan(source, target, table_of(config))
     for folder in leftovers(out):

@@ -20,9 +20,11 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from convert.dropped import compare_dropped, refuse_quantised
 from convert.safetensors import DTYPES, INDEX_NAME, Tensor, list_folder, read, write_folder
 from convert.source import COMPANIONS, FORMAT, MANIFEST_NAME, Manifest, Source
 from convert.table import Assignment, ConversionTable, hf_shapes, match, raise_report, to_hf
+from convert.values import cast, finite, not_finite
 from reroute_jax.errors import RerouteError
 from reroute_jax.types import FLOATS
 
@@ -61,8 +63,10 @@ def plan(source: Source, target: Target, table: ConversionTable) -> list[tuple[A
     Raises RerouteError with everything that does not fit in one report.
     """
     tensors = list_folder(source.folder)
+    refuse_quantised(source.name, tensors)
     entries = [(tensor.key, tensor.dtype, tensor.shape) for tensor in tensors]
     assignments = match(table, entries, {path: value.shape for path, value in target.items()}, source.name)
+    compare_dropped(source.name, tensors, table)
     named = {tensor.key: tensor for tensor in tensors}
     return [(assignment, named[assignment.key]) for assignment in assignments]
 
@@ -78,9 +82,26 @@ def save_converted(
     """Write the converted folder `out`, holding one tensor at a time; it appears whole, at the end, or not at all.
 
     `planned` is what `plan` returned, `dtype` and `progress` as in `load_params`. Raises RerouteError if `out` exists,
-    the disk is too small, or a value does not fit `dtype`.
+    it cannot be written, the disk is too small, or a value does not fit `dtype`.
     """
     check_free(out)
+    try:
+        return _save_converted(source, out, planned, target, dtype, progress)
+    except RerouteError:
+        raise
+    except (OSError, ValueError) as problem:  # Orbax's writers raise ValueError for a full disk
+        reason = getattr(problem, "strerror", None) or " ".join(str(problem).split())[:200]
+        raise RerouteError(f"{out} cannot be written ({reason}): choose another folder, or make room") from problem
+
+
+def _save_converted(
+    source: Source,
+    out: Path,
+    planned: Sequence[tuple[Assignment, Tensor]],
+    target: Target,
+    dtype: str | None,
+    progress: Progress,
+) -> Manifest:
     sizes = [math.prod(tensor.shape) for _, tensor in planned]
     kinds = [FLOATS[dtype] if dtype else DTYPES[tensor.dtype] for _, tensor in planned]
     nbytes = sum(size * kind.itemsize for size, kind in zip(sizes, kinds, strict=True))
@@ -89,11 +110,12 @@ def save_converted(
     if free < nbytes:
         raise RerouteError(f"{out} needs {nbytes:,} bytes, the disk has {free:,}: free some or choose another")
     partial = out.with_name(f"{out.name}.tmp-{os.getpid()}")
-    partial.mkdir()
     try:
+        partial.mkdir()
         _save_arrays(partial / "params", planned, target, dtype, progress)
         for file in _companions(source.folder):
             shutil.copyfile(file, partial / file.name)
+        (partial / "config.json").write_text(json.dumps(source.config, indent=2) + "\n")
         files = _file_sizes(partial)
         manifest = Manifest(FORMAT, source.name, dtype, len(planned), sum(sizes), nbytes, files)
         (partial / MANIFEST_NAME).write_text(json.dumps(asdict(manifest), indent=2) + "\n")
@@ -115,7 +137,7 @@ def save_hf(folder: Path, params: Mapping[str, jax.Array], table: ConversionTabl
     def produce(key: str) -> np.ndarray:
         made, value = next(tensors)
         assert made == key
-        return _cast(key, value, dtype)
+        return cast(key, value, dtype)
 
     shapes = hf_shapes(table, {path: value.shape for path, value in params.items()})
     write_folder(folder, shapes, FLOATS[dtype], produce, shards)
@@ -185,9 +207,9 @@ def _restore(source: Source, target: Target, dtype: str | None, progress: Progre
         for batch in _batches(stored):
             params |= checkpointer.restore(folder, args=_restore_args(batch, target, dtype))
             progress(sum(_nbytes(value) for value in batch.values()))
-    if dtype == "float16":
-        for path, value in params.items():
-            _require_finite(path, jax.numpy.isfinite(value).all())
+    for path, value in params.items():
+        if not jax.numpy.isfinite(value).all():
+            raise RerouteError(not_finite(path, dtype))
     return params
 
 
@@ -249,23 +271,11 @@ def _nbytes(value) -> int:
 
 def _converted(assignment: Assignment, tensor: Tensor, shape: tuple[int, ...], dtype: str | None) -> np.ndarray:
     value = read(tensor)
+    if not finite(value):
+        raise RerouteError(not_finite(tensor.key, None))
     if dtype:
-        value = _cast(tensor.key, value, dtype)
+        value = cast(tensor.key, value, dtype)
     return value.reshape(shape)
-
-
-def _cast(name: str, value: np.ndarray, dtype: str) -> np.ndarray:
-    if dtype != "float16":
-        return value.astype(FLOATS[dtype], copy=False)
-    with np.errstate(over="ignore"):
-        value = value.astype(np.float16, copy=False)
-    _require_finite(name, np.isfinite(value).all())
-    return value
-
-
-def _require_finite(name: str, finite: bool) -> None:
-    if not finite:
-        raise RerouteError(f"{name} has values beyond float16's 65504: use bfloat16 or float32")
 
 
 def _sharding(value: jax.ShapeDtypeStruct) -> jax.sharding.Sharding:

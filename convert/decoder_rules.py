@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from convert.table import HEADS_BIAS, MERGE_HEADS, SAME, SPLIT_HEADS, Rule
+import re
+
+import numpy as np
+
+from convert.table import HEADS_BIAS, MERGE_HEADS, SAME, SPLIT_HEADS, Buffer, Rule
+from reroute_jax.config import DecoderConfig
 
 
 def decoder_rules(prefix: str) -> tuple[Rule, ...]:
@@ -19,6 +24,20 @@ def decoder_rules(prefix: str) -> tuple[Rule, ...]:
             for name in ("gate", "up", "down")
         ),
     )
+
+
+def head_rules(config: DecoderConfig, prefix: str, head: str) -> tuple[tuple[Rule, ...], tuple[tuple[str, str], ...]]:
+    """Rules and copies for the output head with key `head`: a tied one repeats the embeddings."""
+    if config.tied_head:
+        return (), ((head, prefix + "embed_tokens.weight"),)
+    return (Rule(head, "decoder.head.kernel", SAME),), ()
+
+
+def rotary_buffer(config: DecoderConfig, prefix: str) -> Buffer:
+    """Inverse frequencies, which older versions of transformers saved, once or for every layer."""
+    pattern = re.escape(prefix) + r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
+    exponents = np.arange(0, config.head_dim, 2) / config.head_dim
+    return Buffer(pattern, config.rope_theta**-exponents)
 
 
 def linear_rules(source: str, target: str) -> tuple[Rule, ...]:

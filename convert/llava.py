@@ -7,8 +7,12 @@ Three spellings are in use. The hub's files (written here too) say `vision_tower
 
 from __future__ import annotations
 
-from convert.decoder_rules import attention_rules, decoder_rules, linear_rules
-from convert.table import SAME, ConversionTable, Rule
+import re
+
+import numpy as np
+
+from convert.decoder_rules import attention_rules, decoder_rules, head_rules, linear_rules, rotary_buffer
+from convert.table import SAME, Buffer, ConversionTable, Rule
 from reroute_jax.config import ModelConfig
 
 _VISION = "vision_tower.vision_model."
@@ -22,19 +26,14 @@ _SPELLINGS = (
     (r"^vision_tower\.(?!vision_model\.)", _VISION),
 )
 
-# Buffers that older versions of transformers saved; both are computed.
-_IGNORED = (
-    r"vision_tower\.vision_model\.embeddings\.position_ids",
-    r"language_model\.model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",
-)
-
 
 def table(config: ModelConfig) -> ConversionTable:
-    """The rules for one LLaVA. A tied output head is not read: the embedding table stands for it."""
-    rules = _vision_rules() + _projector_rules() + decoder_rules(_DECODER)
-    if config.decoder.tied_head:
-        return ConversionTable(rules, _SPELLINGS, (*_IGNORED, _HEAD.replace(".", r"\.")))
-    return ConversionTable((*rules, Rule(_HEAD, "decoder.head.kernel", SAME)), _SPELLINGS, _IGNORED)
+    """The rules for one LLaVA."""
+    head, copies = head_rules(config.decoder, _DECODER, _HEAD)
+    rules = (*_vision_rules(), *_projector_rules(), *decoder_rules(_DECODER), *head)
+    rows, columns = config.vision.grid
+    positions = Buffer(re.escape(_VISION) + r"embeddings\.position_ids", np.arange(rows * columns + 1))
+    return ConversionTable(rules, _SPELLINGS, (positions, rotary_buffer(config.decoder, _DECODER)), copies)
 
 
 def _vision_rules() -> tuple[Rule, ...]:

@@ -10,44 +10,61 @@ from flax import nnx
 
 from convert.checkpoint import load_params
 from convert.families import abstract_params, table_of
-from convert.source import open_source
+from convert.opening import open_checkpoint
 from reroute_jax.config import ModelConfig
 from reroute_jax.engine.model import Model
 from reroute_jax.errors import RerouteError, one_of
-from reroute_jax.models import FAMILIES, read_config
+from reroute_jax.models import FAMILIES
 from reroute_jax.nn.mrope import COMPATS
 from reroute_jax.nn.params import with_parameters
 from reroute_jax.types import FLOATS
 
 
 def load(
-    path: str | Path, dtype: str | None = None, mrope_compat: str | None = None, vicuna_system: bool = False
+    path: str | Path,
+    dtype: str | None = None,
+    mrope_compat: str | None = None,
+    vicuna_system: bool = False,
+    pixel_limits: tuple[int, int] | None = None,
 ) -> Model:
     """Load a hub id, a Hugging Face folder (converted on the fly) or a converted folder.
 
     dtype: "float32", "bfloat16" or "float16"; None keeps the stored one. mrope_compat: "hf-5.4" for the rotary
     positions that transformers 5.4 gave to Qwen2.5-VL's images, to compare with numbers made with it (`mrope.py`).
     vicuna_system: open LLaVA's prompts with the system sentence of its own evaluation, which the checkpoint's chat
-    template leaves out.
+    template leaves out. pixel_limits: fewest and most pixels of an image of Qwen2.5-VL, instead of those of the
+    checkpoint's image processor.
     Raises RerouteError for a checkpoint that is absent, damaged, of an unknown architecture, or does not fit its
     config.json.
     """
     if dtype is not None:
         one_of("dtype", dtype, tuple(FLOATS))
-    source = open_source(path)
-    config = read_config(source.config)
+    source, config = open_checkpoint(path)
     if mrope_compat is not None:
         one_of("mrope_compat", mrope_compat, COMPATS)
         config = _with_option(config, "mrope_compat", mrope_compat)
     if vicuna_system:
         config = _with_option(config, "vicuna_system", True)
+    if pixel_limits is not None:
+        config = with_pixel_limits(config, pixel_limits)
     params = load_params(source, abstract_params(config), table_of(config), dtype)
     build = FAMILIES[config.family].model
     empty = nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0), dtype=jnp.float32))
     return Model(config, with_parameters(empty, params), source.folder)
 
 
-def _with_option(config: ModelConfig, name: str, value: str | bool) -> ModelConfig:
+def with_pixel_limits(config: ModelConfig, limits: tuple[int, int]) -> ModelConfig:
+    """Raises RerouteError for limits that no image can keep, and for a family without them."""
+    config = _with_option(config, "pixel_limits", tuple(limits))
+    smallest = (config.vision.patch_size * config.vision.merge) ** 2
+    if len(limits) != 2 or not all(type(edge) is int for edge in limits) or not smallest <= limits[1] >= limits[0] > 0:
+        raise RerouteError(
+            f"pixel_limits are {limits!r}, expected two whole numbers (fewest, most), the second at least {smallest}"
+        )
+    return config
+
+
+def _with_option(config: ModelConfig, name: str, value: object) -> ModelConfig:
     """Raises RerouteError where the model's family has no such option."""
     if name not in FAMILIES[config.family].options:
         users = " and ".join(family.name for family in FAMILIES.values() if name in family.options)

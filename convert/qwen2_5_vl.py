@@ -6,8 +6,10 @@ memory (or with `save_original_format=False`) transformers 5 has `model.visual.*
 
 from __future__ import annotations
 
-from convert.decoder_rules import decoder_rules, linear_rules, output_rules
-from convert.table import FUSED_HEADS, FUSED_HEADS_BIAS, SAME, ConversionTable, Rule, patches
+import numpy as np
+
+from convert.decoder_rules import decoder_rules, head_rules, linear_rules, output_rules, rotary_buffer
+from convert.table import FUSED_HEADS, FUSED_HEADS_BIAS, SAME, Buffer, ConversionTable, Rule, patches
 from reroute_jax.config import ModelConfig
 from reroute_jax.vision.qwen_config import QwenVisionConfig
 
@@ -17,11 +19,18 @@ _SPELLINGS = ((r"^model\.visual\.", "visual."), (r"^model\.language_model\.", "m
 
 
 def table(config: ModelConfig) -> ConversionTable:
-    """The rules for one Qwen2.5-VL. A tied output head is not read: the embedding table stands for it."""
-    rules = _vision_rules(config.vision) + decoder_rules("model.")
-    if config.decoder.tied_head:
-        return ConversionTable(rules, _SPELLINGS, (_HEAD.replace(".", r"\."),))
-    return ConversionTable((*rules, Rule(_HEAD, "decoder.head.kernel", SAME)), _SPELLINGS)
+    """The rules for one Qwen2.5-VL."""
+    head, copies = head_rules(config.decoder, "model.", _HEAD)
+    rules = (*_vision_rules(config.vision), *decoder_rules("model."), *head)
+    return ConversionTable(
+        rules, _SPELLINGS, (rotary_buffer(config.decoder, "model."), _patch_buffer(config.vision)), copies
+    )
+
+
+def _patch_buffer(config: QwenVisionConfig) -> Buffer:
+    """Inverse frequencies of the tower: half of a head turns with the row, half with the column."""
+    half = config.hidden_size // config.num_heads // 2
+    return Buffer(r"visual\.rotary_pos_emb\.inv_freq", 10000.0 ** -(np.arange(0, half, 2) / half))
 
 
 def _vision_rules(config: QwenVisionConfig) -> tuple[Rule, ...]:

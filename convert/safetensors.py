@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +18,17 @@ import numpy as np
 from reroute_jax.errors import RerouteError
 from reroute_jax.types import FLOATS
 
+# Of parameters.
 DTYPES = {"F32": FLOATS["float32"], "F16": FLOATS["float16"], "BF16": FLOATS["bfloat16"]}
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_BUFFER_DTYPES = {"F64": np.dtype("<f8"), "I64": np.dtype("<i8"), "I32": np.dtype("<i4")}
 INDEX_NAME = "model.safetensors.index.json"
 # The limit of the reference implementation.
 _MAX_HEADER_BYTES = 100_000_000
+_INDEX_SUFFIX = ".safetensors.index.json"
+_BLOCK = 2**24  # numbers
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+FOREIGN_SUFFIXES = (".gguf", ".onnx", ".h5", ".msgpack", ".npz")
 
 
 @dataclass(frozen=True)
@@ -38,26 +44,50 @@ class Tensor:
 
 
 def read(tensor: Tensor) -> np.ndarray:
-    """The tensor in its stored dtype, which must be one of `DTYPES`."""
+    """The tensor in its stored dtype, which must be one of `DTYPES`, or one that buffers have."""
+    kind = (DTYPES | _BUFFER_DTYPES).get(tensor.dtype)
+    if kind is None:
+        raise RerouteError(f"{tensor.key} is {tensor.dtype}, expected one of {', '.join(DTYPES)}")
     with tensor.file.open("rb") as file:
-        values = np.fromfile(file, DTYPES[tensor.dtype], math.prod(tensor.shape), offset=tensor.start)
+        values = np.fromfile(file, kind, math.prod(tensor.shape), offset=tensor.start)
     if values.nbytes != tensor.nbytes:
         raise RerouteError(f"{tensor.file} ended inside tensor {tensor.key}: it changed while it was read, try again")
     return values.reshape(tensor.shape)
+
+
+def equal(left: Tensor, right: Tensor) -> bool:
+    """Whether two tensors hold the same numbers; a block of each is in memory at a time."""
+    if left.shape != right.shape or not {left.dtype, right.dtype} <= set(DTYPES):
+        return False
+    size = math.prod(left.shape)
+    return all(
+        np.array_equal(_block(left, first, size), _block(right, first, size)) for first in range(0, size, _BLOCK)
+    )
+
+
+def _block(tensor: Tensor, first: int, size: int) -> np.ndarray:
+    kind = DTYPES[tensor.dtype]
+    with tensor.file.open("rb") as file:
+        values = np.fromfile(file, kind, min(_BLOCK, size - first), offset=tensor.start + first * kind.itemsize)
+    return values.astype(np.float32, copy=False)
 
 
 def list_folder(folder: Path) -> list[Tensor]:
     """Every tensor of the checkpoint in `folder`, by file and position; duplicates included.
 
     Shards are those of the index where there is one, else all `*.safetensors`. Raises RerouteError for a folder without
-    safetensors, an index that does not agree with its shards, and a corrupt or truncated file.
+    safetensors or with those of two checkpoints, an index that does not agree with its shards, and a corrupt or
+    truncated file.
     """
-    index = folder / INDEX_NAME
-    if index.is_file():
-        return _list_indexed(folder, _read_index(index))
     files = sorted(folder.glob("*.safetensors"))
+    indexes = sorted(folder.glob(f"*{_INDEX_SUFFIX}"))
+    if len(indexes) > 1:
+        raise RerouteError(_two_checkpoints(folder, indexes[0].name, indexes[1].name))
+    if indexes:
+        return _list_indexed(indexes[0], _read_index(indexes[0]), files)
     if not files:
         raise RerouteError(_no_weights(folder))
+    _check_shards(folder, [file.name for file in files])
     return [tensor for file in files for tensor in read_header(file)]
 
 
@@ -113,21 +143,29 @@ def write_folder(
     (folder / INDEX_NAME).write_text(json.dumps(index, indent=2))
 
 
-def _list_indexed(folder: Path, weight_map: Mapping[str, str]) -> list[Tensor]:
-    files = sorted(set(weight_map.values()))
+def _list_indexed(index: Path, weight_map: Mapping[str, str], present: Sequence[Path]) -> list[Tensor]:
+    folder, files = index.parent, sorted(set(weight_map.values()))
     absent = [name for name in files if not (folder / name).is_file()]
     if absent:
         raise RerouteError(
-            f"{folder / INDEX_NAME} names {len(absent)} of {len(files)} shards that are not there "
-            f"(first: {absent[0]}): download them"
+            f"{index} names {len(absent)} of {len(files)} shards that are not there (first: {absent[0]}): download them"
         )
+    beside = [file.name for file in present if file.name not in files]
+    if beside:
+        raise RerouteError(_two_checkpoints(folder, f"the shards of {index.name}", beside[0]))
     tensors = [tensor for name in files for tensor in read_header(folder / name)]
     held = {(tensor.key, tensor.file.name) for tensor in tensors}
     wrong = [f"{key} in {name}" for key, name in weight_map.items() if (key, name) not in held]
     if wrong:
         raise RerouteError(
-            f"{folder / INDEX_NAME} names {len(wrong)} tensors that their shards do not hold "
+            f"{index} names {len(wrong)} tensors that their shards do not hold "
             f"(first: {wrong[0]}): index and shards are of different checkpoints"
+        )
+    unnamed = [f"{tensor.key} in {tensor.file.name}" for tensor in tensors if tensor.key not in weight_map]
+    if unnamed:
+        raise RerouteError(
+            f"{index} leaves out {len(unnamed)} tensors that its shards hold (first: {unnamed[0]}): "
+            "index and shards are of different checkpoints"
         )
     return tensors
 
@@ -143,6 +181,27 @@ def _read_index(index: Path) -> dict[str, str]:
     return weight_map
 
 
+def _check_shards(folder: Path, names: Sequence[str]) -> None:
+    """Without an index: all shards of one checkpoint, or files that are no shards."""
+    shards = {name: found for name in names if (found := re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.safetensors", name))}
+    if not shards:
+        return
+    first = next(iter(shards))
+    family = shards[first].group(1, 3)
+    others = [name for name in names if name not in shards or shards[name].group(1, 3) != family]
+    if others:
+        raise RerouteError(_two_checkpoints(folder, first, others[0]))
+    stem, total = family
+    wanted = [f"{stem}-{number:05d}-of-{total}.safetensors" for number in range(1, int(total) + 1)]
+    absent = [name for name in wanted if name not in shards]
+    if absent:
+        raise RerouteError(f"{folder} lacks {len(absent)} of {len(wanted)} shards (first: {absent[0]}): download them")
+
+
+def _two_checkpoints(folder: Path, one: str, other: str) -> str:
+    return f"{folder} holds {one} and beside it {other}: two sets of weights, delete or move the one you do not mean"
+
+
 def _no_weights(folder: Path) -> str:
     pickles = sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLE_SUFFIXES)
     if pickles:
@@ -150,6 +209,9 @@ def _no_weights(folder: Path) -> str:
             f"{folder} holds only pickle weights ({pickles[0]}), refused because unpickling can run any code: "
             "save the checkpoint as safetensors (save_pretrained of transformers does)"
         )
+    foreign = sorted(file.name for file in folder.iterdir() if file.suffix in FOREIGN_SUFFIXES)
+    if foreign:
+        return f"{folder} holds {foreign[0]} and no safetensors: give the original Hugging Face checkpoint"
     return f"{folder} holds no weights: expected *.safetensors files (pickle .bin files are never read)"
 
 

@@ -56,16 +56,44 @@ class Rule:
 
 
 @dataclass(frozen=True)
+class Buffer:
+    """A tensor that the model computes: its keys (a regex, in the rules' spelling) and what the config makes of it."""
+
+    pattern: str
+    value: np.ndarray
+
+    def agrees(self, stored: np.ndarray) -> bool:
+        """Whether `stored` is the same, within the precision of its dtype."""
+        if stored.size != self.value.size:
+            return False
+        stored, expected = np.ravel(stored), np.ravel(self.value)
+        if np.issubdtype(stored.dtype, np.integer):
+            return bool(np.array_equal(stored, expected))
+        kind = stored.dtype  # float16 stores a small frequency with few digits
+        error = 2.0**-7 if kind.itemsize == 2 else 1e-5
+        stored, expected = stored.astype(np.float64), expected.astype(kind).astype(np.float64)
+        return bool(np.allclose(stored, expected, rtol=error, atol=1e-7))
+
+
+@dataclass(frozen=True)
 class ConversionTable:
     """Everything that is known about the keys of one architecture.
 
     `spellings` are (regex, replacement) pairs, applied in order, that turn any accepted spelling into the one the rules
-    use; that one is also written. `ignored` are regexes of keys (in the rules' spelling) that hold no parameter.
+    use; that one is also written. `buffers` are tensors that hold no parameter. `copies` are (key, key) pairs: the
+    first repeats the second, or stands for it where the checkpoint has the first alone.
     """
 
     rules: tuple[Rule, ...]
     spellings: tuple[tuple[str, str], ...] = ()
-    ignored: tuple[str, ...] = ()
+    buffers: tuple[Buffer, ...] = ()
+    copies: tuple[tuple[str, str], ...] = ()
+
+    def canonical(self, key: str) -> str:
+        """`key` in the rules' spelling."""
+        for pattern, replacement in self.spellings:
+            key = re.sub(pattern, replacement, key)
+        return key
 
 
 @dataclass(frozen=True)
@@ -81,8 +109,9 @@ def match(
 ) -> list[Assignment]:
     """Pair every (key, safetensors dtype, shape) of `source` with a parameter of `target` (path -> shape), in order.
 
-    `name` is the checkpoint's, for the report. Raises RerouteError, listing everything at once, if a key is unknown,
-    occurs twice, is mis-shaped or is not floating point, or if a parameter is set twice or never.
+    `name` is the checkpoint's, for the report. Buffers and copies become no parameter: the caller compares them. Raises
+    RerouteError, listing everything at once, if a key is unknown, occurs twice, is mis-shaped or is not floating point,
+    or if a parameter is set twice or never.
     """
     unknown, repeated, misshaped, not_float = [], [], [], []
     assignments: list[Assignment] = []
@@ -90,10 +119,15 @@ def match(
     source = list(source)
     occurrences = Counter(key for key, _, _ in source)
     repeated += [f"{key} is in {n} files" for key, n in occurrences.items() if n > 1]
+    held = {table.canonical(key) for key in occurrences}
     for key, dtype, shape in {entry[0]: entry for entry in source}.values():
-        canonical = _canonical(table, key)
-        if any(re.fullmatch(pattern, canonical) for pattern in table.ignored):
+        canonical = table.canonical(key)
+        if any(re.fullmatch(buffer.pattern, canonical) for buffer in table.buffers):
             continue
+        original = dict(table.copies).get(canonical)
+        if original in held:
+            continue
+        canonical = original or canonical
         found = _find(table.rules, canonical, lambda rule: rule.source, lambda rule: rule.target)
         if found is None or found[0] not in target:
             unknown.append(key)
@@ -147,12 +181,6 @@ def to_hf(table: ConversionTable, params: Mapping[str, np.ndarray]) -> Iterator[
     for path, value in params.items():
         key, layout = hf_key(table, path)
         yield key, np.asarray(value).reshape(layout.hf_shape(value.shape))
-
-
-def _canonical(table: ConversionTable, key: str) -> str:
-    for pattern, replacement in table.spellings:
-        key = re.sub(pattern, replacement, key)
-    return key
 
 
 def _find(

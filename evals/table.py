@@ -29,6 +29,7 @@ from evals.harness.data import REFCOCO, SCENES, DocSource, rec_source
 from evals.harness.finished_runs import read_finished
 from evals.harness.matrix import Entry, Outcome, Sheet, draw, markdown, write_csv
 from evals.harness.pages import board, page
+from evals.harness.pixels import with_harness_pixels
 from evals.harness.report import score_runs, summarise
 from evals.harness.routes import FULL, Routes, named_run
 from evals.harness.runner import Answerer, Run, Task, answer, open_folder
@@ -260,9 +261,10 @@ def _task_folder(data: str, task: str) -> str:
 def _planned(model: str, args: argparse.Namespace) -> Planned:
     """Rows and runs of a model, from its configuration alone. Raises RerouteError naming a run that does not fit it."""
     source = open_source(locate(model))
-    config = read_config(source.config)
+    config = read_config(source.config, source.generation)
     family = FAMILIES[config.family]
-    rows, cols = family.typical_grid(config, lambda: family.image_processor(source.folder))
+    config = with_harness_pixels(config, lambda: family.image_processor(source.folder, config))
+    rows, cols = family.typical_grid(config, lambda: family.image_processor(source.folder, config))
     sizes = {"num_layers": config.num_layers, "visual": rows * cols, "grid": (rows, cols), "family": config.family}
     full = Run(FULL, plan("none", **sizes))
     try:

@@ -7,7 +7,9 @@ in what sparse hub configs leave out and reads both the hub's spelling and its o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from reroute_jax.errors import RerouteError
@@ -41,7 +43,8 @@ class ModelConfig:
     the family's own. repetition_penalty: what the family generates with unless told otherwise.
 
     Of Qwen2.5-VL alone: video_token, which is refused; mrope_compat, whose rotary positions to reproduce (`mrope.py`),
-    and temporal_rate, temporal positions a second of video, which that needs. Of LLaVA alone: vicuna_system, whether a
+    and temporal_rate, temporal positions a second of video, which that needs; pixel_limits, fewest and most pixels of
+    an image, None for those of the checkpoint's image processor. Of LLaVA alone: vicuna_system, whether a
     prompt opens with Vicuna's system sentence.
     """
 
@@ -51,11 +54,12 @@ class ModelConfig:
     image_token: int
     bos_token: int | None
     eos_tokens: tuple[int, ...]
-    pad_token: int
+    pad_token: int | None
     repetition_penalty: float = 1.0
     video_token: int | None = None
     temporal_rate: int | None = None
     mrope_compat: str | None = None
+    pixel_limits: tuple[int, int] | None = None
     vicuna_system: bool = False
 
     @property
@@ -82,7 +86,28 @@ def decoder_config(text, *, qkv_bias: bool, rope_sections: tuple[int, ...], tied
     )
 
 
-def token_ids(ids: int | list[int] | None) -> tuple[int, ...]:
+def with_generation(config: ModelConfig, generation: Mapping) -> ModelConfig:
+    """Stop tokens, pad token and repetition penalty of a generation_config.json; null says as little as a missing key.
+
+    Raises RerouteError for values that cannot be, and where neither file names a stop token.
+    """
+    penalty, pad = generation.get("repetition_penalty"), generation.get("pad_token_id")
+    stops = token_ids(generation.get("eos_token_id")) or config.eos_tokens
+    if not stops:
+        raise RerouteError(
+            "neither generation_config.json nor config.json names a stop token: set eos_token_id in one of them"
+        )
+    pad = (stops[0] if config.pad_token is None else config.pad_token) if pad is None else pad
+    for name, token in [*(("eos_token_id", stop) for stop in stops), ("pad_token_id", pad)]:
+        if type(token) is not int or not 0 <= token < config.decoder.vocab_size:
+            raise RerouteError(f"{name} is {token!r}, expected ids from 0 to {config.decoder.vocab_size - 1}")
+    penalty = config.repetition_penalty if penalty is None else penalty
+    if type(penalty) not in (int, float) or not 0 < penalty < math.inf:
+        raise RerouteError(f"generation_config.json: repetition_penalty is {penalty!r}, expected a number above 0")
+    return replace(config, eos_tokens=stops, pad_token=pad, repetition_penalty=float(penalty))
+
+
+def token_ids(ids: Any) -> tuple[Any, ...]:
     """One id, several or none, as config.json has them."""
     return tuple(ids) if isinstance(ids, list) else (() if ids is None else (ids,))
 

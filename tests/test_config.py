@@ -62,13 +62,28 @@ def test_sparse_hub_config():
         32,
         128,
     )
-    assert (text.rope_theta, text.norm_eps, config.vision.feature_layer, config.vision.grid) == (
+    assert (text.rope_theta, text.norm_eps, config.vision.feature_layers, config.vision.grid) == (
         10000.0,
         1e-5,
-        23,
+        (23,),
         (24, 24),
     )
     assert (config.image_token, config.eos_tokens, config.pad_token) == (32000, (2,), 32001)
+
+
+QWEN = {
+    "model_type": "qwen2_5_vl",
+    "eos_token_id": 151645,
+    "bos_token_id": 151643,
+    "vision_config": {"out_hidden_size": 3584},
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "num_hidden_layers": 28,
+    "vocab_size": 152064,
+    "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+}
 
 
 def test_without_a_pad_token_the_end_token_pads():
@@ -81,7 +96,12 @@ def test_without_a_pad_token_the_end_token_pads():
         ({"model_type": "blip"}, "unknown architecture 'blip'"),
         ({"model_type": None}, "unknown architecture None"),
         ({"vision_feature_select_strategy": "full"}, "vision_feature_select_strategy"),
-        ({"vision_feature_layer": [-2, -5]}, "vision_feature_layer"),
+        (
+            {"vision_feature_layer": [-2, -26]},
+            "vision_feature_layer is [-2, -26], expected hidden states from -25",
+        ),
+        ({"vision_feature_layer": 25}, "vision_feature_layer is 25"),
+        ({"vision_feature_layer": []}, "vision_feature_layer is []"),
         ({"text_config": {"model_type": "mistral"}}, "text_config.model_type"),
         ({"text_config": {"model_type": "llama", "rope_scaling": {"rope_type": "linear", "factor": 2.0}}}, "rope_type"),
         ({"text_config": {"model_type": "llama", "attention_bias": True}}, "attention_bias"),
@@ -89,9 +109,67 @@ def test_without_a_pad_token_the_end_token_pads():
     ],
 )
 def test_refusals(change, telling):
+    assert_refused({**HUB_7B, **change}, telling)
+
+
+def assert_refused(config, telling, generation=None):
     with pytest.raises(RerouteError) as caught:
-        read_config({**HUB_7B, **change})
+        read_config(config, generation or {})
     assert telling in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "telling"),
+    [
+        ({"rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 20]}}, "mrope_section is [16, 24, 20]"),
+        ({"rope_scaling": {"type": "mrope", "mrope_section": [32, 32]}}, "add up to the 64 rotary pairs"),
+        ({"hidden_size": 64, "num_attention_heads": 4, "rope_scaling": None}, "mrope_section is [16, 24, 24]"),
+        *(
+            ({"rope_scaling": {"rope_type": kind, "factor": 2.0, "original_max_position_embeddings": 128}}, "rope_type")
+            for kind in ("yarn", "linear", "dynamic", "llama3")
+        ),
+    ],
+)
+def test_rotary_settings_of_qwen_that_are_refused(change, telling):
+    assert_refused({**QWEN, **change}, telling)
+
+
+@pytest.mark.parametrize("change", [{}, {"rope_scaling": None}])
+def test_qwen_without_sections_has_those_of_transformers(change):
+    config = {key: value for key, value in QWEN.items() if key != "rope_scaling"}
+    assert read_config(config | change).decoder.rope_sections == (16, 24, 24)
+
+
+@pytest.mark.parametrize(
+    ("generation", "stops", "pad", "penalty"),
+    [
+        ({}, (2,), 32001, 1.0),
+        ({"eos_token_id": 5}, (5,), 32001, 1.0),
+        ({"eos_token_id": [5, 2], "pad_token_id": 7}, (5, 2), 7, 1.0),
+        ({"eos_token_id": None, "pad_token_id": None, "repetition_penalty": None}, (2,), 32001, 1.0),
+        ({"repetition_penalty": 1.3, "do_sample": True, "temperature": 0.1, "top_p": 0.001}, (2,), 32001, 1.3),
+        ({"pad_token_id": 0, "eos_token_id": 0}, (0,), 0, 1.0),
+    ],
+)
+def test_generation_config(generation, stops, pad, penalty):
+    config = read_config(HUB_7B, generation)
+    assert (config.eos_tokens, config.pad_token, config.repetition_penalty) == (stops, pad, penalty)
+
+
+@pytest.mark.parametrize(
+    ("generation", "telling"),
+    [
+        ({"eos_token_id": 32064}, "eos_token_id is 32064, expected ids from 0 to 32063"),
+        ({"eos_token_id": [2, -1]}, "eos_token_id is -1"),
+        ({"eos_token_id": ["</s>"]}, "eos_token_id is '</s>'"),
+        ({"pad_token_id": -1}, "pad_token_id is -1"),
+        ({"repetition_penalty": 0}, "repetition_penalty is 0"),
+        ({"repetition_penalty": float("nan")}, "repetition_penalty is nan"),
+        ({"repetition_penalty": "high"}, "repetition_penalty is 'high'"),
+    ],
+)
+def test_generation_configs_that_are_refused(generation, telling):
+    assert_refused(HUB_7B, telling, generation)
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,7 @@ def tiny_llava(
     shards: int = 1,
     dtype: torch.dtype = torch.float32,
     tied: bool = False,
+    feature_layers: int | list[int] = -2,
     seed: int = 0,
 ) -> Path:
     """Write a checkpoint with tokenizer and image processor to `folder` (made if absent) and return it.
@@ -89,7 +90,7 @@ def tiny_llava(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    config = _config(kv_heads, layers, hidden, heads, image_size, patch, vision_layers, tied)
+    config = _config(kv_heads, layers, hidden, heads, image_size, patch, vision_layers, tied, feature_layers)
     model = LlavaForConditionalGeneration(config)
     strengthen(model, np.random.default_rng(seed))
     tensors = {_spell(key, spelling): value.to(dtype).contiguous() for key, value in model.state_dict().items()}
@@ -136,7 +137,15 @@ def random_ids(length: int, *, visual: int = 36, start: int | None = 1, bos: boo
 
 
 def _config(
-    kv_heads: int, layers: int, hidden: int, heads: int, image_size: int, patch: int, vision_layers: int, tied: bool
+    kv_heads: int,
+    layers: int,
+    hidden: int,
+    heads: int,
+    image_size: int,
+    patch: int,
+    vision_layers: int,
+    tied: bool,
+    feature_layers: int | list[int],
 ) -> LlavaConfig:
     return LlavaConfig(
         architectures=["LlavaForConditionalGeneration"],
@@ -164,6 +173,7 @@ def _config(
         image_seq_length=(image_size // patch) ** 2,
         pad_token_id=PAD,
         tie_word_embeddings=tied,
+        vision_feature_layer=feature_layers,
     )
 
 
@@ -186,7 +196,7 @@ def _hub_config(config: LlavaConfig) -> dict:
         "text_config": {name: getattr(text, name) for name in kept},
         "tie_word_embeddings": config.tie_word_embeddings,
         "vision_config": {**{name: getattr(vision, name) for name in sizes}, "vocab_size": 32000},
-        "vision_feature_layer": -2,
+        "vision_feature_layer": config.vision_feature_layer,
         "vision_feature_select_strategy": "default",
         "vocab_size": VOCAB_SIZE,
     }

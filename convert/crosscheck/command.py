@@ -18,7 +18,8 @@ import reroute_jax
 from convert.crosscheck.comparison import Line, compare_plain, compare_routed, merge, table
 from convert.crosscheck.inputs import Probe, companions, make_probes
 from convert.embedded import EMBEDDED, locate
-from convert.source import Source, open_source
+from convert.opening import open_checkpoint
+from convert.source import Source
 from reroute_jax.commandline.parsing import DATA, RUN, Parser, exit_code, positive
 from reroute_jax.commandline.routes import (
     DEFAULT_ACTION,
@@ -30,8 +31,9 @@ from reroute_jax.commandline.routes import (
 )
 from reroute_jax.config import ModelConfig
 from reroute_jax.engine.batching import Row, make_batch
+from reroute_jax.engine.chat import open_layout
 from reroute_jax.errors import RerouteError
-from reroute_jax.models import FAMILIES, read_config
+from reroute_jax.models import FAMILIES
 from reroute_jax.routing.methods import METHODS, plan
 from reroute_jax.routing.plan import Schedule
 from reroute_jax.routing.presets import preset
@@ -62,13 +64,12 @@ def crosscheck(args: argparse.Namespace) -> list[Line]:
     """
     if importlib.util.find_spec("torch") is None:
         raise RerouteError("a cross-check needs PyTorch, which is not installed: pip install -e '.[torch]'")
-    source = open_source(locate(args.src))
+    source, config = open_checkpoint(locate(args.src))
     if source.manifest is not None:
         raise RerouteError(f"{args.src} is a converted checkpoint: give the Hugging Face one, it is converted here")
-    config = read_config(source.config)
     tokenizer, processor = companions(source, config)
     schedule = _schedule(args, config, FAMILIES[config.family].typical_grid(config, lambda: processor))
-    prompts = make_probes(config, tokenizer, processor, args.prompts)
+    prompts = make_probes(config, open_layout(source.folder, tokenizer, config), processor, args.prompts)
     expected = _in_torch(source, config, prompts, schedule, args.max_new_tokens)
     model = reroute_jax.load(locate(args.src), dtype="float32")
     lines = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
@@ -23,29 +23,41 @@ if TYPE_CHECKING:
     from convert.crosscheck.plain import Plain
     from convert.crosscheck.reference import Reference
 
-# Of fp32 arithmetic, relative to a row's root mean square where that is above 1.
+# Bounds of fp32, whose numbers are apart by 1.2e-7 of their size, times a row's scale where that is above 1. Real
+# decoders carry a few channels in the thousands, and a row's rounding is that of its largest numbers: 1e-5 of them is
+# some 80 roundings. Scores are shares, below 1: their bound is absolute. A row of logits counts by its root mean
+# square, which is near 1.
 FEATURES = LAYER = SCORES = 1e-5
 LOGITS = 1e-4
 
 
+def _largest(rows: np.ndarray) -> np.ndarray:
+    return np.abs(rows).max(axis=-1)
+
+
+def _root_mean_square(rows: np.ndarray) -> np.ndarray:
+    return np.sqrt(np.mean(np.square(rows, dtype=np.float64), axis=-1))
+
+
 @dataclass(frozen=True)
 class Line:
-    """One compared quantity. `found` is a largest difference, or with `of` a number of unequal entries among `of`."""
+    """One compared quantity. With `of`, `found` counts unequal entries among `of`; else it is the largest difference in
+    units of its row's `scale`, as `allowed` is."""
 
     quantity: str
     found: float
     allowed: float = 0
     of: int = 0
+    scale: float = 1
 
     @property
     def passes(self) -> bool:
         return self.found <= self.allowed  # False for nan
 
     def merge(self, other: Line) -> Line:
-        found = self.found + other.found if self.of else float(np.fmax(self.found, other.found))
-        if np.isnan(self.found + other.found):
-            found = float("nan")
-        return Line(self.quantity, found, self.allowed, self.of + other.of)
+        if self.of:
+            return Line(self.quantity, self.found + other.found, self.allowed, self.of + other.of)
+        return other if np.isnan(other.found) or other.found > self.found else self
 
 
 def merge(lines: Sequence[Line]) -> list[Line]:
@@ -62,11 +74,13 @@ def merge(lines: Sequence[Line]) -> list[Line]:
 
 def table(lines: Sequence[Line]) -> str:
     width = max(len(line.quantity) for line in lines)
-    rows = [f"{'':{width}}  {'difference':>16}  {'allowed':>8}"]
+    rows = [f"{'':{width}}  {'difference':>16}  {'scale':>8}  {'allowed':>8}"]
     for line in lines:
-        found = f"{line.found:.0f} of {line.of}" if line.of else f"{line.found:.1e}"
-        allowed = "0" if line.of else f"{line.allowed:.0e}"
-        rows.append(f"{line.quantity:{width}}  {found:>16}  {allowed:>8}  {'ok' if line.passes else 'DIFFERENT'}")
+        found = f"{line.found:.0f} of {line.of}" if line.of else f"{line.found * line.scale:.1e}"
+        scale = "" if line.of else f"{line.scale:.4g}"
+        allowed = "0" if line.of else f"{line.allowed * line.scale:.0e}"
+        verdict = "ok" if line.passes else "DIFFERENT"
+        rows.append(f"{line.quantity:{width}}  {found:>16}  {scale:>8}  {allowed:>8}  {verdict}")
     return "\n".join(rows)
 
 
@@ -100,9 +114,9 @@ def compare_plain(model: Model, prompt: Probe, expected: Plain, max_new: int) ->
         output = _layer(decoder.layers[number], jnp.asarray(x)[None], rope, mask)[0]
         yield difference(f"layer {number} on the same input", output, after, LAYER)
     logits = _all_logits(decoder, jnp.asarray(expected.hidden[0])[None], rope, mask)[0]
-    yield difference("logits, all positions", logits, expected.logits, LOGITS)
+    yield difference("logits, all positions", logits, expected.logits, LOGITS, _root_mean_square)
     result = model.prefill(**prompt.given)
-    yield difference("logits, last position", result.logits, expected.logits[-1:], LOGITS)
+    yield difference("logits, last position", result.logits, expected.logits[-1:], LOGITS, _root_mean_square)
     yield _tokens("greedy tokens", model, prompt, None, expected.tokens, max_new)
 
 
@@ -125,7 +139,8 @@ def compare_routed(
         yield difference(where + "scores", scores[None, wanted], decision.scores[None, wanted], SCORES)
     lengths = np.array([len(ran) for ran in expected.ran])
     yield Line(prefix + "keys cached per layer", int((result.trace.kv_tokens[0] != lengths).sum()), of=len(lengths))
-    yield difference(prefix + "logits, last position", result.logits, expected.logits[None], LOGITS)
+    logits = expected.logits[None]
+    yield difference(prefix + "logits, last position", result.logits, logits, LOGITS, _root_mean_square)
     yield _tokens(prefix + "greedy tokens", model, prompt, schedule, np.array(expected.tokens), max_new)
 
 
@@ -139,10 +154,19 @@ def _features(model: Model, prompt: Probe, merge: NuwaMerge | PoolMerge | None) 
     return np.concatenate([one[:count] for one, count in zip(found, left, strict=True)])
 
 
-def difference(quantity: str, found, expected: np.ndarray, allowed: float) -> Line:
-    """Largest difference between two `[rows, width]` arrays; a row of large numbers may differ by more."""
-    scale = np.sqrt(np.mean(np.square(expected, dtype=np.float64), axis=-1, keepdims=True))
-    return Line(quantity, float(np.max(np.abs(np.asarray(found) - expected) / np.maximum(scale, 1))), allowed)
+def difference(
+    quantity: str,
+    found,
+    expected: np.ndarray,
+    allowed: float,
+    size: Callable[[np.ndarray], np.ndarray] = _largest,
+) -> Line:
+    """Largest difference between two `[rows, width]` arrays over its row's scale: the `size` of what is expected there,
+    1 where it is less."""
+    scale = np.maximum(size(expected), 1)
+    relative = np.max(np.abs(np.asarray(found) - expected), axis=-1) / scale
+    worst = int(np.argmax(relative))  # the first NaN where there is one
+    return Line(quantity, float(relative[worst]), allowed, scale=float(scale[worst]))
 
 
 def unequal(quantity: str, found: np.ndarray, expected: np.ndarray) -> Line:

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 from convert.source import Source
 from reroute_jax.config import ModelConfig
+from reroute_jax.engine.chat import ChatLayout
 from reroute_jax.errors import RerouteError
 from reroute_jax.models import FAMILIES
 from reroute_jax.types import Grid
@@ -39,7 +40,7 @@ def companions(source: Source, config: ModelConfig):
     """Tokenizer and image processor of the checkpoint."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.folder)
-        return tokenizer, FAMILIES[config.family].image_processor(source.folder)
+        return tokenizer, FAMILIES[config.family].image_processor(source.folder, config)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise RerouteError(
@@ -63,12 +64,12 @@ def picture(number: int) -> Image.Image:
     return Image.fromarray((np.asarray(image) + noise).clip(0, 255).astype(np.uint8))
 
 
-def make_probes(config: ModelConfig, tokenizer, processor, count: int) -> list[Probe]:
-    """`count` pictures with a question each, and a prompt without one, all in the family's chat prompt."""
+def make_probes(config: ModelConfig, layout: ChatLayout, processor, count: int) -> list[Probe]:
+    """`count` pictures with a question each, and a prompt without one, all in the checkpoint's chat prompt."""
     family, probes = FAMILIES[config.family], []
     for number in range(count):
         pixels, thw = family.preprocess([picture(number)], processor)
         grids = tuple(family.image_grids(pixels, thw, config))
         question = f"Where is the {list(_COLOURS)[number % len(_COLOURS)]} one?"
-        probes.append(Probe(family.prompt_ids(question, grids, tokenizer, config), pixels, thw, grids))
-    return [*probes, Probe(family.prompt_ids(TEXT_ONLY, (), tokenizer, config), None, None, ())]
+        probes.append(Probe(layout.question_ids(question, grids), pixels, thw, grids))
+    return [*probes, Probe(layout.question_ids(TEXT_ONLY, ()), None, None, ())]

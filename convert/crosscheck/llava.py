@@ -33,7 +33,9 @@ def images(
 
 def _image(model: LlavaForConditionalGeneration, pixels: Tensor, merge: NuwaMerge | PoolMerge | None) -> ImageTensors:
     states, attention = clip_tower(model.model.vision_tower, pixels)
-    features = states[model.config.vision_feature_layer][1:]
+    layers = model.config.vision_feature_layer
+    layers = [layers] if isinstance(layers, int) else layers
+    features = torch.cat([states[layer][1:] for layer in layers], dim=-1)
     count, project = len(features), model.model.multi_modal_projector
     if not isinstance(merge, NuwaMerge):
         features = project(features)

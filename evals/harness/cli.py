@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from convert.embedded import CAVEATS, EMBEDDED, locate
 from evals.harness.columns import OWN_HUB, Hub
 from evals.harness.data import IMAGE_BACKEND, SCENES
 from evals.harness.padding import IMAGE_MODES, Colour, mean_colour
+from evals.harness.pixels import with_harness_pixels
 from evals.harness.report import heading, render, summarise
 from evals.harness.routes import DEFAULT_METHOD, add_comparison_arguments, plan_routes
 from evals.harness.runner import SUMMARY_FILE, Answerer, Task, answer, fingerprint, open_folder, write_json
@@ -103,10 +105,11 @@ def add_data_arguments(parser: Parser, hub: Hub) -> None:
 
 
 def load_model(name: str, dtype: str | None, mrope_compat: str | None = None, vicuna_system: bool = False) -> Answerer:
-    """The model of the arguments --model, --dtype, --mrope-compat and --vicuna-system."""
+    """The model of --model, --dtype, --mrope-compat and --vicuna-system, within the harness's pixel limits."""
     if name in EMBEDDED:
-        dtype = dtype or "float32"
-    return reroute_jax.load(locate(name), dtype, mrope_compat, vicuna_system)
+        return reroute_jax.load(locate(name), dtype or "float32", mrope_compat, vicuna_system)
+    model = reroute_jax.load(locate(name), dtype, mrope_compat, vicuna_system)
+    return replace(model, config=with_harness_pixels(model.config, lambda: model.image_processor))
 
 
 def run_benchmark(

@@ -21,6 +21,7 @@ from reroute_jax.config import ModelConfig
 from reroute_jax.decoder import Prefilled
 from reroute_jax.engine import generation
 from reroute_jax.engine.batching import Batch, BatchShape, Row, make_batch, row_shape, split_images, valid_rows
+from reroute_jax.engine.chat import ChatLayout, open_layout
 from reroute_jax.engine.compilation import compiled
 from reroute_jax.engine.generation import Sampling
 from reroute_jax.engine.images import open_image
@@ -123,8 +124,13 @@ class Model:
         return _from_folder(AutoTokenizer.from_pretrained, self.folder)
 
     @cached_property
+    def chat_layout(self) -> ChatLayout:
+        """How this checkpoint writes chats."""
+        return open_layout(self.folder, self.tokenizer, self.config)
+
+    @cached_property
     def image_processor(self):
-        return _from_folder(self.family.image_processor, self.folder)
+        return _from_folder(lambda folder: self.family.image_processor(folder, self.config), self.folder)
 
     @property
     def reference_grid(self) -> tuple[int, int]:
@@ -139,9 +145,12 @@ class Model:
         """(width, height) in pixels of the image that the model sees."""
         return self.family.model_size(image.size, self.image_processor)
 
-    def plan(self, method: str, *, budget=None, action: str = "reroute", **switches) -> Schedule:
-        """Schedule of a method for this model; `routing.methods.plan` explains the arguments."""
-        rows, cols = self.reference_grid
+    def plan(
+        self, method: str, *, budget=None, action: str = "reroute", grid: Grid | None = None, **switches
+    ) -> Schedule:
+        """Schedule of a method for this model; `routing.methods.plan` explains the arguments. grid: (rows, columns) of
+        visual tokens to plan for, None for `reference_grid`."""
+        rows, cols = grid or self.reference_grid
         return methods.plan(
             method,
             num_layers=self.config.num_layers,
@@ -296,7 +305,7 @@ class Model:
 
     def prompt_ids(self, text: str, grids: Sequence[tuple[int, int]]) -> np.ndarray:
         """Ids of the chat prompt of a question behind images of these grids, image tokens expanded."""
-        return self.family.prompt_ids(text, grids, self.tokenizer, self.config)
+        return self.chat_layout.question_ids(text, grids)
 
     def inputs(self, rows: Sequence[np.ndarray], pixels, image_grid_thw, schedule: Schedule | None) -> Inputs:
         """Padded arrays for rows of unpadded ids, with pixels and grids as `prefill` takes them. Host work only.

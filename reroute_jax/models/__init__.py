@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
-from reroute_jax.config import ModelConfig
+from reroute_jax.config import ModelConfig, with_generation
 from reroute_jax.errors import RerouteError
 from reroute_jax.models import llava, qwen2_5_vl
 from reroute_jax.models.family import Family
@@ -15,10 +16,13 @@ from reroute_jax.models.family import Family
 FAMILIES: dict[str, Family] = {module.FAMILY.name: module.FAMILY for module in (llava, qwen2_5_vl)}
 
 
-def read_config(config: Mapping) -> ModelConfig:
-    """The configuration of a `config.json` that was parsed to a mapping.
+def read_config(config: Mapping, generation: Mapping = MappingProxyType({})) -> ModelConfig:
+    """The configuration of a `config.json` and a `generation_config.json` that were parsed to mappings.
 
-    Raises RerouteError for an architecture or a setting that is not implemented.
+    Stop tokens, pad token and repetition penalty come from `generation`, as transformers has it, and the tokens from
+    `config` where it has none. What it says of sampling (do_sample, temperature, top_p, top_k) is not followed:
+    answers are greedy unless the caller asks otherwise.
+    Raises RerouteError for an architecture or a setting that is not implemented, and where nothing names a stop token.
     """
     name = config.get("model_type")
     if name not in FAMILIES:
@@ -29,4 +33,4 @@ def read_config(config: Mapping) -> ModelConfig:
     except (AttributeError, KeyError, TypeError, ValueError, StrictDataclassError) as problem:
         reason = " ".join(str(problem).split())
         raise RerouteError(f"config.json cannot be read ({reason}): restore it from the original") from problem
-    return FAMILIES[name].read_config(hf)
+    return with_generation(FAMILIES[name].read_config(hf), generation)

@@ -62,15 +62,16 @@ class Family:
     pack(pixel_values, grids, config, images): pixels for `encode_images`, padded to `images` images.
     positions(ids, grids, config): rotary positions of an unpadded row, `[S]` or `[3, S]`, and the next token's.
     token_bucket(tokens): the number of visual tokens that a program is compiled for.
-    image_processor(folder), preprocess(images, processor): what makes (pixel_values, image_grid_thw) of opened images;
-        in two steps, `pixels([fit(image, processor), ...], processor)`. What `fit` gives is RGB in the size that the
+    image_processor(folder, config), preprocess(images, processor): what makes (pixel_values, image_grid_thw) of opened
+        images; in two steps, `pixels([fit(image, processor), ...], processor)`. What `fit` gives is RGB in the size that the
         model sees, to be held until the batch runs; it raises RerouteError for a size that the model does not take.
     visual_grid(image, config, processor), model_size(size, processor): of an image, or one of this size.
     typical_grid(config, open_processor): that a method is planned for; the processor only where it takes one.
     settings(config, open_processor): what else a run's answers depend on, for its record.
-    prompt_ids(text, grids, tokenizer, config): the chat prompt of a question behind images, image tokens expanded.
     unpack(pixel_values, grids, config): each image's normalised pixels `[h, w, 3]`, which `preprocess` made.
     seen_part(size, processor): (x1, y1, x2, y2) of what the model sees of an image, in fractions of it.
+    chat_template: jinja, for a checkpoint that has none of its own.
+    opening(config): what its prompts begin with where a chat has no system turn.
     """
 
     name: str
@@ -85,7 +86,7 @@ class Family:
     pack: Callable[[Any, Sequence[Grid], ModelConfig, int], Any]
     positions: Callable[[np.ndarray, Sequence[Grid], ModelConfig], tuple[np.ndarray, int]]
     token_bucket: Callable[[int], int]
-    image_processor: Callable[[Path], Any]
+    image_processor: Callable[[Path, ModelConfig], Any]
     preprocess: Callable[[Sequence[Image.Image], Any], tuple[np.ndarray, np.ndarray | None]]
     fit: Callable[[Image.Image, Any], Image.Image]
     pixels: Callable[[Sequence[Image.Image], Any], tuple[np.ndarray, np.ndarray | None]]
@@ -93,6 +94,7 @@ class Family:
     model_size: Callable[[Size, Any], Size]
     typical_grid: Callable[[ModelConfig, Callable[[], Any]], Grid]
     settings: Callable[[ModelConfig, Callable[[], Any]], dict[str, Any]]
-    prompt_ids: Callable[[str, Sequence[Grid], Any, ModelConfig], np.ndarray]
     unpack: Callable[[Any, Sequence[Grid], ModelConfig], list[np.ndarray]]
     seen_part: Callable[[Size, Any], tuple[float, float, float, float]]
+    chat_template: str
+    opening: Callable[[ModelConfig], str]

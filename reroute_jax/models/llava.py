@@ -18,7 +18,7 @@ from transformers import AutoImageProcessor, LlavaConfig
 from reroute_jax.config import ModelConfig, decoder_config, require, token_ids
 from reroute_jax.decoder import Decoder
 from reroute_jax.errors import RerouteError
-from reroute_jax.models.family import Evaluation, Family, Released, expand_image_tokens
+from reroute_jax.models.family import Evaluation, Family, Released
 from reroute_jax.routing.merge import MergeArrays, nuwa, pooled
 from reroute_jax.routing.nuwa_rules import NuwaRules
 from reroute_jax.routing.plan import NuwaMerge, PoolMerge
@@ -30,6 +30,13 @@ NAME = "llava"
 VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions. "
+)
+# The layout of the hub's checkpoints, roles in capitals and a message's images before its text.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% if message.role != 'system' %}{{ message.role | upper + ': ' }}{% endif %}"
+    "{% for part in message.content if part.type == 'image' %}{{ '<image>\n' }}{% endfor %}"
+    "{% for part in message.content if part.type == 'text' %}{{ part.text + ' ' }}{% endfor %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
 
 
@@ -50,10 +57,12 @@ def _read_config(hf: LlavaConfig) -> ModelConfig:
     require("text_config.mlp_bias", text.mlp_bias, (False,))
     require("text_config.rope_parameters.rope_type", text.rope_parameters["rope_type"], ("default",))
     require("vision_config.model_type", vision.model_type, ("clip_vision_model",))
-    require("vision_feature_select_strategy", hf.vision_feature_select_strategy, ("default",))
-    require("vision_feature_layer as one integer", isinstance(hf.vision_feature_layer, int), (True,))
-    eos = token_ids(text.eos_token_id)
-    pads = (getattr(hf, "pad_token_id", None), text.pad_token_id, *eos)
+    if hf.vision_feature_select_strategy != "default":
+        raise RerouteError(
+            f"config.json: vision_feature_select_strategy is {hf.vision_feature_select_strategy!r}, which keeps the "
+            "tower's class token as a visual token without a place in the image: only 'default' (patches) is supported"
+        )
+    pad = getattr(hf, "pad_token_id", None)
     return ModelConfig(
         family=NAME,
         decoder=decoder_config(text, qkv_bias=False, rope_sections=(), tied_head=hf.tie_word_embeddings),
@@ -66,20 +75,26 @@ def _read_config(hf: LlavaConfig) -> ModelConfig:
             patch_size=vision.patch_size,
             norm_eps=vision.layer_norm_eps,
             activation=vision.hidden_act,
-            feature_layer=_hidden_state_index(hf.vision_feature_layer, vision.num_hidden_layers),
+            feature_layers=_hidden_states(hf.vision_feature_layer, vision.num_hidden_layers),
             projector_bias=hf.multimodal_projector_bias,
             projector_activation=hf.projector_hidden_act,
         ),
         image_token=hf.image_token_index,
         bos_token=text.bos_token_id,
-        eos_tokens=eos,
-        pad_token=next(token for token in pads if token is not None),
+        eos_tokens=token_ids(text.eos_token_id),
+        pad_token=text.pad_token_id if pad is None else pad,
     )
 
 
-def _hidden_state_index(layer: int, num_layers: int) -> int:
-    """HF counts hidden states: `num_layers + 1` of them, negative from the end."""
-    return layer if layer >= 0 else num_layers + 1 + layer
+def _hidden_states(layers: int | list[int], num_layers: int) -> tuple[int, ...]:
+    """HF counts hidden states: `num_layers + 1` of them, negative from the end. Raises RerouteError for others."""
+    given = [layers] if isinstance(layers, int) else list(layers)
+    if not given or not all(type(layer) is int and -num_layers - 1 <= layer <= num_layers for layer in given):
+        raise RerouteError(
+            f"config.json: vision_feature_layer is {layers!r}, expected hidden states from {-num_layers - 1} to "
+            f"{num_layers}, one or a list"
+        )
+    return tuple(layer if layer >= 0 else num_layers + 1 + layer for layer in given)
 
 
 def encode_images(
@@ -89,12 +104,12 @@ def encode_images(
     merge: NuwaMerge | PoolMerge | None,
 ) -> tuple[Float[Array, "I C D"], Int[Array, "I C"]]:
     """Nuwa merges what enters the projector, pooling averages what leaves it."""
-    layer = model.config.vision.feature_layer
+    layers = model.config.vision.feature_layers
     if isinstance(merge, NuwaMerge):
-        metric, features, similarity = nuwa_inputs(model.vision, pixels, layer)
+        metric, features, similarity = nuwa_inputs(model.vision, pixels, layers)
         merged, anchors = nuwa(merge, arrays, features, metric, similarity)
         return model.projector(merged), anchors
-    return pooled(merge, arrays, model.projector(model.vision.features(pixels, layer)))
+    return pooled(merge, arrays, model.projector(model.vision.features(pixels, layers)))
 
 
 def image_grids(pixel_values, image_grid_thw, config: ModelConfig) -> list[Grid]:
@@ -113,19 +128,7 @@ def _pack(pixel_values, grids: Sequence[Grid], config: ModelConfig, images: int)
     return np.pad(np.asarray(pixel_values, np.float32), ((0, images - len(grids)), (0, 0), (0, 0), (0, 0)))
 
 
-def _prompt_ids(text: str, grids: Sequence[Grid], tokenizer, config: ModelConfig) -> np.ndarray:
-    system = VICUNA_SYSTEM if config.vicuna_system else ""
-    ids = tokenizer(system + chat_prompt(text, len(grids)))["input_ids"]
-    return np.array(expand_image_tokens(ids, config.image_token, [rows * cols for rows, cols in grids]))
-
-
-def chat_prompt(text: str, images: int) -> str:
-    """The prompt of the checkpoint's own chat template: one user turn, no system sentence, images first."""
-    placeholders = "<image>\n" * images
-    return f"USER: {placeholders}{text} ASSISTANT:"
-
-
-def _open_processor(folder: Path):
+def _open_processor(folder: Path, config: ModelConfig):
     # Without a name transformers takes torchvision where it is installed, and pixels change with it.
     return AutoImageProcessor.from_pretrained(folder, backend="pil")
 
@@ -180,7 +183,8 @@ FAMILY = Family(
     model_size=lambda size, processor: (processor.crop_size["width"], processor.crop_size["height"]),
     typical_grid=lambda config, open_processor: config.vision.grid,
     settings=lambda config, open_processor: {"vicuna_system": config.vicuna_system},
-    prompt_ids=_prompt_ids,
     unpack=lambda pixel_values, grids, config: list(np.asarray(pixel_values, np.float32).transpose(0, 2, 3, 1)),
     seen_part=_seen_part,
+    chat_template=CHAT_TEMPLATE,
+    opening=lambda config: VICUNA_SYSTEM if config.vicuna_system else "",
 )

@@ -21,7 +21,7 @@ from reroute_jax.buckets import VISUAL_BUCKETS, bucket
 from reroute_jax.config import ModelConfig, decoder_config, require, token_ids
 from reroute_jax.decoder import Decoder
 from reroute_jax.errors import RerouteError
-from reroute_jax.models.family import Evaluation, Family, Released, expand_image_tokens
+from reroute_jax.models.family import Evaluation, Family, Released
 from reroute_jax.nn.mrope import mrope_positions
 from reroute_jax.routing.merge import MergeArrays, nuwa, pooled
 from reroute_jax.routing.nuwa_rules import NuwaRules
@@ -29,10 +29,23 @@ from reroute_jax.routing.plan import NuwaMerge, PoolMerge
 from reroute_jax.types import Grid
 from reroute_jax.vision.qwen2_5 import QwenTower, nuwa_inputs
 from reroute_jax.vision.qwen_config import QwenVisionConfig
-from reroute_jax.vision.qwen_images import HARNESS_PIXELS, final_size, fit, patches, preprocess, unpack, visual_grid
+from reroute_jax.vision.qwen_images import final_size, fit, patches, preprocess, unpack, visual_grid
 from reroute_jax.vision.qwen_windows import QwenPixels, pack
 
 NAME = "qwen2_5_vl"
+# Of transformers, where config.json names none.
+_DEFAULT_SECTIONS = (16, 24, 24)
+# The layout of the hub's checkpoints, with their default system sentence.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% if loop.first and message.role != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
+    "{{ '<|im_start|>' + message.role + '\n' }}"
+    "{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}"
+    "{% if part.type == 'image' %}{{ '<|vision_start|><|image_pad|><|vision_end|>' }}"
+    "{% else %}{{ part.text }}{% endif %}"
+    "{% endfor %}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 
 
 class QwenVL(nnx.Module):
@@ -46,18 +59,16 @@ class QwenVL(nnx.Module):
 
 def _read_config(hf: Qwen2_5_VLConfig) -> ModelConfig:
     text, vision = hf.text_config, hf.vision_config
-    rope = text.rope_parameters
     require("use_sliding_window", text.use_sliding_window, (False,))
-    require("rope_parameters.rope_type", rope.get("rope_type", "default"), ("default", "mrope"))
+    rope_type = text.rope_parameters.get("rope_type", "default")
+    require("rope_parameters.rope_type", rope_type, ("default", "mrope"))
     require("vision_config.hidden_act", vision.hidden_act, ("silu",))
     require("vision_config.out_hidden_size", vision.out_hidden_size, (text.hidden_size,))
     patches = vision.window_size // vision.patch_size
-    # The hub's config.json has 151645, <|im_end|>; its generation config adds 151643 and is not followed.
-    eos = token_ids(text.eos_token_id)
     return ModelConfig(
         family=NAME,
         decoder=decoder_config(
-            text, qkv_bias=True, rope_sections=tuple(rope["mrope_section"]), tied_head=hf.tie_word_embeddings
+            text, qkv_bias=True, rope_sections=_rope_sections(text), tied_head=hf.tie_word_embeddings
         ),
         vision=QwenVisionConfig(
             hidden_size=vision.hidden_size,
@@ -72,12 +83,23 @@ def _read_config(hf: Qwen2_5_VLConfig) -> ModelConfig:
         ),
         image_token=hf.image_token_id,
         bos_token=None,
-        eos_tokens=eos,
+        eos_tokens=token_ids(text.eos_token_id),
         pad_token=text.bos_token_id if text.pad_token_id is None else text.pad_token_id,
-        repetition_penalty=1.05,
         video_token=hf.video_token_id,
         temporal_rate=vision.tokens_per_second,
     )
+
+
+def _rope_sections(text) -> tuple[int, ...]:
+    """Of a text_config. Raises RerouteError where they are not those of a head."""
+    sections = text.rope_parameters.get("mrope_section") or _DEFAULT_SECTIONS
+    pairs = (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads) // 2
+    if len(sections) != 3 or sum(sections) != pairs:
+        raise RerouteError(
+            f"config.json: mrope_section is {list(sections)}, expected three numbers that add up to the {pairs} rotary "
+            "pairs of a head"
+        )
+    return tuple(sections)
 
 
 def encode_images(
@@ -117,26 +139,19 @@ def _positions(ids: Int[np.ndarray, " S"], grids: Sequence[Grid], config: ModelC
     return mrope_positions(ids, config.image_token, grids, config.mrope_compat, config.temporal_rate)
 
 
-def chat_prompt(text: str, images: int) -> str:
-    """The prompt of the checkpoint's own chat template: its default system sentence, one user turn, images first."""
-    placeholders = "<|vision_start|><|image_pad|><|vision_end|>" * images
-    return (
-        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-        f"<|im_start|>user\n{placeholders}{text}<|im_end|>\n<|im_start|>assistant\n"
-    )
+def _open_processor(folder: Path, config: ModelConfig):
+    """The checkpoint's processor, with its own pixel limits unless `config` has others."""
 
+    def read(limits: tuple[int, int] | None):
+        given = {} if limits is None else dict(zip(("min_pixels", "max_pixels"), limits, strict=True))
+        return AutoImageProcessor.from_pretrained(folder, backend="pil", **given)
 
-def _prompt_ids(text: str, grids: Sequence[Grid], tokenizer, config: ModelConfig) -> np.ndarray:
-    ids = tokenizer(chat_prompt(text, len(grids)))["input_ids"]
-    return np.array(expand_image_tokens(ids, config.image_token, [rows * cols for rows, cols in grids]))
-
-
-def _open_processor(folder: Path):
-    """The checkpoint's processor, within the pixel limits of the reference harness where its own are wider."""
-    processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
-    if processor.size["longest_edge"] >= HARNESS_PIXELS[1]:
-        fewest, most = HARNESS_PIXELS
-        return AutoImageProcessor.from_pretrained(folder, backend="pil", min_pixels=fewest, max_pixels=most)
+    processor = read(config.pixel_limits)
+    if processor.size["longest_edge"] is None and getattr(processor.size, "max_pixels", None) is not None:
+        # A spelling that transformers reads and does not follow.
+        processor = read((processor.size["min_pixels"], processor.size["max_pixels"]))
+    if processor.size["shortest_edge"] is None or processor.size["longest_edge"] is None:
+        raise RerouteError(f"the image processor of {folder} has no pixel limits: set min_pixels and max_pixels")
     return processor
 
 
@@ -146,8 +161,8 @@ def _visual_grid(image: Image.Image, config: ModelConfig, processor) -> Grid:
 
 def _typical_grid(config: ModelConfig, open_processor: Callable[[], Any]) -> Grid:
     """A square of as many visual tokens as an image can have."""
-    processor = open_processor()
-    tokens = processor.size["longest_edge"] // (processor.patch_size * processor.merge_size) ** 2
+    most = open_processor().size["longest_edge"] if config.pixel_limits is None else config.pixel_limits[1]
+    tokens = most // (config.vision.patch_size * config.vision.merge) ** 2
     return math.isqrt(tokens), math.isqrt(tokens)
 
 
@@ -158,7 +173,7 @@ def _settings(config: ModelConfig, open_processor: Callable[[], Any]) -> dict[st
 
 FAMILY = Family(
     name=NAME,
-    options=("mrope_compat",),
+    options=("mrope_compat", "pixel_limits"),
     nuwa=NuwaRules(
         "previous_layer_last_three",
         quantile=Fraction(1, 10),
@@ -190,7 +205,8 @@ FAMILY = Family(
     model_size=final_size,
     typical_grid=_typical_grid,
     settings=_settings,
-    prompt_ids=_prompt_ids,
     unpack=lambda pixel_values, grids, config: unpack(pixel_values, grids, config.vision),
     seen_part=lambda size, processor: (0.0, 0.0, 1.0, 1.0),
+    chat_template=CHAT_TEMPLATE,
+    opening=lambda config: "",
 )

@@ -1,10 +1,12 @@
 """CLIP vision transformer and LLaVA's projector.
 
-Letters: I images, P patch side, n patches, C = n + 1 slots (class token first), D width, N heads, H head dim.
+Letters: I images, P patch side, n patches, C = n + 1 slots (class token first), D width, N heads, H head dim,
+F features: D for each hidden state that the projector sees.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
@@ -25,8 +27,8 @@ ACTIVATIONS = {
 
 @dataclass(frozen=True)
 class ClipConfig:
-    """A CLIP vision transformer and LLaVA's projector behind it. `feature_layer` indexes the tower's hidden states
-    (0 = input of the first block)."""
+    """A CLIP vision transformer and LLaVA's projector behind it. `feature_layers` index the tower's hidden states
+    (0 = input of the first block); features of several stand side by side, in this order."""
 
     hidden_size: int
     mlp_dim: int
@@ -36,7 +38,7 @@ class ClipConfig:
     patch_size: int
     norm_eps: float
     activation: str
-    feature_layer: int
+    feature_layers: tuple[int, ...]
     projector_bias: bool
     projector_activation: str
 
@@ -139,16 +141,21 @@ class ClipTower(nnx.Module):
         first = jnp.broadcast_to(self.class_embed[...], (len(patches), 1, patches.shape[-1]))
         return self.pre_norm(jnp.concatenate([first, patches], axis=1) + self.position_embed[...])
 
-    def features(self, pixels: Float[Array, "I 3 height width"], layer: int) -> Float[Array, "I n D"]:
-        """Patches of hidden state `layer` (0 = input of block 0); later blocks do not run."""
-        x = self.embed(pixels)
-        for block in self.layers[:layer]:
-            x = block(x)
-        return x[:, 1:]
+    def features(self, pixels: Float[Array, "I 3 height width"], layers: tuple[int, ...]) -> Float[Array, "I n F"]:
+        """Patches of hidden states `layers` (0 = input of block 0) side by side; blocks behind the last do not run."""
+        states = [self.embed(pixels)]
+        for block in self.layers[: max(layers)]:
+            states.append(block(states[-1]))
+        return _patches(states, layers)
 
 
-def nuwa_inputs(tower: ClipTower, pixels: Float[Array, "I 3 height width"], layer: int) -> NuwaInputs:
-    """Class attention of the second-to-last block, features of hidden state `layer`, and the mean of the hidden
+def _patches(states: Sequence[Float[Array, "I C D"]], layers: tuple[int, ...]) -> Float[Array, "I n F"]:
+    """Hidden states `layers` without their class tokens, side by side."""
+    return jnp.concatenate([states[layer][:, 1:] for layer in layers], axis=-1)
+
+
+def nuwa_inputs(tower: ClipTower, pixels: Float[Array, "I 3 height width"], layers: tuple[int, ...]) -> NuwaInputs:
+    """Class attention of the second-to-last block, features of hidden states `layers`, and the mean of the hidden
     states from two thirds of the depth to the end, without the class token."""
     depth = len(tower.layers)
     first = -(-2 * depth // 3)
@@ -157,15 +164,15 @@ def nuwa_inputs(tower: ClipTower, pixels: Float[Array, "I 3 height width"], laye
         states.append(block(states[-1]))
     metric = tower.layers[-2].class_attention(states[depth - 2])
     similarity = jnp.stack(states[first:]).astype(jnp.float32).mean(axis=0)
-    return NuwaInputs(metric, states[layer][:, 1:], similarity[:, 1:])
+    return NuwaInputs(metric, _patches(states, layers), similarity[:, 1:])
 
 
 class Projector(nnx.Module):
-    """Two linear layers from tower width to decoder width."""
+    """Two linear layers from the width of the features to decoder width."""
 
     def __init__(self, config: ClipConfig, width: int, *, rngs: nnx.Rngs, dtype):
         keep = {"bias": config.projector_bias, "rngs": rngs, "dtype": dtype}
-        self.fc1 = Linear(config.hidden_size, width, ("embed", "mlp"), **keep)
+        self.fc1 = Linear(config.hidden_size * len(config.feature_layers), width, ("embed", "mlp"), **keep)
         self.fc2 = Linear(width, width, ("mlp", "embed"), **keep)
         self.activation = config.projector_activation
 

@@ -13,9 +13,6 @@ from reroute_jax.errors import RerouteError
 from reroute_jax.types import Grid, Size
 from reroute_jax.vision.qwen_config import QwenVisionConfig
 
-# Fewest and most pixels that the reference gives the image processor of the released checkpoints (lmms-eval's lower
-# bound, and the upper one of its command line); the checkpoints' own are 3136 and 12845056.
-HARNESS_PIXELS = (200704, 451584)
 LARGEST_RATIO = 200
 _FIRST_TOKENS = (4, 16384)  # limits of the first resize, in visual tokens
 

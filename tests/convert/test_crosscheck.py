@@ -1,9 +1,11 @@
 """The cross-check as a user runs it: agreement, a difference it must notice, and bad input."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -11,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 import convert.crosscheck.command as crosscheck
 from convert.crosscheck.command import main
 from convert.crosscheck.comparison import Line, difference, merge, table, unequal
+from reroute_jax.nn.positions import rope_tables
 from tests.tiny import tiny_llava
 from tests.tiny_qwen import tiny_qwen
 
@@ -87,10 +90,55 @@ def test_a_wrong_selection_is_noticed(checkpoint, capsys, monkeypatch):
     assert all(quantity.startswith("fastv delete 0.5: ") for quantity in different)
 
 
+@pytest.fixture(scope="module")
+def massive(tmp_path_factory):
+    """A few channels in the thousands from layer 0 on and norms that make up for them, as in trained decoders."""
+    folder = tiny_llava(tmp_path_factory.mktemp("massive"), kv_heads=2, layers=4, vision_layers=3, hidden=256)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["language_model.model.layers.0.mlp.down_proj.weight"][[5, 77]] *= 5000
+    for name, value in tensors.items():
+        if "language_model" in name and "norm" in name and "layers.0.input" not in name and "layers.0.post" not in name:
+            value *= 400
+            value[[5, 77]] *= 1e-4
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def rows_of(out):
+    """quantity -> (difference, scale, allowed, verdict) of the lines that compare numbers."""
+    found = {}
+    for line in out.splitlines():
+        if line.endswith((" ok", " DIFFERENT")) and " of " not in line:
+            quantity, *numbers, verdict = re.split(r" {2,}", line)
+            found[quantity] = (*map(float, numbers), verdict)
+    return found
+
+
+def test_activations_in_the_thousands_agree(massive, capsys):
+    assert main([str(massive), *FAST]) == 0
+    rows = rows_of(capsys.readouterr().out)
+    difference, scale, allowed, _ = rows["layer 1 on the same input"]
+    assert scale > 1000 and allowed == pytest.approx(1e-5 * scale, rel=0.5)
+    assert 1e-5 < difference < allowed  # more than an absolute bound, or one of ordinary rows, would let pass
+
+
+def test_a_broken_layer_shows_among_activations_in_the_thousands(massive, capsys, monkeypatch):
+    """Tokens from the tenth on turn by one position too many."""
+    monkeypatch.setattr(
+        "convert.crosscheck.comparison.rope_tables",
+        lambda positions, config: rope_tables(positions + (jnp.arange(positions.shape[-1]) >= 10), config),
+    )
+    assert main([str(massive), *FAST]) == 1
+    rows = rows_of(capsys.readouterr().out)
+    assert rows["image features"][-1] == "ok"
+    assert {rows[f"layer {number} on the same input"][-1] for number in range(3)} == {"DIFFERENT"}
+
+
 def test_lines_of_several_prompts_become_one():
     real = [Line("logits", 1e-6, 1e-4), Line("tokens", 0, of=32), Line("logits", 3e-6, 1e-4), Line("tokens", 2, of=32)]
     assert merge(real) == [Line("logits", 3e-6, 1e-4), Line("tokens", 2, of=64)]
     assert [line.passes for line in merge(real)] == [True, False]
+    assert table([Line("x", 2e-6, 1e-5, scale=3000)]).split()[3:] == ["x", "6.0e-03", "3000", "3e-02", "ok"]
     assert table(merge(real)).splitlines()[2].split() == ["tokens", "2", "of", "64", "0", "DIFFERENT"]
 
 

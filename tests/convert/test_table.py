@@ -16,6 +16,7 @@ from convert.table import (
     NAMES_SHOWN,
     SAME,
     SPLIT_HEADS,
+    Buffer,
     ConversionTable,
     Rule,
     hf_key,
@@ -27,6 +28,7 @@ from convert.table import (
 from evals.speed.checkpoint_shapes import SHAPES
 from reroute_jax.errors import RerouteError
 from reroute_jax.models import read_config
+from reroute_jax.types import FLOATS
 
 CONFIG = read_config(SHAPES["llava-tiny-gqa"].config("float32"))
 TARGET = {path: value.shape for path, value in abstract_params(CONFIG).items()}
@@ -36,7 +38,8 @@ HUB = hf_shapes(TABLE, TARGET)
 SMALL = ConversionTable(
     rules=(Rule("block.{i}.weight", "blocks.{i}.kernel", SAME), Rule("norm", "norm", SAME)),
     spellings=((r"^model\.", ""),),
-    ignored=(r"block\.\d+\.counter",),
+    buffers=(Buffer(r"block\.\d+\.counter", np.arange(7)),),
+    copies=(("tail", "norm"),),
 )
 SMALL_TARGET = {"blocks.0.kernel": (3, 2), "blocks.1.kernel": (3, 2), "norm": (3,)}
 SMALL_SOURCE = [("block.0.weight", "F32", (3, 2)), ("block.1.weight", "F32", (3, 2)), ("norm", "F32", (3,))]
@@ -83,9 +86,40 @@ def test_match_keeps_the_order_of_the_source():
     ]
 
 
-def test_ignored_buffers_need_not_be_floats():
+def test_buffers_need_not_be_floats():
     source = [*SMALL_SOURCE, ("model.block.1.counter", "I64", (7,))]
     assert len(match(SMALL, source, SMALL_TARGET, "tiny")) == len(SMALL_SOURCE)
+
+
+def test_a_copy_stands_for_its_original():
+    """As a tied head for the embeddings, in either direction."""
+    both, alone = [*SMALL_SOURCE, ("model.tail", "F32", (3,))], [*SMALL_SOURCE[:2], ("model.tail", "F32", (3,))]
+    assert [one.key for one in match(SMALL, both, SMALL_TARGET, "tiny")][-1] == "norm"
+    found = match(SMALL, alone, SMALL_TARGET, "tiny")[-1]
+    assert (found.key, found.path) == ("model.tail", "norm")
+
+
+@pytest.mark.parametrize(
+    ("stored", "agrees"),
+    [
+        (np.arange(7), True),
+        (np.arange(7)[None], True),
+        (np.arange(7).astype(np.float16), True),
+        (np.arange(1, 8), False),
+        (np.arange(6), False),
+        (np.arange(7) * np.float32(1.001), False),
+    ],
+)
+def test_buffers_are_compared(stored, agrees):
+    assert SMALL.buffers[0].agrees(stored) == agrees
+
+
+@pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS)
+def test_frequencies_in_every_stored_precision(dtype):
+    frequencies = 1e6 ** -(np.arange(0, 128, 2) / 128)
+    buffer = Buffer("", frequencies)
+    assert buffer.agrees(frequencies.astype(dtype))
+    assert not buffer.agrees((1e4 ** -(np.arange(0, 128, 2) / 128)).astype(dtype))
 
 
 @pytest.mark.parametrize(

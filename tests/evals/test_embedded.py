@@ -23,7 +23,6 @@ from evals.scenes.data import TRAINING_QUESTIONS
 from evals.scenes.training.losses import pixels, targets
 from evals.scenes.training.packing import pack
 from reroute_jax.models.family import expand_image_tokens
-from reroute_jax.models.llava import chat_prompt
 from reroute_jax.vision import clip, qwen2_5
 
 CHECKPOINTS = Path(evals.__file__).parent / "scenes" / "checkpoints"
@@ -59,7 +58,7 @@ def test_transformers_reads_it_unchanged_and_answers_the_same(name):
         question = prompts.rec(doc.text, "full")
         content = [{"type": "image"}, {"type": "text", "text": question}]
         text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        assert text == chat_prompt(question, 1)
+        assert text == f"USER: <image>\n{question} ASSISTANT:"
         inputs = processor(images=doc.image, text=text, return_tensors="pt")
         np.testing.assert_array_equal(inputs["input_ids"][0].numpy(), ours.prompt_ids(question, [(8, 8)]))
         with torch.no_grad():
@@ -123,7 +122,7 @@ def test_class_attention_falls_on_objects(name):
     model = reroute_jax.load(CHECKPOINTS / name, "float32")
     packed = pack("val", 0, 50, TRAINING_QUESTIONS)
     inputs = clip.nuwa_inputs(
-        model.module.vision, pixels(jnp.asarray(packed.images)), model.config.vision.feature_layer
+        model.module.vision, pixels(jnp.asarray(packed.images)), model.config.vision.feature_layers
     )
     on = packed.patch_thing >= 0
     metric = np.asarray(inputs.metric)

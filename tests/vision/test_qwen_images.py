@@ -6,9 +6,9 @@ from PIL import Image
 from transformers import Qwen2VLImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as hf_smart_resize
 
+from evals.harness.pixels import HARNESS_PIXELS
 from reroute_jax.errors import RerouteError
 from reroute_jax.vision.qwen_images import (
-    HARNESS_PIXELS,
     final_size,
     first_size,
     fit,

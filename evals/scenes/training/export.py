@@ -27,7 +27,13 @@ def export(params: Mapping[str, Array], folder: Path, family: str = "llava") -> 
     tensors = {key: np.ascontiguousarray(value) for key, value in to_hf(table_of(model_config(family)), half)}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(hf_config(family), indent=2) + "\n")
+    if family in _GENERATION:
+        (folder / "generation_config.json").write_text(json.dumps(_GENERATION[family], indent=2) + "\n")
     _SAVE_PROCESSOR[family](folder)
+
+
+# As the hub's checkpoint of the family has it.
+_GENERATION = {"qwen2_5_vl": {"repetition_penalty": 1.05}}
 
 
 def _save_llava_processor(folder: Path) -> None:

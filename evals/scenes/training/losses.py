@@ -84,7 +84,7 @@ class Seen(NamedTuple):
 def look(model: Llava | QwenVL, images) -> Seen:
     if model.config.family == "llava":
         states = vision_states(model.vision, images)
-        return Seen(model.projector(states[model.config.vision.feature_layer][:, 1:]), states, None)
+        return Seen(model.projector(states[model.config.vision.feature_layers[0]][:, 1:]), states, None)
     inputs = qwen2_5.nuwa_inputs(model.vision, images)
     return Seen(inputs.features, None, inputs.metric)
 

@@ -19,7 +19,7 @@ from evals.scenes import spec, train
 from evals.scenes.data import TRAINING_QUESTIONS, training_scene
 from evals.scenes.questions import REFERRING
 from evals.scenes.spec import IMAGE_SLOTS, model_config
-from evals.scenes.tokenizer import build_tokenizer, vocabulary
+from evals.scenes.tokenizer import DIALECTS, build_tokenizer, vocabulary
 from evals.scenes.train import phases, random_bypass
 from evals.scenes.training import losses
 from evals.scenes.training.export import export
@@ -36,6 +36,7 @@ from evals.scenes.training.packing import (
 )
 from evals.scenes.training.warm import with_words
 from evals.scenes.world import TOKEN, scene_seed
+from reroute_jax.engine.chat import ChatLayout
 from reroute_jax.models import llava, qwen2_5_vl
 from reroute_jax.nn.layers import DecoderLayer
 from reroute_jax.nn.mrope import mrope_positions
@@ -43,7 +44,6 @@ from reroute_jax.nn.params import named_parameters
 from reroute_jax.nn.positions import rope_tables
 
 FAMILIES = ("llava", "qwen2_5_vl")
-CHAT = {"llava": llava.chat_prompt, "qwen2_5_vl": qwen2_5_vl.chat_prompt}
 STYLE = {"llava": "full", "qwen2_5_vl": "nuwa"}
 
 
@@ -69,8 +69,8 @@ def test_prompts_are_the_tokenizers(family):
         for question in asked:
             referring = question.kind in REFERRING
             text = prompts.rec(question.text, STYLE[family]) if referring else prompts.single_word(question.text)
-            ids = llava.expand_image_tokens(
-                tokenizer(CHAT[family](text, 1))["input_ids"], config.image_token, [rows * cols]
+            ids = ChatLayout(tokenizer, DIALECTS[family].chat_template, config.image_token).question_ids(
+                text, [(rows, cols)]
             )
             assert list(ids) == [*prefix.ids[prefix.runs], *prompt_ids(question, Full(), family)]
             assert vocab["<unk>"] not in ids
@@ -101,7 +101,8 @@ def test_chat_template_of_the_qwen_family():
     content = [{"type": "image"}, {"type": "text", "text": "Locate it."}]
     render = build_tokenizer("qwen2_5_vl").apply_chat_template
     user = {"role": "user", "content": content}
-    assert render([user], add_generation_prompt=True, tokenize=False) == qwen2_5_vl.chat_prompt("Locate it.", 1)
+    built_in = render([user], chat_template=qwen2_5_vl.CHAT_TEMPLATE, add_generation_prompt=True, tokenize=False)
+    assert render([user], add_generation_prompt=True, tokenize=False) == built_in
     told = render([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hm?"}], tokenize=False)
     assert told == "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHm?<|im_end|>\n"
 
