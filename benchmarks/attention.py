@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from evals.harness.runner import write_json
+from evals.harness.run_folder import write_json
 from reroute_jax.commandline.parsing import DATA, OUTPUT, RUN, Parser, exit_code, positive
 from reroute_jax.engine.compilation import compiled
 from reroute_jax.errors import RerouteError
@@ -125,7 +125,7 @@ class Case:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns 0, or 2 after one line on bad input or a variant that computes something else."""
     args = _parser().parse_args(argv)
-    return exit_code(lambda: compare(args, list(sys.argv[1:] if argv is None else argv)))
+    return exit_code(lambda: compare(args, list(sys.argv[1:] if argv is None else argv)), args.debug)
 
 
 def compare(args: argparse.Namespace, arguments: Sequence[str]) -> None:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from evals.harness.runner import write_json
+from evals.harness.run_folder import write_json
 from reroute_jax.commandline.parsing import OUTPUT, RUN, Parser, exit_code, positive_number
 from reroute_jax.errors import RerouteError
 
@@ -88,7 +88,7 @@ class Step:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns 0, or 2 after one line where there is no GPU, or where a step failed."""
     args = _parser().parse_args(argv)
-    return exit_code(lambda: measure(args))
+    return exit_code(lambda: measure(args), args.debug)
 
 
 def measure(args: argparse.Namespace) -> None:

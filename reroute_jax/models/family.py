@@ -63,8 +63,8 @@ class Family:
     positions(ids, grids, config): rotary positions of an unpadded row, `[S]` or `[3, S]`, and the next token's.
     token_bucket(tokens): the number of visual tokens that a program is compiled for.
     image_processor(folder, config), preprocess(images, processor): what makes (pixel_values, image_grid_thw) of opened
-        images; in two steps, `pixels([fit(image, processor), ...], processor)`. What `fit` gives is RGB in the size that the
-        model sees, to be held until the batch runs; it raises RerouteError for a size that the model does not take.
+        images; in two steps, `pixels([fit(image, processor), ...], processor)`. What `fit` gives is RGB in the size
+        that the model sees; it raises RerouteError for a size that the model does not take.
     visual_grid(image, config, processor), model_size(size, processor): of an image, or one of this size.
     typical_grid(config, open_processor): that a method is planned for; the processor only where it takes one.
     settings(config, open_processor): what else a run's answers depend on, for its record.

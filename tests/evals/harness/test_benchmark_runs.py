@@ -245,7 +245,7 @@ def test_nothing_but_bad_images_is_an_error(tmp_path: Path, capsys: pytest.Captu
     ("name", "changed", "expected"),
     [
         ("refcoco", {"answer": "left man"}, "row 0: answer is 'left man', expected a list of strings"),
-        ("refcoco", {"bbox": [1, 2, "x", 4]}, "question_id test_0: the row has contents of a wrong type"),
+        ("refcoco", {"bbox": [1, 2, "x", 4]}, "question_id test_0: bbox is [1, 2, 'x'"),
         ("textvqa", {"answers": "stop"}, "question_id 0: answers is 'stop', expected list"),
         ("textvqa", {"answers": [1] * 10}, "question 0: the row has contents of a wrong type"),
         ("vqav2", {"answers": ["stop"]}, "question 0: the row has contents of a wrong type"),
@@ -272,15 +272,16 @@ def test_rows_that_cannot_be_asked_are_named(
     ("content", "expected"),
     [
         ("{oops\n", "line 1 of x.jsonl is not JSON"),
-        ("[1]\n", "line 1 of x.jsonl is no object, expected the columns id, "),
+        ("[1]\n", "line 1 of x.jsonl is no object: expected JSON that begins with {"),
         ('{"id": "1"}\n', "line 1 of x.jsonl lacks the columns question, answer, image_source, image: it has id"),
+        ('{"id": "caf\xe9"}\n', "line 1 of x.jsonl is not UTF-8 (byte 0xe9 at 11)"),
         ("\n", "x.jsonl holds no question, expected at least one row"),
     ],
 )
 def test_json_lines_that_are_none_are_refused(
     content: str, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    (tmp_path / "x.jsonl").write_text(content)
+    (tmp_path / "x.jsonl").write_text(content, encoding="latin-1")
     run("pope", "--data", "x.jsonl", code=2)
     assert expected in capsys.readouterr().err
 
