@@ -92,7 +92,7 @@ def compare(args: argparse.Namespace, arguments: Sequence[str]) -> None:
     with tqdm(total=len(todo), desc="compiling", unit="program") as bar, results.open("a") as file:
         for route in dict.fromkeys(one.route for one in todo):
             of_route = [one for one in todo if one.route == route]
-            for one, account in accounts(of_route, args.new_tokens, device):
+            for one, account in accounts(of_route, device):
                 known[one] = account
                 file.write(json.dumps({**asdict(one), **asdict(account)}) + "\n")
                 file.flush()
@@ -134,7 +134,7 @@ def wanted(args: argparse.Namespace, device: str) -> Iterator[Wanted]:
                     towers.add(tower)
 
 
-def accounts(route: Sequence[Wanted], new_tokens: int, device: jax.Device) -> Iterator[tuple[Wanted, Account]]:
+def accounts(route: Sequence[Wanted], device: jax.Device) -> Iterator[tuple[Wanted, Account]]:
     """Of programs of one model, batch size and schedule."""
     one = route[0]
     named = argparse.Namespace(random=one.model, dtype=one.dtype, grid=None, text=one.text)
@@ -142,7 +142,7 @@ def accounts(route: Sequence[Wanted], new_tokens: int, device: jax.Device) -> It
     options = {} if one.method == "none" else {"budget": one.budget, "action": one.action}
     schedule = subject.plan(one.method, **options)
     start = time.perf_counter()
-    programs = trace_programs(subject, schedule, sample(subject, one.batch), new_tokens, device)
+    programs = trace_programs(subject, schedule, sample(subject, one.batch), device)
     traced = time.perf_counter() - start
     for each in route:
         yield each, account(programs[each.program], device, traced / len(programs))

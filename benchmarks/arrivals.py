@@ -33,8 +33,7 @@ from reroute_jax.commandline.parsing import (
     positive,
     positive_number,
 )
-from reroute_jax.engine import model as engine
-from reroute_jax.engine.compilation import keep_programs
+from reroute_jax.engine.compilation import compilations, keep_programs
 from reroute_jax.models import FAMILIES
 from reroute_jax.routing.methods import METHODS
 
@@ -59,17 +58,19 @@ def measure(args) -> dict[str, Any]:
     }
     pairs = _questions(model.config.family, args.scenes)
     loaded = time.perf_counter()
-    model.warm_up(pairs, **options)
-    warm, programs = time.perf_counter(), compiled_programs()
+    with compilations() as ahead:
+        model.warm_up(pairs, **options)
+    warm = time.perf_counter()
     arrivals = np.cumsum(np.random.default_rng(args.seed).exponential(1 / args.rate, args.requests))
-    latencies, memory = serve(arrivals, list(islice(cycle(pairs), args.requests)), model, options)
+    with compilations() as later:
+        latencies, memory = serve(arrivals, list(islice(cycle(pairs), args.requests)), model, options)
     return {
         "requests": args.requests,
         "rate_per_s": args.rate,
         "load_s": loaded - start,
         "warm_up_s": warm - loaded,
-        "programs": programs,
-        "programs_compiled_later": compiled_programs() - programs,
+        "programs": len(ahead),
+        "programs_compiled_later": len(later),
         "latency_p50_ms": 1e3 * float(np.percentile(latencies, 50)),
         "latency_p99_ms": 1e3 * float(np.percentile(latencies, 99)),
         "served_per_s": args.requests / (float(arrivals[-1]) + latencies[-1]),
@@ -111,10 +112,6 @@ def resident_mb() -> float:
     """Of this process, on Linux."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
-
-
-def compiled_programs() -> int:
-    return sum(function.jitted()._cache_size() for function in (engine.encode, engine.prefill, engine.decode))
 
 
 def _questions(family: str, scenes: int) -> list[tuple]:

@@ -34,7 +34,8 @@ from reroute_jax.commandline.parsing import DATA, OUTPUT, RUN, Parser, exit_code
 from reroute_jax.engine.compilation import compiled
 from reroute_jax.errors import RerouteError
 from reroute_jax.nn.attention import attention
-from reroute_jax.routing.methods import TIERS, plan
+from reroute_jax.routing.budget import TIERS
+from reroute_jax.routing.methods import plan
 from reroute_jax.types import FLOATS, Grid
 
 OURS, XLA, CUDNN = "ours", "dot_product_attention xla", "dot_product_attention cudnn"

@@ -23,8 +23,8 @@ from evals.harness.run_folder import write_json
 from evals.speed.subjects import Subject, add_subject_arguments, open_subject, sample
 from reroute_jax.commandline.parsing import DATA, OUTPUT, RUN, Parser, exit_code, positive, whole
 from reroute_jax.commandline.routes import add_route_arguments
-from reroute_jax.engine import model as engine
-from reroute_jax.engine.model import Inputs
+from reroute_jax.engine import programs
+from reroute_jax.engine.batching import Batch
 from reroute_jax.errors import RerouteError
 from reroute_jax.routing.cost import compute, kv_width, scored_rows
 from reroute_jax.routing.plan import RoutingPlan, Schedule, StagePlan
@@ -86,7 +86,7 @@ def stage_costs(subject: Subject, schedule: Schedule, batch: int) -> list[StageC
 
     Counted is what JAX hands to XLA, lowered for the CPU whatever the backend: the GPU plugin offers no count of it.
     """
-    lowered = lower_prefill(subject, sample(subject, batch).inputs(subject.model, schedule))
+    lowered = lower_prefill(subject, sample(subject, batch).batch(subject.model, schedule))
 
     def counted(plan: RoutingPlan):
         with jax.default_device(jax.devices("cpu")[0]):
@@ -125,10 +125,10 @@ def part_seconds(subject: Subject, schedule: Schedule, batch: int, repetitions: 
     """Seconds of a prefill by part, on the average of `repetitions` traced runs after two others. Operations that run
     side by side count each with its own time: together they are longer than the prefill."""
     model = subject.model
-    inputs = jax.device_put(sample(subject, batch).inputs(model, schedule).batch.prompt)
-    given = sample(subject, batch).inputs(model, schedule)
-    features, anchors = engine.encode(model.module, *given.images)
-    program = lower_prefill(subject, given)(given.batch.plan).compile()
+    given = sample(subject, batch).batch(model, schedule)
+    inputs = jax.device_put(given.prompt)
+    features, anchors = programs.encode(model.module, given.images)
+    program = lower_prefill(subject, given)(given.plan).compile()
 
     def call() -> None:
         jax.block_until_ready(program(model.module.decoder, inputs, features, anchors))
@@ -142,12 +142,12 @@ def part_seconds(subject: Subject, schedule: Schedule, batch: int, repetitions: 
     return found
 
 
-def lower_prefill(subject: Subject, inputs: Inputs) -> Callable[[RoutingPlan], Any]:
+def lower_prefill(subject: Subject, given: Batch) -> Callable[[RoutingPlan], Any]:
     """What lowers the engine's prefill of these inputs under any plan; nothing runs."""
     # Shapes in place of the weights, which would tie the program to the device that they are on.
     decoder = jax.eval_shape(lambda module: module, subject.model.module.decoder)
-    features, anchors = engine.encode.jitted().eval_shape(subject.model.module, *inputs.images)
-    return lambda plan: engine.prefill.jitted().lower(decoder, inputs.batch.prompt, features, anchors, plan, 0)
+    features, anchors = programs.encode.jitted().eval_shape(subject.model.module, given.images)
+    return lambda plan: programs.prefill.jitted().lower(decoder, given.prompt, features, anchors, plan)
 
 
 def operation_scopes(hlo: str) -> dict[str, str]:

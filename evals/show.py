@@ -211,8 +211,8 @@ def _progress(docs: Iterator[Doc], count: int) -> Iterator[Doc]:
 
 
 def _answer(model: Model, task: Task, run: Run, doc: Doc) -> Record:
-    asked = model.prepare([(doc.image, task.prompt(doc))], 1)
-    text = model.answer(asked, schedule=run.schedule, max_new_tokens=task.max_new_tokens)[0]
+    how = {"schedule": run.schedule, "max_new_tokens": task.max_new_tokens}
+    text = model.generate([(doc.image, task.prompt(doc))], **how)[0]
     return {"text": text, **task.score(text.strip(), doc)}
 
 
@@ -254,9 +254,7 @@ def _question(
 
 
 def _trace(model: Model, doc: Doc, prompt: str, run: Run) -> Trace:
-    asked = model.prepare([(doc.image, prompt)], 1)
-    given = {"input_ids": asked.rows[0][None], "pixel_values": asked.pixels, "image_grid_thw": asked.grids}
-    return model.prefill(**given, schedule=run.schedule, trace=True).trace
+    return model.answer([(doc.image, prompt)], schedule=run.schedule, max_new_tokens=1, trace=True)[0].trace
 
 
 def _predicted(record: Record, coord_format: str, view: tuple[int, int]) -> Box | None:

@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from reroute_jax.errors import RerouteError
 from reroute_jax.routing.plan import Schedule
 
 if TYPE_CHECKING:
+    from reroute_jax.engine.answers import Answer
     from reroute_jax.engine.model import Model
+    from reroute_jax.functional import abstract_params, apply, init
 
-__all__ = ["RerouteError", "Schedule", "load"]
+__all__ = ["Answer", "Model", "RerouteError", "Schedule", "abstract_params", "apply", "init", "load"]
+
+# Named here, imported where they are first asked for: the command line need not wait for all of JAX.
+_ROOMS = {
+    "Answer": "reroute_jax.engine.answers",
+    "Model": "reroute_jax.engine.model",
+    **dict.fromkeys(("abstract_params", "apply", "init"), "reroute_jax.functional"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ROOMS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_ROOMS[name]), name)
 
 
 def load(

@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from reroute_jax.config import DecoderConfig
-from reroute_jax.nn.cache import KVCache, StageCache, with_room
+from reroute_jax.nn.cache import ROOM, KVCache, StageCache, with_room
 from reroute_jax.nn.layers import DecoderLayer, RMSNorm, Rope, parameter, take_rows
 from reroute_jax.nn.positions import rope_tables
 from reroute_jax.nn.products import matmul
@@ -95,9 +95,21 @@ class Decision:
 @jax.tree_util.register_dataclass
 @dataclass
 class Prefilled:
-    """logits: fp32, last valid token of each row."""
+    """logits: fp32, last valid token of each row. finite: per stage, whether that token left it as finite numbers."""
 
     logits: Float[Array, "B vocab"]
+    finite: Bool[Array, "stages B"]
+    cache: KVCache
+    decisions: tuple[Decision, ...]
+
+
+@jax.tree_util.register_dataclass
+@dataclass
+class Walked:
+    """rows: those that ran the last stage."""
+
+    rows: Rows
+    finite: Bool[Array, "stages B"]
     cache: KVCache
     decisions: tuple[Decision, ...]
 
@@ -117,16 +129,25 @@ def prefill(
     features: Float[Array, "F D"],
     anchors: Int[Array, " F"],
     plan: RoutingPlan,
-    max_new: int,
 ) -> Prefilled:
-    """Run a prompt through the staged decoder.
+    """Run a prompt through the staged decoder, for decoding from its last token; arguments as of `walk`."""
+    walked = walk(decoder, prompt, features, anchors, plan)
+    with jax.named_scope("head"):
+        last = take_rows(walked.rows.hidden, walked.rows.last[:, None])[:, 0]
+        return Prefilled(decoder.logits(last), walked.finite, walked.cache, walked.decisions)
+
+
+def walk(
+    decoder: Decoder, prompt: Prompt, features: Float[Array, "F D"], anchors: Int[Array, " F"], plan: RoutingPlan
+) -> Walked:
+    """Run a prompt through all stages.
 
     features: image features of the whole batch, flattened, decoder width. anchors: the index of each among the
-    batch's original (unmerged) features. plan, max_new: static; `max_new` cache slots are reserved for decode.
+    batch's original (unmerged) features. plan: static.
     """
     with jax.named_scope("embedding"):
         rows = _prompt_rows(decoder, prompt, features, anchors)
-    stages, decisions, before_last = [], [], rows.hidden
+    stages, finite, decisions, before_last = [], [], [], rows.hidden
     for stage in plan.stages:
         if stage.cap is None:
             active, slots, keys = rows, None, None
@@ -145,32 +166,31 @@ def prefill(
                     # The keys that scoring computed are rotated by the old positions.
                     active, keys = replace(active, rope=_consecutive(active.valid, decoder.config)), None
                 keys = None if keys is None else gather_keys(keys, slots)
-        active, before_last, cached = _run_stage(decoder, stage, active, keys, max_new, plan)
+        active, before_last, cached = _run_stage(decoder, stage, active, keys, plan)
+        finite.append(jnp.isfinite(take_rows(active.hidden, active.last[:, None])).all(axis=(1, 2)))
         compacted = plan.position_mode == "renumber" and stage.cap is not None
         next_position = active.last + 1 if compacted else prompt.next_position
-        stages.append(StageCache(*cached, valid=active.valid, next_position=next_position))
+        stages.append(StageCache(*cached, length=active.last + 1, next_position=next_position))
         with jax.named_scope("scatter"):
             rows = scatter(rows, slots, active) if plan.recover and slots is not None else active
-    with jax.named_scope("head"):
-        logits = decoder.logits(take_rows(active.hidden, active.last[:, None])[:, 0])
-    return Prefilled(logits, KVCache(tuple(stages)), tuple(decisions))
+    return Walked(active, jnp.stack(finite), KVCache(tuple(stages)), tuple(decisions))
 
 
 def decode_step(
-    decoder: Decoder, token: Int[Array, " B"], cache: KVCache, step: Int[Array, ""]
+    decoder: Decoder, token: Int[Array, " B"], cache: KVCache, live: Bool[Array, " B"]
 ) -> tuple[Float[Array, "B vocab"], KVCache]:
-    """Feed generated token number `step` through all layers, each on its stage's cache."""
+    """Feed each row one token through all layers, each on its stage's cache. Of a row that is not `live` nothing is
+    kept, and its logits mean nothing."""
     x = decoder.embed(token[:, None])
     layers, stages = iter(decoder.layers), []
     for stage in cache.stages:
-        rope = rope_tables((stage.next_position + step)[:, None], decoder.config)
-        visible, slot = stage.visible(step), stage.valid.shape[1] + step
-        keys, values = [], []
+        rope = rope_tables(stage.next_position[:, None], decoder.config)
+        visible, keys, values = stage.visible, [], []
         for old_keys, old_values in zip(stage.keys, stage.values, strict=True):
-            x, new_keys, new_values = next(layers).decode(x, rope, old_keys, old_values, slot, visible)
+            x, new_keys, new_values = next(layers).decode(x, rope, old_keys, old_values, stage.length, visible)
             keys.append(new_keys)
             values.append(new_values)
-        stages.append(replace(stage, keys=tuple(keys), values=tuple(values)))
+        stages.append(stage.advanced(tuple(keys), tuple(values), live))
     return decoder.logits(x[:, 0]), KVCache(tuple(stages))
 
 
@@ -184,7 +204,14 @@ def _prompt_rows(decoder: Decoder, prompt: Prompt, features, anchors) -> Rows:
     of_visual = jnp.broadcast_to(of_visual, prompt.positions.shape)
     positions = jnp.where(visual, jnp.take_along_axis(prompt.visual_positions, of_visual, axis=-1), prompt.positions)
     rope = rope_tables(positions, decoder.config)
-    return Rows(hidden, rope, jnp.where(prompt.routed, index, -1), prompt.valid, eligible=prompt.routed)
+    return Rows(
+        hidden,
+        rope,
+        slot=jnp.where(prompt.valid, jnp.arange(visual.shape[1]), -1),
+        visual=jnp.where(prompt.routed, index, -1),
+        valid=prompt.valid,
+        eligible=prompt.routed,
+    )
 
 
 def _scores(
@@ -212,7 +239,7 @@ def _scores(
     return scores, keys if own else None
 
 
-def _run_stage(decoder: Decoder, stage: StagePlan, rows: Rows, keys, max_new: int, plan: RoutingPlan):
+def _run_stage(decoder: Decoder, stage: StagePlan, rows: Rows, keys, plan: RoutingPlan):
     """Run layers [lo, hi); returns the rows, the input of the last layer, and cached (keys, values) per layer."""
     x = before_last = rows.hidden
     lengths = rows.valid.sum(axis=1)
@@ -223,8 +250,8 @@ def _run_stage(decoder: Decoder, stage: StagePlan, rows: Rows, keys, max_new: in
             # Rows are right-padded, so that the plain triangle hides padding from every valid row.
             mask = rows.valid[:, None] if number == plan.bidirectional_layer else None
             x, k, v = decoder.layers[number].prefill(x, rows.rope, mask, keys if number == stage.lo else None, lengths)
-            cached_keys.append(with_room(k, max_new))
-            cached_values.append(with_room(v, max_new))
+            cached_keys.append(with_room(k, ROOM))
+            cached_values.append(with_room(v, ROOM))
     return replace(rows, hidden=x), before_last, (tuple(cached_keys), tuple(cached_values))
 
 

@@ -7,10 +7,11 @@ import pytest
 from flax import nnx
 
 from reroute_jax.decoder import prefill
-from reroute_jax.engine.batching import Row, make_batch
+from reroute_jax.engine.batching import Question, lay_out, make_batch
 from reroute_jax.errors import RerouteError
 from reroute_jax.models import read_config
 from reroute_jax.models.llava import Llava, encode_images
+from reroute_jax.nn.cache import ROOM
 from reroute_jax.nn.params import named_parameters
 from reroute_jax.routing.merge import merge_arrays
 from reroute_jax.routing.methods import plan
@@ -188,14 +189,14 @@ def test_full_size_wiring(hf, billions, route):
     depth = config.num_layers
     schedule = plan(route[0], num_layers=depth, visual=576, grid=(24, 24), budget=128, action=route[1])
     ids = [np.r_[1:6, np.full(576, 32000), 100:140], np.r_[np.full(576, 32000), 7:20]]
-    rows = [Row(one, ((24, 24),)) for one in ids]
-    batch = make_batch(rows, config, schedule)
+    layouts = [lay_out(Question(one, ((24, 24),)), config, schedule) for one in ids]
+    batch = make_batch(layouts, config, schedule, pixels=np.zeros((2, 3, 336, 336), np.float32))
 
     arrays = merge_arrays(schedule.merge, [(24, 24)] * 2, 2, 576)
 
     def run(module, prompt, pixels):
         features, anchors = (x.reshape(-1, *x.shape[2:]) for x in encode_images(module, pixels, arrays, schedule.merge))
-        result = prefill(module.decoder, prompt, features, anchors, batch.plan, 16)
+        result = prefill(module.decoder, prompt, features, anchors, batch.plan)
         return features, result.logits, [keys for stage in result.cache.stages for keys in stage.keys]
 
     features, logits, keys = jax.eval_shape(
@@ -205,7 +206,7 @@ def test_full_size_wiring(hf, billions, route):
     assert logits.shape == (2, 32064) and logits.dtype == jnp.float32
     merged = schedule.merged_count(576, (24, 24))
     kept = [merged if s.cap is None else s.cap for s in batch.plan.stages for _ in range(s.lo, s.hi)]
-    assert [layer.shape[2] for layer in keys] == [batch.prompt.text_slots + count + 16 for count in kept]
+    assert [layer.shape[2] for layer in keys] == [batch.prompt.text_slots + count + ROOM for count in kept]
 
 
 def test_every_parameter_names_its_axes():

@@ -1,4 +1,4 @@
-"""The three programs of every family, lowered for a GPU and a TPU on a machine that has neither."""
+"""The programs of every family, lowered for a GPU and a TPU on a machine that has neither."""
 
 import re
 
@@ -25,7 +25,7 @@ def traced(shape, dtype, schedule=None, **route):
     model, hf_config = random_model(SHAPES[shape], dtype, shapes_only=True)
     subject = Subject(shape, model, hf_config, GRIDS[shape], 16)
     schedule = schedule or subject.plan(route.pop("method"), **route)
-    return trace_programs(subject, schedule, sample(subject, 2), 4)
+    return trace_programs(subject, schedule, sample(subject, 2))
 
 
 def products(program, platform):
@@ -46,7 +46,7 @@ def test_lowers_and_multiplies_fp32_in_full(shape, method, dtype, platform):
     """fp32 operands, in whatever program they stand, are never TF32 or one bf16 pass; 16-bit ones take one pass."""
     for name, program in traced(shape, dtype, method=method, **ROUTES[method]).items():
         found = products(program, platform)
-        assert found, name
+        assert found or name == "begin", name
         for operands, precisions in found:
             assert precisions == ({"HIGHEST"} if "f32" in operands else {"DEFAULT"}), (name, operands)
 

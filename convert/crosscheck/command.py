@@ -30,7 +30,7 @@ from reroute_jax.commandline.routes import (
     given_switches,
 )
 from reroute_jax.config import ModelConfig
-from reroute_jax.engine.batching import Row, make_batch
+from reroute_jax.engine.batching import Question, lay_out, make_batch
 from reroute_jax.engine.chat import open_layout
 from reroute_jax.errors import RerouteError
 from reroute_jax.models import FAMILIES
@@ -115,14 +115,14 @@ def _in_torch(
     for prompt in tqdm(prompts, desc="PyTorch", unit="prompt"):
         routed = None
         if schedule is not None:
-            row = Row(prompt.ids, prompt.grids)
+            layout = lay_out(Question(prompt.ids, prompt.grids), config, schedule)
             routed = run(
                 model,
                 prompt.ids,
                 prompt.pixels,
                 schedule,
                 image_grid_thw=prompt.thw,
-                prior=make_batch([row], config, schedule).prompt.prior[:, 0],
+                prior=make_batch([layout], config, schedule).prompt.prior[:, 0],
                 max_new_tokens=max_new,
                 eos_tokens=config.eos_tokens,
                 repetition_penalty=config.repetition_penalty,

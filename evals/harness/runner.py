@@ -19,6 +19,7 @@ from evals.harness.metrics import Derived
 from evals.harness.text_files import json_object
 from reroute_jax.buckets import TEXT_BUCKETS, bucket
 from reroute_jax.config import ModelConfig
+from reroute_jax.engine.answers import Answer
 from reroute_jax.engine.pipeline import ahead
 from reroute_jax.errors import RerouteError
 from reroute_jax.routing.plan import Schedule
@@ -28,13 +29,6 @@ Record = dict[str, Any]
 BAD_IMAGE, INCOMPLETE = "bad image", "incomplete"  # why a question counts for nothing
 WINDOW = 4  # batches whose questions are sorted by size
 LOOKAHEAD = WINDOW  # batches made ready while one is answered: a window's images are decoded in one go
-
-
-class Answered(Protocol):
-    """An answer with why it ended: finish_reason "stop", or "length" where the limit on new tokens cut it off."""
-
-    text: str
-    finish_reason: str
 
 
 class Answerer(Protocol):
@@ -53,9 +47,11 @@ class Answerer(Protocol):
 
     def model_size(self, image: Image.Image) -> tuple[int, int]: ...
 
-    def prepare(self, pairs: Sequence[tuple[Image.Image, str]], batch_size: int) -> Any: ...
+    def question(self, item: tuple[Image.Image, str]) -> Any: ...
 
-    def answer(self, questions: Any, *, schedule: Schedule, max_new_tokens: int) -> list[str] | list[Answered]: ...
+    def answer(
+        self, items: Sequence[Any], *, schedule: Schedule, max_new_tokens: int, batch_size: int
+    ) -> list[Answer]: ...
 
 
 @dataclass(frozen=True)
@@ -88,14 +84,14 @@ class Task:
 
 @dataclass(frozen=True)
 class Ready:
-    """A batch that can be asked at once. asked: what `Answerer.prepare` made of its `docs`, None where all are bad.
+    """A batch that can be asked at once. asked: what `Answerer.question` made of its `docs`, without the bad ones.
 
     records: the JSON lines of `docs` as far as they are known before the answers.
     """
 
     docs: list[Doc]
     records: list[Record]
-    asked: Any
+    asked: list[Any]
 
 
 @dataclass(frozen=True)
@@ -115,7 +111,7 @@ def answer(model: Answerer, task: Task, run: Run, folder: Path, batch_size: int)
     """
     file = folder / f"{run.name}.jsonl"
     done, batches = _resume(file, model, task, batch_size)
-    ready = ahead((_ready(model, task, run, batch, batch_size) for batch in batches), LOOKAHEAD)
+    ready = ahead((_ready(model, task, run, batch) for batch in batches), LOOKAHEAD)
     waiting: dict[int, Record] = {}
     with (
         open(file, "ab") as lines,
@@ -123,7 +119,7 @@ def answer(model: Answerer, task: Task, run: Run, folder: Path, batch_size: int)
         closing(ready),
     ):
         for batch in ready:
-            waiting |= {record["doc_id"]: record for record in _answered(model, task, run, batch)}
+            waiting |= {record["doc_id"]: record for record in _answered(model, task, run, batch, batch_size)}
             while done in waiting:
                 lines.write(_line(waiting.pop(done)))
                 done += 1
@@ -201,10 +197,10 @@ def _whole_lines(file: Path) -> list[bytes]:
     return lines if not lines or lines[-1].endswith(b"\n") else lines[:-1]
 
 
-def _ready(model: Answerer, task: Task, run: Run, docs: list[Doc], batch_size: int) -> Ready:
+def _ready(model: Answerer, task: Task, run: Run, docs: list[Doc]) -> Ready:
     records = [_record(model, task, run, doc) for doc in docs]
     pairs = [(doc.image, record["prompt"]) for doc, record in zip(docs, records, strict=True) if not doc.bad]
-    return Ready(docs, records, model.prepare(pairs, batch_size) if pairs else None)
+    return Ready(docs, records, [model.question(pair) for pair in pairs])
 
 
 def _record(model: Answerer, task: Task, run: Run, doc: Doc) -> Record:
@@ -230,24 +226,18 @@ def _record(model: Answerer, task: Task, run: Run, doc: Doc) -> Record:
     }
 
 
-def _answered(model: Answerer, task: Task, run: Run, batch: Ready) -> list[Record]:
+def _answered(model: Answerer, task: Task, run: Run, batch: Ready, batch_size: int) -> list[Record]:
     """The records of a batch with the answers and what they score."""
-    limits = {"schedule": run.schedule, "max_new_tokens": task.max_new_tokens}
-    answers = iter([] if batch.asked is None else model.answer(batch.asked, **limits))
+    how = {"schedule": run.schedule, "max_new_tokens": task.max_new_tokens, "batch_size": batch_size}
+    answers = iter(model.answer(batch.asked, **how) if batch.asked else [])
     return [
         record if doc.bad else _scored(task, doc, record, next(answers))
         for doc, record in zip(batch.docs, batch.records, strict=True)
     ]
 
 
-def text_and_finish(answered: str | Answered) -> tuple[str, str | None]:
-    """Of an answer; how it ended is None where the model gives texts alone."""
-    return (answered, None) if isinstance(answered, str) else (answered.text, answered.finish_reason)
-
-
-def _scored(task: Task, doc: Doc, record: Record, answered: str | Answered) -> Record:
-    text, finish = text_and_finish(answered)
-    return record | {"text": text, "finish": finish, **task.score(text.strip(), doc)}
+def _scored(task: Task, doc: Doc, record: Record, answer: Answer) -> Record:
+    return record | {"text": answer.text, "finish": answer.finish_reason, **task.score(answer.text.strip(), doc)}
 
 
 def _read(file: Path) -> list[Record]:

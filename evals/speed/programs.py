@@ -12,8 +12,10 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from evals.speed.subjects import Sample, Subject
-from reroute_jax.engine import model as engine
-from reroute_jax.engine.generation import Sampling
+from reroute_jax.engine import programs
+from reroute_jax.engine.generation import SEGMENT
+from reroute_jax.engine.sampling import RowSampling, Sampling, row_sampling
+from reroute_jax.errors import RerouteError
 from reroute_jax.routing.plan import Schedule
 
 Steps = tuple[float, float, float]
@@ -38,17 +40,19 @@ class Compiled:
 
 @dataclass(frozen=True)
 class Programs:
-    """The three programs of one schedule and batch size."""
+    """The programs of one schedule and batch size. begin: chooses first tokens, which counts as decode."""
 
     subject: Subject
     schedule: Schedule
     tower: Compiled
     prefill: Compiled
+    begin: Compiled
     decode: Compiled
+    sampling: RowSampling
 
     @property
     def compile_seconds(self) -> float:
-        return self.tower.seconds + self.prefill.seconds + self.decode.seconds
+        return sum(step.seconds for step in (self.tower, self.prefill, self.begin, self.decode))
 
     @property
     def memory_bytes(self) -> int:
@@ -58,66 +62,71 @@ class Programs:
     @property
     def cache_bytes(self) -> int:
         """Of all keys and values as allocated, room for new tokens included."""
-        arrays = [leaf for stage in self.prefill.shapes.cache.stages for leaf in (*stage.keys, *stage.values)]
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in arrays)
+        return self.prefill.shapes.cache.nbytes
 
     def prepare(self, given: Sample) -> tuple:
         """Arrays on the device, for `run`."""
-        inputs = given.inputs(self.subject.model, self.schedule)
-        return jax.block_until_ready(jax.device_put((inputs.images[:3], inputs.batch.prompt, inputs.batch.seen)))
+        batch = given.batch(self.subject.model, self.schedule)
+        return jax.block_until_ready(jax.device_put((batch.images, batch.prompt, batch.seen, batch.live)))
 
     def run(self, prepared: tuple) -> Answer:
         """Seconds of tower, prefill and decode, and tokens `[B, new]`."""
-        images, prompt, seen = prepared
+        images, prompt, seen, live = prepared
         module = self.subject.model.module
         marks = [time.perf_counter()]
-        features, anchors = jax.block_until_ready(self.tower.program(module, *images))
+        features, anchors = jax.block_until_ready(self.tower.program(module, images))
         marks.append(time.perf_counter())
         out = jax.block_until_ready(self.prefill.program(module.decoder, prompt, features, anchors))
         marks.append(time.perf_counter())
-        tokens, _ = jax.block_until_ready(
-            self.decode.program(module.decoder, out.logits, out.cache, seen, jax.random.key(0))
-        )
+        steps = np.int32(self.sampling.limit[0] - 1)
+        state, first = self.begin.program(out.logits, out.cache, seen, live, self.sampling)
+        _, others = jax.block_until_ready(self.decode.program(module.decoder, state, self.sampling, steps))
         marks.append(time.perf_counter())
-        return tuple(np.diff(marks).tolist()), np.asarray(tokens)
+        tokens = np.concatenate([first.tokens, others.tokens], axis=1)[:, : steps + 1]
+        return tuple(np.diff(marks).tolist()), tokens
 
 
 def compile_tower(subject: Subject, schedule: Schedule, given: Sample) -> Compiled:
     """The image encoder, the same for all schedules with the same merge."""
-    inputs = given.inputs(subject.model, schedule)
-    return _compile(engine.encode, subject.model.module, *inputs.images)
+    return _compile(programs.encode, subject.model.module, given.batch(subject.model, schedule).images)
 
 
 def compile_programs(subject: Subject, schedule: Schedule, given: Sample, tower: Compiled, new_tokens: int) -> Programs:
-    """Compile for prompts of the shape of `given`. Nothing runs: the model may be one of shapes only."""
-    model = subject.model
-    batch, decoder = given.inputs(model, schedule).batch, model.module.decoder
-    prefill = _compile(engine.prefill, decoder, batch.prompt, *tower.shapes, batch.plan, new_tokens)
-    sampling = Sampling(pad=model.config.pad_token)
-    logits, cache = prefill.shapes.logits, prefill.shapes.cache
-    decode = _compile(engine.decode, decoder, logits, cache, batch.seen, jax.random.key(0), sampling, new_tokens)
-    return Programs(subject, schedule, tower, prefill, decode)
+    """Compile for prompts of the shape of `given`. Nothing runs: the model may be one of shapes only.
+
+    Raises RerouteError for answers that take more than one segment.
+    """
+    if new_tokens > SEGMENT + 1:
+        raise RerouteError(f"{new_tokens} new tokens are more than one segment of decoding, expected {SEGMENT + 1}")
+    batch, decoder = given.batch(subject.model, schedule), subject.model.module.decoder
+    sampling = row_sampling(Sampling(limit=new_tokens), [0] * len(batch.live))
+    prefill = _compile(programs.prefill, decoder, batch.prompt, *tower.shapes, batch.plan)
+    first = prefill.shapes.logits, prefill.shapes.cache, batch.seen, batch.live
+    begin = _compile(programs.begin, *first, sampling)
+    decode = _compile(programs.decode, decoder, begin.shapes[0], sampling, jax.ShapeDtypeStruct((), np.int32))
+    return Programs(subject, schedule, tower, prefill, begin, decode, sampling)
 
 
 def trace_programs(
-    subject: Subject, schedule: Schedule, given: Sample, new_tokens: int, device: jax.Device | None = None
+    subject: Subject, schedule: Schedule, given: Sample, device: jax.Device | None = None
 ) -> dict[str, jax.stages.Traced]:
-    """The three programs by name, for prompts of the shape of `given`, to lower and compile ahead of time. Nothing
-    compiles or runs. device: that they are for, which need not be in this machine (`jax.experimental.topologies`).
+    """The programs by name, for prompts of the shape of `given`, to lower and compile ahead of time. Nothing compiles
+    or runs. device: that they are for, which need not be in this machine (`jax.experimental.topologies`).
     """
-    model, inputs = subject.model, given.inputs(subject.model, schedule)
-    batch, sampling = inputs.batch, Sampling(pad=subject.model.config.pad_token)
-    module = _on(device, model.module)
+    batch, module = given.batch(subject.model, schedule), _on(device, subject.model.module)
+    sampling = _on(device, row_sampling(Sampling(), [0] * len(batch.live)))
 
     def trace(function: Callable, *arguments) -> jax.stages.Traced:
         return function.jitted(device and device.platform).trace(*arguments)
 
-    encode = trace(engine.encode, module, *_on(device, inputs.images[:3]), inputs.images[3])
+    encode = trace(programs.encode, module, _on(device, batch.images))
     features = _on(device, encode.out_info)
-    prefill = trace(engine.prefill, module.decoder, _on(device, batch.prompt), *features, batch.plan, new_tokens)
-    state = _on(device, (prefill.out_info.logits, prefill.out_info.cache, batch.seen, jax.random.key(0)))
-    decode = trace(engine.decode, module.decoder, *state, sampling, new_tokens)
-    return {"encode": encode, "prefill": prefill, "decode": decode}
+    prefill = trace(programs.prefill, module.decoder, _on(device, batch.prompt), *features, batch.plan)
+    first = prefill.out_info.logits, prefill.out_info.cache, batch.seen, batch.live
+    begin = trace(programs.begin, *_on(device, first), sampling)
+    state, steps = _on(device, (begin.out_info[0], np.int32(0)))
+    decode = trace(programs.decode, module.decoder, state, sampling, steps)
+    return {"encode": encode, "prefill": prefill, "begin": begin, "decode": decode}
 
 
 def _on(device: jax.Device | None, arrays):

@@ -18,7 +18,8 @@ from evals.harness.cli import load_model
 from evals.speed.checkpoint_shapes import SHAPES, LlavaShape, QwenShape
 from reroute_jax.commandline.parsing import DATA, RUN, Parser, positive
 from reroute_jax.config import ModelConfig
-from reroute_jax.engine.model import Inputs, Model
+from reroute_jax.engine.batching import Batch
+from reroute_jax.engine.model import Model
 from reroute_jax.errors import RerouteError
 from reroute_jax.models import FAMILIES, read_config
 from reroute_jax.routing import methods
@@ -85,8 +86,8 @@ class Sample:
             None if self.thw is None else self.thw[number : number + 1],
         )
 
-    def inputs(self, model: Model, schedule: Schedule) -> Inputs:
-        return model.inputs(list(self.ids), self.pixels, self.thw, schedule)
+    def batch(self, model: Model, schedule: Schedule) -> Batch:
+        return model.inputs(input_ids=self.ids, pixel_values=self.pixels, image_grid_thw=self.thw, schedule=schedule)
 
 
 def add_subject_arguments(parser: Parser) -> None:

@@ -13,6 +13,8 @@ from fractions import Fraction
 from typing import Any, NoReturn
 
 from reroute_jax.commandline.failures import one_line
+from reroute_jax.errors import RerouteError
+from reroute_jax.routing.budget import parsed_budget
 
 INTERRUPTED, NO_READER = 130, 141  # 128 + SIGINT, 128 + SIGPIPE, as a shell reports them
 BAD_INPUT = 2
@@ -138,6 +140,6 @@ def positive_number(text: str) -> float:
 def budget(text: str) -> int | Fraction:
     """argparse type: 192, 128, 64, or a share of the visual tokens."""
     try:
-        return int(text) if text.isdigit() else Fraction(text)
-    except (ValueError, ZeroDivisionError):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither 192, 128, 64 nor a share such as 0.15 or 1/9") from None
+        return parsed_budget(text)
+    except RerouteError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None

@@ -1,42 +1,45 @@
-"""From token ids to the padded arrays of a `Prompt`, on the host.
+"""From questions to the padded arrays of a `Prompt`, on the host.
 
-Every row of a batch gets the same number of slots: a bucket for its text, and one for its visual tokens. Shapes then
-come from short ladders, and a program is compiled once for each.
+A question is tokenised and its images are packed once, whatever schedules it is asked under. A schedule lays it out:
+which slots it needs, at which positions. A batch holds questions whose layouts have one shape: a bucket for text, and
+one for visual tokens. Shapes then come from short ladders, and a program is compiled once for each.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
+import jax
 import numpy as np
+from jaxtyping import Bool, Int
 
 from reroute_jax.buckets import TEXT_BUCKETS, bucket
 from reroute_jax.config import ModelConfig
 from reroute_jax.decoder import Prompt
 from reroute_jax.errors import RerouteError
 from reroute_jax.models import FAMILIES
-from reroute_jax.routing.plan import RoutingPlan, Schedule
+from reroute_jax.routing.merge import MergeArrays, merge_arrays
+from reroute_jax.routing.plan import NuwaMerge, PoolMerge, RoutingPlan, Schedule
 from reroute_jax.routing.prior import prior_scores
-from reroute_jax.types import Grid
+from reroute_jax.types import AnyArray, Grid
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
-class Batch:
-    """seen: `[B, vocab]`, tokens of each row's prompt. plan: static, for these shapes."""
+class Question:
+    """A prompt that can be asked under any schedule.
 
-    prompt: Prompt
-    plan: RoutingPlan
-    seen: np.ndarray
-
-
-@dataclass(frozen=True)
-class Row:
-    """One prompt: its token ids with every image expanded, and the (rows, columns) of its images in order."""
+    ids: `[S]`, every image as its full number of placeholder tokens. grids: (rows, columns) of its images in order.
+    pixels: of each image what the family's `preprocess` gives for it alone; empty where a batch gets them apart.
+    """
 
     ids: np.ndarray
-    grids: tuple[Grid, ...]
+    grids: tuple[Grid, ...] = ()
+    pixels: tuple[np.ndarray, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -59,153 +62,231 @@ class BatchShape:
         return self.text + self.routed
 
 
-def row_shape(row: Row, config: ModelConfig, schedule: Schedule) -> BatchShape:
-    """The shape of a batch of rows like this one. Raises RerouteError for a prompt that is too long."""
-    return _shape([row], [_lay_out(row, config, schedule)], config, schedule)
+@dataclass(frozen=True)
+class Layout:
+    """A question's slots after a merge. image, within: of which image, and which of its tokens, -1 and 0 for text.
+    routed: the tokens that decisions choose among. visual_positions: of all original visual tokens."""
+
+    question: Question
+    ids: Int[np.ndarray, " S"]
+    positions: Int[np.ndarray, "*channels S"]
+    image: Int[np.ndarray, " S"]
+    within: Int[np.ndarray, " S"]
+    routed: Bool[np.ndarray, " S"]
+    visual_positions: Int[np.ndarray, "*channels n"]
+    next_position: int
+    shape: BatchShape
+
+    @property
+    def visual(self) -> int:
+        """Visual tokens at the decoder's input, those that decisions leave alone included."""
+        return int((self.image >= 0).sum())
 
 
-def valid_rows(input_ids, attention_mask) -> list[np.ndarray]:
-    """The ids of each row without padding, which may stand on either side.
+@jax.tree_util.register_dataclass
+@dataclass
+class Images:
+    """A batch's images for the encoder. pixels: as the family packs them, padded to as many images in every batch of a
+    shape. first: index of each image's first token among the batch's original visual tokens. merge: static."""
 
-    Raises RerouteError for ids that are not `[B, S]`, a mask of another shape, and rows with nothing in them.
-    """
-    ids = np.asarray(input_ids)
-    mask = np.ones_like(ids) if attention_mask is None else np.asarray(attention_mask)
-    if ids.ndim != 2 or mask.shape != ids.shape:
-        raise RerouteError(
-            f"input_ids have shape {list(ids.shape)} and attention_mask {list(mask.shape)}: expected the same [B, S]"
-        )
-    rows = [row[keep.astype(bool)] for row, keep in zip(ids, mask, strict=True)]
-    for number, row in enumerate(rows):
-        if not len(row):
-            raise RerouteError(f"row {number} of input_ids is all padding: expected at least one token")
-    return rows
-
-
-def split_images(ids: Sequence[np.ndarray], grids: Sequence[Grid], config: ModelConfig) -> list[Row]:
-    """The rows with their images, which stand in `grids` in order of appearance.
-
-    Raises RerouteError where image tokens and images do not fit.
-    """
-    rows, used = [], 0
-    for number, row in enumerate(ids):
-        found, needed, first = int((row == config.image_token).sum()), 0, used
-        while needed < found and used < len(grids):
-            needed += grids[used][0] * grids[used][1]
-            used += 1
-        if needed < found:
-            raise RerouteError(
-                f"row {number} has {found} image tokens and the images left for it fill {needed}: give one image for "
-                "every placeholder, and one image token for every visual token, as the HF processor does"
-            )
-        if needed > found:
-            raise RerouteError(
-                f"row {number} has {found} image tokens and its images have {needed} visual tokens: expand each "
-                "placeholder to the visual tokens of its image, as the HF processor does"
-            )
-        rows.append(Row(row, tuple(grids[first:used])))
-    if used < len(grids):
-        raise RerouteError(f"there are {len(grids)} images and the prompts have places for {used}: leave out the rest")
-    return rows
-
-
-def make_batch(rows: Sequence[Row], config: ModelConfig, schedule: Schedule) -> Batch:
-    """Arrays for rows of token ids in which every image stands as its full number of placeholder tokens."""
-    schedule.check_depth(config.num_layers)
-    laid = [_lay_out(row, config, schedule) for row in rows]
-    original = [[r * c for r, c in row.grids] for row in rows]
-    shape = _shape(rows, laid, config, schedule)
-    batch, slots, channels = len(rows), shape.slots, laid[0].positions.shape[:-1]
-    ids, positions = np.zeros((batch, slots), np.int32), np.zeros((*channels, batch, slots), np.int32)
-    valid, feature = np.zeros((batch, slots), bool), np.full((batch, slots), -1, np.int32)
-    chosen_among, seen = np.zeros((batch, slots), bool), np.zeros((batch, config.decoder.vocab_size), bool)
-    visual_positions = np.zeros((*channels, batch, shape.visual), np.int32)
-    first_image = np.cumsum([0, *(len(sizes) for sizes in original)])
-    first_feature = np.cumsum([0, *(sum(sizes) for sizes in original)])
-    for b, (row, one) in enumerate(zip(rows, laid, strict=True)):
-        filled = slice(0, len(one.ids))
-        ids[b, filled], positions[..., b, filled], chosen_among[b, filled] = one.ids, one.positions, one.routed
-        valid[b, filled] = True
-        is_image = one.image >= 0
-        feature[b, filled] = np.where(is_image, (first_image[b] + one.image) * shape.image + one.within, -1)
-        visual_positions[..., b, : one.visual_positions.shape[-1]] = one.visual_positions
-        seen[b, row.ids] = True
-    scheduled = schedule if shape.routed else Schedule.from_decisions((), (), config.num_layers)
-    prompt = Prompt(
-        ids=ids,
-        positions=positions,
-        valid=valid,
-        feature=feature,
-        routed=chosen_among,
-        first_feature=first_feature[:-1].astype(np.int32),
-        visual_positions=visual_positions,
-        keep=scheduled.keep_counts([int(one.routed.sum()) for one in laid]),
-        prior=_prior(scheduled, rows, shape.visual),
-        next_position=np.array([one.next_position for one in laid], np.int32),
-        text_slots=shape.text,
-    )
-    return Batch(prompt, scheduled.resolve(shape.routed), seen)
+    pixels: Any
+    arrays: MergeArrays
+    first: Int[AnyArray, " I"]
+    merge: NuwaMerge | PoolMerge | None = field(metadata={"static": True})
 
 
 @dataclass(frozen=True)
-class _Layout:
-    """A row's slots after a merge. image, within: of which image, and which of its tokens, -1 and 0 for text."""
+class Batch:
+    """schedule: that the rows are laid out for; plan: what is static of it, for these shapes. images: None where no row
+    has one; pixels: of them all as the image processor gives them. seen: tokens of each row's prompt. live: rows that
+    hold a question; the others fill the batch up."""
 
-    ids: np.ndarray
-    positions: np.ndarray
-    image: np.ndarray
-    within: np.ndarray
-    routed: np.ndarray
-    visual_positions: np.ndarray
-    next_position: int
+    layouts: tuple[Layout, ...]
+    schedule: Schedule
+    prompt: Prompt
+    plan: RoutingPlan
+    pixels: np.ndarray | None
+    images: Images | None
+    seen: Bool[np.ndarray, "B vocab"]
+    live: Bool[np.ndarray, " B"]
 
 
-def _lay_out(row: Row, config: ModelConfig, schedule: Schedule) -> _Layout:
-    """Each image's run of placeholder tokens shrinks to as many slots as the merge leaves of it."""
-    is_image = row.ids == config.image_token
-    positions, next_position = FAMILIES[config.family].positions(row.ids, row.grids, config)
-    sizes = np.array([rows * cols for rows, cols in row.grids], int)
-    left = np.array([schedule.merged_count(rows * cols, (rows, cols)) for rows, cols in row.grids], int)
-    image, within = np.full(len(row.ids), -1), np.zeros(len(row.ids), int)
+def lay_out(question: Question, config: ModelConfig, schedule: Schedule) -> Layout:
+    """Each image's run of placeholder tokens shrinks to as many slots as the schedule's merge leaves of it.
+
+    Raises RerouteError for a prompt that is too long.
+    """
+    is_image = question.ids == config.image_token
+    positions, next_position = FAMILIES[config.family].positions(question.ids, question.grids, config)
+    sizes = np.array([rows * cols for rows, cols in question.grids], int)
+    left = np.array([schedule.merged_count(rows * cols, (rows, cols)) for rows, cols in question.grids], int)
+    image, within = np.full(len(question.ids), -1), np.zeros(len(question.ids), int)
     image[is_image] = np.repeat(np.arange(len(sizes)), sizes)
     within[is_image] = np.concatenate([np.arange(size) for size in sizes] or [[]])
     keep = ~is_image
     keep[is_image] = within[is_image] < left[image[is_image]]
     routed = image == 0 if schedule.first_image_only else is_image
-    return _Layout(
-        row.ids[keep],
+    return Layout(
+        question,
+        question.ids[keep],
         positions[..., keep],
         image[keep],
         within[keep],
         routed[keep],
         positions[..., is_image],
         next_position,
+        _shape(routed[keep], sizes, config, schedule),
     )
 
 
-def _shape(rows: Sequence[Row], laid: Sequence[_Layout], config: ModelConfig, schedule: Schedule) -> BatchShape:
+def _shape(routed: Bool[np.ndarray, " S"], sizes: np.ndarray, config: ModelConfig, schedule: Schedule) -> BatchShape:
     token_bucket = FAMILIES[config.family].token_bucket
-    text = bucket(max(int((~one.routed).sum()) for one in laid), TEXT_BUCKETS, "a prompt, in text tokens,")
-    most_routed = max(int(one.routed.sum()) for one in laid)
-    routed = token_bucket(most_routed) if most_routed else 0
-    sizes = [[r * c for r, c in row.grids] for row in rows]
-    # A batch without images has one slot, which nothing reads.
-    visual = token_bucket(max(1, *(sum(of_row) for of_row in sizes)))
-    largest = max((size for of_row in sizes for size in of_row), default=0)
-    image = token_bucket(largest) if largest else 0
-    if largest and schedule.merge is not None:
-        image = schedule.merge.cap(image)
-    return BatchShape(text, routed, visual, image, max(len(of_row) for of_row in sizes))
+    text = bucket(int((~routed).sum()), TEXT_BUCKETS, "a prompt, in text tokens,")
+    if not len(sizes):
+        # One slot, which nothing reads, and no decision.
+        return BatchShape(text, routed=0, visual=1, image=0, images=0)
+    image = token_bucket(int(sizes.max()))
+    return BatchShape(
+        text,
+        routed=token_bucket(int(routed.sum())),
+        visual=token_bucket(int(sizes.sum())),
+        image=image if schedule.merge is None else schedule.merge.cap(image),
+        images=len(sizes),
+    )
 
 
-def _prior(schedule: Schedule, rows: Sequence[Row], visual: int) -> np.ndarray:
+def largest(shapes: Sequence[BatchShape]) -> BatchShape:
+    """That holds rows of all of these shapes."""
+    names = ("text", "routed", "visual", "image", "images")
+    return BatchShape(*(max(getattr(shape, name) for shape in shapes) for name in names))
+
+
+def make_batch(
+    layouts: Sequence[Layout],
+    config: ModelConfig,
+    schedule: Schedule,
+    *,
+    size: int | None = None,
+    pixels: np.ndarray | None = None,
+) -> Batch:
+    """The arrays of a batch, filled up to `size` rows. pixels: of all images, where the questions do not hold them.
+
+    Raises RerouteError for a schedule of another depth.
+    """
+    schedule.check_depth(config.num_layers)
+    filler = lay_out(Question(np.array([config.pad_token])), config, schedule)
+    filled = (size or len(layouts)) - len(layouts)
+    shape = largest([one.shape for one in layouts])
+    scheduled = schedule if shape.routed else Schedule.from_decisions((), (), config.num_layers)
+    rows = [*layouts, *[filler] * filled]
+    if pixels is None and shape.images:
+        pixels = np.concatenate([array for one in layouts for array in one.question.pixels])
+    return Batch(
+        layouts=tuple(layouts),
+        schedule=schedule,
+        prompt=_prompt(rows, shape, scheduled),
+        plan=scheduled.resolve(shape.routed),
+        pixels=pixels,
+        images=_images(layouts, shape.images * len(rows), config, schedule, pixels) if shape.images else None,
+        seen=_seen(rows, config.decoder.vocab_size),
+        live=np.arange(len(rows)) < len(layouts),
+    )
+
+
+def _prompt(rows: Sequence[Layout], shape: BatchShape, schedule: Schedule) -> Prompt:
+    batch, slots, channels = len(rows), shape.slots, rows[0].positions.shape[:-1]
+    ids, positions = np.zeros((batch, slots), np.int32), np.zeros((*channels, batch, slots), np.int32)
+    valid, routed = np.zeros((batch, slots), bool), np.zeros((batch, slots), bool)
+    feature = np.full((batch, slots), -1, np.int32)
+    visual_positions = np.zeros((*channels, batch, shape.visual), np.int32)
+    first_image = np.cumsum([0, *(len(row.question.grids) for row in rows)])
+    first_feature = np.cumsum([0, *(row.visual_positions.shape[-1] for row in rows)])
+    for b, row in enumerate(rows):
+        filled = slice(0, len(row.ids))
+        ids[b, filled], positions[..., b, filled], routed[b, filled] = row.ids, row.positions, row.routed
+        valid[b, filled] = True
+        feature[b, filled] = np.where(row.image >= 0, (first_image[b] + row.image) * shape.image + row.within, -1)
+        visual_positions[..., b, : row.visual_positions.shape[-1]] = row.visual_positions
+    return Prompt(
+        ids=ids,
+        positions=positions,
+        valid=valid,
+        feature=feature,
+        routed=routed,
+        first_feature=first_feature[:-1].astype(np.int32),
+        visual_positions=visual_positions,
+        keep=schedule.keep_counts([int(row.routed.sum()) for row in rows]),
+        prior=_prior(schedule, rows, shape.visual),
+        next_position=np.array([row.next_position for row in rows], np.int32),
+        text_slots=shape.text,
+    )
+
+
+def _prior(schedule: Schedule, rows: Sequence[Layout], visual: int) -> np.ndarray:
     if schedule.prior is None:
         return np.zeros((0, len(rows), visual), np.float32)
     prior = np.zeros((len(schedule.decisions), len(rows), visual), np.float32)
     for b, row in enumerate(rows):
-        grids = row.grids[:1] if schedule.first_image_only else row.grids
+        grids = row.question.grids[:1] if schedule.first_image_only else row.question.grids
         if grids:
             # A row's own bytes seed its draw, so that it does not depend on the batch.
-            row_seed = zlib.crc32(np.ascontiguousarray(row.ids, dtype=np.int64).tobytes())
+            row_seed = zlib.crc32(np.ascontiguousarray(row.question.ids, dtype=np.int64).tobytes())
             prior[:, b, : sum(r * c for r, c in grids)] = prior_scores(schedule, grids, row_seed)
     return prior
+
+
+def _images(layouts: Sequence[Layout], images: int, config: ModelConfig, schedule: Schedule, pixels) -> Images:
+    family = FAMILIES[config.family]
+    grids = [grid for one in layouts for grid in one.question.grids]
+    sizes = [rows * cols for rows, cols in grids]
+    first = np.zeros(images, np.int32)
+    first[: len(sizes)] = np.cumsum([0, *sizes[:-1]])
+    arrays = merge_arrays(schedule.merge, grids, images, family.token_bucket(max(sizes)))
+    return Images(family.pack(pixels, grids, config, images), arrays, first, schedule.merge)
+
+
+def _seen(rows: Sequence[Layout], vocab: int) -> Bool[np.ndarray, "B vocab"]:
+    seen = np.zeros((len(rows), vocab), bool)
+    for of_row, row in zip(seen, rows, strict=True):
+        of_row[row.question.ids] = True
+    return seen
+
+
+def most_rows(shape: BatchShape, batch_size: int, token_budget: int | None) -> int:
+    """Rows of this shape that run together. Raises RerouteError where the budget does not hold a single one."""
+    rows = _rows_within(shape, batch_size, token_budget)
+    if not rows:
+        raise RerouteError(
+            f"a prompt takes {shape.slots} slots and token_budget is {token_budget}: raise it, or leave it out"
+        )
+    return rows
+
+
+def _rows_within(shape: BatchShape, batch_size: int, token_budget: int | None) -> int:
+    return batch_size if token_budget is None else min(batch_size, token_budget // shape.slots)
+
+
+def padded_rows(rows: int, most: int) -> int:
+    """Rows that a batch of `rows` is filled up to: a power of two, so that few sizes are compiled, or `most`."""
+    return min(most, 1 << (rows - 1).bit_length())
+
+
+def similar(
+    items: Sequence[Item], shape: Callable[[Item], BatchShape], batch_size: int, token_budget: int | None
+) -> Iterator[list[Item]]:
+    """Items that did not fill a batch of their own shape, together with others that have as many images, as far as no
+    row gets more than twice the slots it needs."""
+    group: list[Item] = []
+    for item in sorted(items, key=lambda one: (shape(one).images, -shape(one).slots)):
+        joined = largest([shape(one) for one in (*group, item)])
+        fits = (
+            shape(item).images == joined.images
+            and joined.slots <= 2 * shape(item).slots
+            and len(group) < _rows_within(joined, batch_size, token_budget)
+        )
+        if group and not fits:
+            yield group
+            group = []
+        group.append(item)
+    if group:
+        yield group

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, wraps
 from pathlib import Path
 
@@ -25,7 +27,8 @@ def compiled(**jit_options) -> Callable[[Callable], Callable]:
     """`jax.jit` with the options of the platform that the arguments lie on.
 
     The wrapped function offers `jitted(platform)`, the function that `jax.jit` made for it ("cpu", "gpu", "tpu"; None:
-    that of the default device), for those who lower and compile ahead of time.
+    that of the default device), for those who lower and compile ahead of time; and `ahead(...)`, which
+    compiles for arguments like these, arrays or shapes, also for later calls, and returns the results' shapes.
     """
 
     def decorate(function: Callable) -> Callable:
@@ -39,7 +42,12 @@ def compiled(**jit_options) -> Callable[[Callable], Callable]:
         def call(*args, **kwargs):
             return jitted(_platform((args, kwargs)))(*args, **kwargs)
 
-        call.jitted = jitted
+        def ahead(*args, **kwargs):
+            traced = jitted().trace(*args, **kwargs)
+            traced.lower().compile()
+            return traced.out_info
+
+        call.jitted, call.ahead = jitted, ahead
         return call
 
     return decorate
@@ -58,3 +66,20 @@ def keep_programs(folder: Path) -> None:
     for all of JAX in it. Programs that compile in under half a second are compiled again."""
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@contextmanager
+def compilations() -> Iterator[list[str]]:
+    """What was compiled inside: a line each, as the programs log it when they are traced."""
+    found: list[str] = []
+    log, handler = logging.getLogger("reroute_jax"), logging.Handler(logging.INFO)
+    handler.emit = lambda record: found.append(record.getMessage())
+    handler.addFilter(lambda record: record.getMessage().startswith("compiling"))
+    level = log.level
+    log.setLevel(logging.INFO)
+    log.addHandler(handler)
+    try:
+        yield found
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)

@@ -1,105 +1,114 @@
-"""Choosing tokens, and the compiled decode loop."""
+"""The compiled decode loop: a segment of tokens at a time, on rows that each stand where they stand.
+
+How long an answer may become is a number in an array. What is compiled is a segment of up to `SEGMENT` steps on caches
+of a few sizes; the host goes on while a row is unfinished (`segments.py`).
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int
 
 from reroute_jax.decoder import Decoder, decode_step
-from reroute_jax.nn.cache import KVCache
+from reroute_jax.engine.sampling import RowSampling, choose
+from reroute_jax.nn.cache import ROOM, KVCache, grown
+from reroute_jax.types import AnyArray
 
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a token follows from logits. temperature 0: the most likely one, and `top_p` has no effect.
-
-    repetition_penalty: divides positive and multiplies negative logits of every token in the prompt or the output so
-    far, once each, before anything else (as transformers does). eos: ids that end a row; pad: what follows.
-    """
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
-    eos: tuple[int, ...] = ()
-    pad: int = 0
+SEGMENT = ROOM
 
 
 @jax.tree_util.register_dataclass
 @dataclass
 class DecodeState:
-    """step: how many of `tokens` are chosen. seen: tokens the repetition penalty applies to."""
+    """token: chosen last, which the caches do not hold yet. produced: tokens of the answer so far. seen: tokens the
+    repetition penalty applies to. finite: whether all logits of the row were finite numbers."""
 
-    step: Int[Array, ""]
-    tokens: Int[Array, "B new"]
+    token: Int[Array, " B"]
+    produced: Int[Array, " B"]
     done: Bool[Array, " B"]
+    finite: Bool[Array, " B"]
     seen: Bool[Array, "B vocab"]
-    key: PRNGKeyArray
     cache: KVCache
 
 
-def decode(
-    decoder: Decoder,
+@jax.tree_util.register_dataclass
+@dataclass
+class Chosen:
+    """Tokens in order, -1 where a row was done, and the model's own log-probability of each (temperature 1, no
+    penalty)."""
+
+    tokens: Int[Array, "B steps"]
+    logprobs: Float[Array, "B steps"]
+
+
+def begin(
     logits: Float[Array, "B vocab"],
     cache: KVCache,
-    seen: Bool[Array, "B vocab"],
-    key: PRNGKeyArray,
-    sampling: Sampling,
-    max_new: int,
-) -> tuple[Int[Array, "B new"], KVCache]:
-    """Up to `max_new` tokens a row from the prefill's logits and cache; rows that end are filled with `pad`.
+    seen: Bool[AnyArray, "B vocab"],
+    live: Bool[AnyArray, " B"],
+    sampling: RowSampling,
+) -> tuple[DecodeState, Chosen]:
+    """The first token of each row, from a prefill. Rows that are not `live` fill a batch up and are done."""
+    nothing = jnp.zeros(len(live), jnp.int32)
+    state = DecodeState(nothing, nothing, ~live, jnp.ones(len(live), bool), seen, cache)
+    state, token, logprob = _append(state, logits, sampling)
+    return state, Chosen(token[:, None], logprob[:, None])
 
-    The cache is returned because a donated buffer is only reused for an output.
+
+def decode(
+    decoder: Decoder, state: DecodeState, sampling: RowSampling, steps: Int[Array, ""]
+) -> tuple[DecodeState, Chosen]:
+    """Up to `steps` more tokens a row, `steps <= SEGMENT`; stops early where every row is done.
+
+    The caches must have room for as many. They come back in the state: a donated buffer is only reused for an output.
     """
-    batch = logits.shape[0]
-    tokens = jnp.full((batch, max_new), sampling.pad, jnp.int32)
-    start = DecodeState(jnp.int32(0), tokens, jnp.zeros(batch, bool), seen, key, cache)
-    start = _append(start, logits, sampling)
+    batch = len(state.token)
+    empty = Chosen(jnp.full((batch, SEGMENT), -1, jnp.int32), jnp.zeros((batch, SEGMENT)))
 
-    def unfinished(state: DecodeState) -> Bool[Array, ""]:
-        return (state.step < max_new) & ~state.done.all()
+    def unfinished(carry) -> Bool[Array, ""]:
+        step, state, _ = carry
+        return (step < steps) & ~state.done.all()
 
-    def advance(state: DecodeState) -> DecodeState:
-        last = jax.lax.dynamic_index_in_dim(state.tokens, state.step - 1, axis=1, keepdims=False)
-        logits, cache = decode_step(decoder, last, state.cache, state.step - 1)
-        return _append(
-            DecodeState(state.step, state.tokens, state.done, state.seen, state.key, cache), logits, sampling
-        )
+    def advance(carry):
+        step, state, chosen = carry
+        logits, cache = decode_step(decoder, state.token, state.cache, ~state.done)
+        state, token, logprob = _append(replace(state, cache=cache), logits, sampling)
+        return step + 1, state, Chosen(_put(chosen.tokens, token, step), _put(chosen.logprobs, logprob, step))
 
-    final = jax.lax.while_loop(unfinished, advance, start)
-    return final.tokens, final.cache
+    _, state, chosen = jax.lax.while_loop(unfinished, advance, (jnp.int32(0), state, empty))
+    return state, chosen
 
 
-def _append(state: DecodeState, logits: Float[Array, "B vocab"], sampling: Sampling) -> DecodeState:
-    key, draw = jax.random.split(state.key)
-    token = jnp.where(state.done, sampling.pad, choose(logits, state.seen, draw, sampling))
-    tokens = jax.lax.dynamic_update_slice_in_dim(state.tokens, token[:, None], state.step, axis=1)
-    done = state.done | jnp.isin(token, jnp.array(sampling.eos, jnp.int32))
-    seen = state.seen.at[jnp.arange(len(token)), token].set(True)
-    return DecodeState(state.step + 1, tokens, done, seen, key, state.cache)
+def keep_rows(
+    state: DecodeState, sampling: RowSampling, rows: Int[Array, " B_new"], slots: int
+) -> tuple[DecodeState, RowSampling]:
+    """Only `rows` of a batch, with `slots` more of room (static)."""
+    state, sampling = jax.tree.map(lambda array: array[rows], (state, sampling))
+    return replace(state, cache=grown(state.cache, slots)), sampling
 
 
-def choose(
-    logits: Float[Array, "B vocab"], seen: Bool[Array, "B vocab"], key: PRNGKeyArray, sampling: Sampling
-) -> Int[Array, " B"]:
-    """One token a row."""
-    if sampling.repetition_penalty != 1.0:
-        penalised = jnp.where(logits < 0, logits * sampling.repetition_penalty, logits / sampling.repetition_penalty)
-        logits = jnp.where(seen, penalised, logits)
-    if sampling.temperature == 0:
-        return logits.argmax(axis=-1).astype(jnp.int32)
-    logits = logits / sampling.temperature
-    if sampling.top_p < 1:
-        logits = jnp.where(_nucleus(logits, sampling.top_p), logits, -jnp.inf)
-    return jax.random.categorical(key, logits).astype(jnp.int32)
+def _append(
+    state: DecodeState, logits: Float[Array, "B vocab"], sampling: RowSampling
+) -> tuple[DecodeState, Int[Array, " B"], Float[Array, " B"]]:
+    """The state with one more token in every row that is not done, and these tokens with their log-probabilities."""
+    token = choose(logits, state.seen, state.produced, sampling)
+    live = ~state.done
+    logprob = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=-1)[:, 0]
+    produced = state.produced + live
+    ended = (token[:, None] == sampling.stop).any(axis=1) | (produced >= sampling.limit)
+    following = DecodeState(
+        token=token,
+        produced=produced,
+        done=state.done | ended,
+        finite=state.finite & (state.done | jnp.isfinite(logits).all(axis=-1)),
+        seen=state.seen.at[jnp.arange(len(token)), token].set(True),
+        cache=state.cache,
+    )
+    return following, jnp.where(live, token, -1), jnp.where(live, logprob, 0)
 
 
-def _nucleus(logits: Float[Array, "B vocab"], top_p: float) -> Bool[Array, "B vocab"]:
-    """The smallest set of most likely tokens whose probability reaches `top_p`, at least one."""
-    order = jnp.argsort(-logits, axis=-1)
-    sorted_probabilities = jnp.take_along_axis(jax.nn.softmax(logits, axis=-1), order, axis=-1)
-    before = jnp.cumsum(sorted_probabilities, axis=-1) - sorted_probabilities
-    rows = jnp.arange(len(logits))[:, None]
-    return jnp.zeros(logits.shape, bool).at[rows, order].set(before < top_p)
+def _put(columns: Array, column: Array, at: Int[Array, ""]) -> Array:
+    return jax.lax.dynamic_update_slice_in_dim(columns, column[:, None], at, axis=1)

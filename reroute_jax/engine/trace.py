@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from reroute_jax.config import ModelConfig
-from reroute_jax.engine.batching import split_images
+from reroute_jax.decoder import Prefilled
+from reroute_jax.engine.batching import Batch
 from reroute_jax.errors import RerouteError
 from reroute_jax.figure.card import Figure, Routed, routed_figure
 from reroute_jax.figure.maps import View
@@ -34,14 +35,6 @@ class Seen:
     config: ModelConfig
     dtype: str
     open_processor: Callable[[], Any]
-
-    @classmethod
-    def of(cls, model, rows: Sequence[np.ndarray], pixel_values, image_grid_thw, schedule: Schedule | None) -> Seen:
-        """By a `Model`, whose `prefill` explains the arguments. rows: ids without padding."""
-        flat = model.family.image_grids(pixel_values, image_grid_thw, model.config)
-        grids = tuple(row.grids for row in split_images(rows, flat, model.config))
-        schedule = schedule or Schedule.from_decisions((), (), model.config.num_layers, label="none")
-        return cls(schedule, grids, pixel_values, model.config, model.dtype, lambda: model.image_processor)
 
     def views(self, row: int) -> list[View]:
         """The images of a row as the model sees them."""
@@ -75,6 +68,30 @@ class Trace:
     kv_tokens: np.ndarray
     seen: Seen
 
+    @classmethod
+    def of(cls, batch: Batch, found: Prefilled, anchors, config: ModelConfig, dtype: str, open_processor) -> Trace:
+        """Of the live rows of a batch. anchors: as of `programs.encode`. dtype, open_processor: as of `Seen`."""
+        live = len(batch.layouts)
+        grids = tuple(layout.question.grids for layout in batch.layouts)
+        return cls(
+            selected=tuple(_indices(np.asarray(decision.selected)[:live]) for decision in found.decisions),
+            scores=tuple(np.asarray(decision.scores)[:live] for decision in found.decisions),
+            anchors=None if batch.schedule.merge is None else _kept(batch, np.asarray(anchors))[:live],
+            kv_tokens=np.asarray(found.cache.tokens_per_layer())[:live],
+            seen=Seen(batch.schedule, grids, batch.pixels, config, dtype, open_processor),
+        )
+
+    def of_row(self, row: int, pixels: Sequence[np.ndarray]) -> Trace:
+        """The same for one row alone. pixels: of each of its images."""
+        own = np.concatenate(pixels) if pixels else None
+        return Trace(
+            selected=tuple(_trimmed(found[row]) for found in self.selected),
+            scores=tuple(found[row : row + 1] for found in self.scores),
+            anchors=None if self.anchors is None else _trimmed(self.anchors[row]),
+            kv_tokens=self.kv_tokens[row : row + 1],
+            seen=replace(self.seen, grids=(self.seen.grids[row],), pixel_values=own),
+        )
+
     def stages(self, row: int = 0) -> list[StageTokens]:
         """What every visual token of a row did in each stage."""
         sizes = [rows * cols for rows, cols in self.seen.grids[row]]
@@ -96,3 +113,25 @@ class Trace:
         if not 0 <= row < len(self.seen.grids):
             raise RerouteError(f"there is no row {row}: expected 0 to {len(self.seen.grids) - 1}")
         return routed_figure(self.seen.views(row), self.routed(row))
+
+
+def _kept(batch: Batch, anchors: np.ndarray) -> np.ndarray:
+    """Indices of the tokens that a merge kept of each row."""
+    prompt = batch.prompt
+    of_slot = anchors[prompt.feature] - prompt.first_feature[:, None]
+    kept = np.zeros(prompt.visual_positions.shape[-2:], bool)
+    row, slot = np.nonzero(prompt.feature >= 0)
+    kept[row, of_slot[row, slot]] = True
+    return _indices(kept)
+
+
+def _indices(mask: np.ndarray) -> np.ndarray:
+    """Columns that are set in each row, ascending, -1 padded to the longest."""
+    found = [np.flatnonzero(row) for row in mask]
+    width = max((len(row) for row in found), default=0)
+    return np.array([np.pad(row, (0, width - len(row)), constant_values=-1) for row in found], np.int32)
+
+
+def _trimmed(indices: np.ndarray) -> np.ndarray:
+    """`[1, k]` without the padding behind."""
+    return indices[indices >= 0][None]

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from reroute_jax.config import DecoderConfig
 from reroute_jax.nn.attention import attention, query_probabilities
+from reroute_jax.nn.cache import write_slots
 from reroute_jax.nn.products import barrier_on_cpu, matmul
 
 
@@ -148,16 +149,16 @@ class DecoderLayer(nnx.Module):
         rope: Rope,
         keys: Float[Array, "B K S H"],
         values: Float[Array, "B K S H"],
-        slot: Int[Array, ""],
+        slots: Int[Array, " B"],
         visible: Bool[Array, "B S"],
     ) -> tuple[Float[Array, "B 1 D"], Float[Array, "B K S H"], Float[Array, "B K S H"]]:
-        """Run one token, writing its key and value at `slot` of the cache; `visible` includes that slot."""
+        """Run one token a row, writing its key and value at the row's slot of the cache; `visible` includes it."""
         with jax.named_scope("attention"):
             normed = self.attn_norm(x)
             q = rotate(self.attn.q(normed), rope)
             new_k = rotate(self.attn.k(normed), rope)
-            keys = jax.lax.dynamic_update_slice_in_dim(keys, new_k.astype(keys.dtype), slot, axis=2)
-            values = jax.lax.dynamic_update_slice_in_dim(values, self.attn.v(normed).astype(values.dtype), slot, axis=2)
+            keys = write_slots(keys, new_k, slots)
+            values = write_slots(values, self.attn.v(normed), slots)
             # Without the barrier XLA's CPU backend writes twice, for the product and for the result, and copies the
             # whole cache to do so.
             keys, values = barrier_on_cpu((keys, values))

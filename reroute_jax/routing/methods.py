@@ -9,14 +9,12 @@ from fractions import Fraction
 
 from reroute_jax.errors import RerouteError, one_of
 from reroute_jax.models import FAMILIES
+from reroute_jax.routing.budget import TIERS, parsed_budget, share_of
 from reroute_jax.routing.nuwa_schedule import nuwa
 from reroute_jax.routing.plan import ACTIONS, PoolMerge, Schedule
 from reroute_jax.routing.request import Request
 from reroute_jax.routing.solver import OFFICIAL_RATIOS, decision_layers, solve
 from reroute_jax.routing.switches import SWITCHES, Switches
-
-# The tiers of the papers, named by their tokens of LLaVA-1.5's 576, as shares of an image's own visual tokens.
-TIERS = {192: Fraction(1, 3), 128: Fraction(2, 9), 64: Fraction(1, 9)}
 
 _SCORES = {None: "last_token", "own_layer": "last_token", "previous_layer": "previous_layer"}
 
@@ -28,7 +26,7 @@ def plan(
     visual: int,
     grid: tuple[int, int],
     family: str = "llava",
-    budget: int | float | Fraction | None = None,
+    budget: int | float | Fraction | str | None = None,
     action: str = "reroute",
     **switches,
 ) -> Schedule:
@@ -36,7 +34,8 @@ def plan(
 
     For images of varying size, those of a typical one: ratios do not depend on it, each row's counts follow its own.
     family: the model's, one of `models.FAMILIES`; "nuwa" follows its rules. budget: 192, 128 or 64 (1/3, 2/9, 1/9 of an
-    image's visual tokens, averaged over all decoder layers) or a share in (0, 1). action: "delete" or "reroute". "none"
+    image's visual tokens, averaged over all decoder layers) or a share in (0, 1), as a
+    number or a string such as "2/9". action: "delete" or "reroute". "none"
     uses neither and "pool" only the budget. switches: fields of `Switches`, each explained there and refused where the
     method has no use for it.
 
@@ -54,7 +53,8 @@ def plan(
     if given.keep_ratio is not None and budget is not None:
         raise RerouteError("budget and keep_ratio both set how much method 'nuwa' keeps, give one of them")
     needs_budget = known.has_budget and given.keep_ratio is None
-    share = _share(budget, visual) if needs_budget else Fraction(1)
+    budget = parsed_budget(budget) if isinstance(budget, str) else budget
+    share = share_of(budget, visual) if needs_budget else Fraction(1)
     tier = int(budget) if budget in TIERS else None
     shown = str(tier or f"{float(share):.4g}") if needs_budget else None
     label = _label(method, action if known.has_actions else None, shown, given)
@@ -70,19 +70,6 @@ def _label(method: str, action: str | None, budget: str | None, switches: Switch
         telling = name in ("decisions", "ratios", "position_mode", "variant")
         parts.append(value if telling else f"{name}={value}")
     return " ".join(parts)
-
-
-def _share(budget: int | float | Fraction | None, visual: int) -> Fraction:
-    if budget in TIERS:
-        share = TIERS[budget]
-    elif budget is None or not 0 < budget < 1:
-        raise RerouteError(f"budget is {budget}, expected one of {', '.join(map(str, TIERS))} or a share in (0, 1)")
-    else:
-        # 0.15 means 15/100 and not its binary neighbour; likewise 1 / 3.
-        share = Fraction(budget).limit_denominator(10**6)
-    if share * visual < 1:
-        raise RerouteError(f"a budget of {float(share):.4g} leaves fewer than one of {visual} visual tokens, raise it")
-    return share
 
 
 def _solved(request: Request, shape: str, layers: Sequence[int], **more) -> Schedule:

@@ -20,12 +20,14 @@ from reroute_jax.nn.layers import Rope, take_rows
 class Rows:
     """Hidden states that travel together.
 
+    slot: where a row stood in the prompt, -1 for padding.
     visual: index of a visual token among its row's original visual tokens, -1 for text.
     eligible: visual tokens that the next decision may select.
     """
 
     hidden: Float[Array, "B T D"]
     rope: Rope
+    slot: Int[Array, "B T"]
     visual: Int[Array, "B T"]
     valid: Bool[Array, "B T"]
     eligible: Bool[Array, "B T"]
@@ -68,6 +70,7 @@ def gather(rows: Rows, slots: Int[Array, "B C"]) -> Rows:
     return Rows(
         hidden=take_rows(rows.hidden, slots),
         rope=Rope(*(take_rows(table, slots) for table in rows.rope)),
+        slot=jnp.where(inside, take_rows(rows.slot, slots), -1),
         visual=jnp.where(inside, take_rows(rows.visual, slots), -1),
         valid=inside,
         eligible=take_rows(rows.eligible, slots),

@@ -236,7 +236,7 @@ class Schedule:
         layers: Sequence[Integral],
         keep: Sequence[Real],
         num_layers: int,
-        action: str = "delete",
+        action: str = "reroute",
         monotonic: bool = False,
         position_mode: str = "original",
         score: str | Sequence[str] = "last_token",

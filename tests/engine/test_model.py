@@ -10,9 +10,11 @@ from PIL import Image
 import reroute_jax
 from reroute_jax.buckets import TEXT_BUCKETS
 from reroute_jax.decoder import prefill
-from reroute_jax.engine import model as engine
-from reroute_jax.engine.batching import Row, make_batch
+from reroute_jax.engine import programs
+from reroute_jax.engine.batching import Question, lay_out, make_batch
+from reroute_jax.engine.compilation import compilations
 from reroute_jax.errors import RerouteError
+from reroute_jax.nn.cache import ROOM
 from reroute_jax.routing.plan import Schedule
 from tests.checkpoints import pair
 from tests.routing.test_routed import pad
@@ -48,33 +50,35 @@ def test_several_images_are_one_pool():
 def test_one_program_per_bucket():
     _, model = pair(4)
     schedule = model.plan("fastv", budget=128)
-    functions = (engine.encode, engine.prefill, engine.decode)
     model.generate_ids(
         input_ids=random_ids(70)[None], pixel_values=random_pixels(1), schedule=schedule, max_new_tokens=3
     )
-    before = [function.jitted()._cache_size() for function in functions]
-    for length in (72, 75, 80):
-        ids, pixels = random_ids(length, seed=length)[None], random_pixels(1, seed=length)
-        model.generate_ids(input_ids=ids, pixel_values=pixels, schedule=schedule, max_new_tokens=3)
-    assert [function.jitted()._cache_size() for function in functions] == before
+    with compilations() as compiled:
+        for length in (72, 75, 80):
+            ids, pixels = random_ids(length, seed=length)[None], random_pixels(1, seed=length)
+            model.generate_ids(input_ids=ids, pixel_values=pixels, schedule=schedule, max_new_tokens=3)
+    assert compiled == []
     ids = random_ids(36 + TEXT_BUCKETS[4], start=2)[None]
-    model.generate_ids(input_ids=ids, pixel_values=random_pixels(1), schedule=schedule, max_new_tokens=3)
-    assert engine.prefill.jitted()._cache_size() == before[1] + 1
+    with compilations() as compiled:
+        model.prefill(input_ids=ids, pixel_values=random_pixels(1), schedule=schedule)
+        model.generate_ids(input_ids=ids, pixel_values=random_pixels(1), schedule=schedule, max_new_tokens=3)
+    assert sum("prefill" in one for one in compiled) == 1  # logits and answers share it
 
 
 def test_cache_of_each_stage_has_its_own_length():
     """Section 8.3: text slots + kept visual tokens + room for new ones, and not a slot more."""
     _, model = pair(2)
     schedule = Schedule.from_decisions((2, 4, 6), (0.3, 0.3, 0.15), 8, "reroute")
-    batch = make_batch([Row(random_ids(52, start=3), ((6, 6),))], model.config, schedule)
+    layout = lay_out(Question(random_ids(52, start=3), ((6, 6),)), model.config, schedule)
+    batch = make_batch([layout], model.config, schedule, pixels=random_pixels(1))
     features, anchors = jax.ShapeDtypeStruct((36, 64), np.float32), jax.ShapeDtypeStruct((36,), np.int32)
 
     def keys(module, prompt, features, anchors):
-        cache = prefill(module.decoder, prompt, features, anchors, batch.plan, 5).cache
+        cache = prefill(module.decoder, prompt, features, anchors, batch.plan).cache
         return [layer for stage in cache.stages for layer in stage.keys]
 
     lengths = [layer.shape for layer in jax.eval_shape(keys, model.module, batch.prompt, features, anchors)]
-    assert lengths == [(1, 2, 16 + kept + 5, 16) for kept in (36, 36, 10, 10, 10, 10, 5, 5)]
+    assert lengths == [(1, 2, 16 + kept + ROOM, 16) for kept in (36, 36, 10, 10, 10, 10, 5, 5)]
 
 
 def test_spec_vector_5_cache_lengths():
@@ -106,7 +110,8 @@ def test_generate_keeps_order_whatever_the_batch(tmp_path):
     schedule = model.plan("nuwa", budget=192)
     alone = [model.generate([pair], schedule=schedule, max_new_tokens=6)[0] for pair in pairs]
     assert model.generate(pairs, schedule=schedule, max_new_tokens=6, batch_size=3) == alone
-    assert model.answer(model.prepare(pairs[:3], 3), schedule=schedule, max_new_tokens=6) == alone[:3]
+    ready = [model.question(pair) for pair in pairs[:3]]
+    assert model.generate(ready, schedule=schedule, max_new_tokens=6) == alone[:3]
     assert len(set(alone)) > 1
 
 
@@ -177,12 +182,12 @@ def test_generate_compiles_one_program_a_bucket_and_keeps_the_token_budget(monke
         sizes.append(prompt.ids.shape)
         return original(decoder, prompt, *rest)
 
-    spy.jitted, original = engine.prefill.jitted, engine.prefill
-    monkeypatch.setattr(engine, "prefill", spy)
-    before = engine.prefill.jitted()._cache_size()
-    answers = model.generate(pairs, max_new_tokens=3, batch_size=4, token_budget=300)
+    original = programs.prefill
+    monkeypatch.setattr(programs, "prefill", spy)
+    with compilations() as compiled:
+        answers = model.generate(pairs, max_new_tokens=3, batch_size=4, token_budget=300)
     assert Counter(sizes) == {(4, 68): 3, (3, 100): 4, (1, 164): 12}
-    assert engine.prefill.jitted()._cache_size() - before == 3
+    assert sum("prefill" in one for one in compiled) == 3
     monkeypatch.undo()
     assert answers == [model.generate([pair], max_new_tokens=3)[0] for pair in pairs]
 
@@ -201,12 +206,23 @@ def test_warm_up_compiles_what_generate_needs():
     picture = Image.fromarray(np.zeros((90, 70, 3), np.uint8))
     pairs = [(picture, "red cup left"), (picture, "red cup right"), (picture, "where is the small blue cup " * 6)]
     options = {"schedule": schedule, "max_new_tokens": 2, "batch_size": 3}
-    before = engine.prefill.jitted()._cache_size()
-    model.warm_up(pairs, **options)
+    with compilations() as compiled:
+        model.warm_up(pairs, **options)
     # Two buckets of text, at 1, 2 and 3 rows.
-    assert engine.prefill.jitted()._cache_size() == before + 6
-    functions = (engine.encode, engine.prefill, engine.decode)
-    before = [function.jitted()._cache_size() for function in functions]
-    for rows in (1, 2, 3):
-        model.generate(pairs[:rows], **options)
-    assert [function.jitted()._cache_size() for function in functions] == before
+    assert sum("prefill" in one for one in compiled) == 6
+    with compilations() as compiled:
+        for rows in (1, 2, 3):
+            model.generate(pairs[:rows], **options)
+    assert compiled == []
+
+
+def test_warm_up_covers_several_images_a_row_and_long_answers():
+    _, model = pair(4)
+    picture = Image.fromarray(np.zeros((90, 70, 3), np.uint8))
+    pairs = [([picture, picture], f"what differs {number}") for number in range(4)]
+    options = {"batch_size": 4, "max_new_tokens": 2 * ROOM}
+    model.warm_up(pairs[:1], **options)
+    with compilations() as compiled:
+        for rows in (4, 3, 1):
+            model.answer(pairs[:rows], **options)
+    assert compiled == []

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 from evals.harness.data import Doc
 from evals.scenes.spec import model_config
+from reroute_jax.engine.answers import Answer
 from reroute_jax.routing import methods
 from reroute_jax.routing.plan import Schedule
 
@@ -44,16 +45,16 @@ class StubModel:
     def model_size(self, image) -> tuple[int, int]:
         return self.config.vision.image_size, self.config.vision.image_size
 
-    def generate(
-        self, pairs: Sequence[tuple], *, schedule: Schedule, max_new_tokens: int, batch_size: int
-    ) -> list[str]:
-        return self.answer(self.prepare(pairs, batch_size), schedule=schedule, max_new_tokens=max_new_tokens)
+    def generate(self, pairs: Sequence[tuple], **how) -> list[str]:
+        return [found.text for found in self.answer(pairs, **how)]
 
-    def prepare(self, pairs: Sequence[tuple], batch_size: int) -> list[tuple]:
-        assert 1 <= len(pairs) <= batch_size
-        return list(pairs)
+    def question(self, item: tuple) -> tuple:
+        return item
 
-    def answer(self, questions: Sequence[tuple], *, schedule: Schedule, max_new_tokens: int) -> list[str]:
+    def answer(
+        self, questions: Sequence[tuple], *, schedule: Schedule, max_new_tokens: int, batch_size: int
+    ) -> list[Answer]:
+        assert 1 <= len(questions) <= batch_size
         if self._left is not None:
             if self._left == 0:
                 raise KeyboardInterrupt
@@ -61,7 +62,8 @@ class StubModel:
         self.batches.append(len(questions))
         self.max_new_tokens.add(max_new_tokens)
         self.prompts += [prompt for _, prompt in questions]
-        return [self._answer(image, prompt, schedule.label) for image, prompt in questions]
+        texts = [self._answer(image, prompt, schedule.label) for image, prompt in questions]
+        return [Answer(text, finish_reason="stop") for text in texts]
 
     def _answer(self, image, prompt: str, label: str) -> str:
         rng = random.Random(zlib.crc32(image.tobytes() + prompt.encode() + label.encode()))

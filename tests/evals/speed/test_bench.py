@@ -122,7 +122,7 @@ def test_bounds_by_hand():
     assert machine.seconds(macs=1000, nbytes=10) == 20 and machine.seconds(macs=1000, nbytes=300) == 30
     # Two projections of 8 x 8, two of 8 x 4, three of 8 x 16.
     assert layer_weights(CONFIG) == 2 * 64 + 2 * 32 + 3 * 128
-    delete = Schedule.from_decisions((1,), (2,), 2)
+    delete = Schedule.from_decisions((1,), (2,), 2, "delete")
     sizes = {"visual": 5, "text": 3, "batch": 1, "itemsize": 4}
     slow_memory, slow_arithmetic = Machine(1e30, 1.0), Machine(2.0, 1e30)
     rows = 8 * 2 * (8 + 4) + 5 * 2 * (8 + 4)

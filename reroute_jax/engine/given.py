@@ -1,0 +1,67 @@
+"""Prompts that come as arrays, as the HF processor returns them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from reroute_jax.config import ModelConfig
+from reroute_jax.engine.batching import Question
+from reroute_jax.errors import RerouteError
+from reroute_jax.types import Grid
+
+
+def valid_rows(input_ids, attention_mask) -> list[np.ndarray]:
+    """The ids of each row without padding, which may stand on either side.
+
+    Raises RerouteError for ids that are not `[B, S]`, a mask of another shape, and rows with nothing in them.
+    """
+    ids = np.asarray(input_ids)
+    mask = np.ones_like(ids) if attention_mask is None else np.asarray(attention_mask)
+    if ids.ndim != 2 or mask.shape != ids.shape:
+        raise RerouteError(
+            f"input_ids have shape {list(ids.shape)} and attention_mask {list(mask.shape)}: expected the same [B, S]"
+        )
+    rows = [row[keep.astype(bool)] for row, keep in zip(ids, mask, strict=True)]
+    for number, row in enumerate(rows):
+        if not len(row):
+            raise RerouteError(f"row {number} of input_ids is all padding: expected at least one token")
+    return rows
+
+
+def check_ids(ids: np.ndarray, config: ModelConfig, where: str) -> None:
+    """Raises RerouteError for an id that the embedding table lacks. where: the prompt, for the message."""
+    if not np.issubdtype(ids.dtype, np.integer):
+        raise RerouteError(f"{where} has ids of dtype {ids.dtype}, expected integers")
+    outside = ids[(ids < 0) | (ids >= config.decoder.vocab_size)]
+    if len(outside):
+        raise RerouteError(f"{where} has id {outside[0]}, expected 0 to {config.decoder.vocab_size - 1}")
+
+
+def questions(ids: Sequence[np.ndarray], grids: Sequence[Grid], config: ModelConfig) -> list[Question]:
+    """The rows with their images, which stand in `grids` in order of appearance.
+
+    Raises RerouteError for ids out of range, and where image tokens and images do not fit.
+    """
+    rows, used = [], 0
+    for number, row in enumerate(ids):
+        check_ids(row, config, f"row {number}")
+        found, needed, first = int((row == config.image_token).sum()), 0, used
+        while needed < found and used < len(grids):
+            needed += grids[used][0] * grids[used][1]
+            used += 1
+        if needed < found:
+            raise RerouteError(
+                f"row {number} has {found} image tokens and the images left for it fill {needed}: give one image for "
+                "every placeholder, and one image token for every visual token, as the HF processor does"
+            )
+        if needed > found:
+            raise RerouteError(
+                f"row {number} has {found} image tokens and its images have {needed} visual tokens: expand each "
+                "placeholder to the visual tokens of its image, as the HF processor does"
+            )
+        rows.append(Question(row, tuple(grids[first:used])))
+    if used < len(grids):
+        raise RerouteError(f"there are {len(grids)} images and the prompts have places for {used}: leave out the rest")
+    return rows

@@ -1,0 +1,53 @@
+"""The compiled functions. They do all device work; nothing of the host's is static but the shapes and the plan."""
+
+from __future__ import annotations
+
+import logging
+
+import jax
+
+from reroute_jax import decoder as walker
+from reroute_jax.decoder import Prefilled
+from reroute_jax.engine import generation
+from reroute_jax.engine.batching import Images
+from reroute_jax.engine.compilation import compiled
+from reroute_jax.models import FAMILIES
+
+log = logging.getLogger("reroute_jax")
+
+
+@compiled()
+def encode(module, images: Images) -> tuple[jax.Array, jax.Array]:
+    """Features of all images in one row of slots, and the index of each among the batch's original visual tokens."""
+    family = FAMILIES[module.config.family]
+    features, anchors = family.encode_images(module, images.pixels, images.arrays, images.merge)
+    log.info("compiling encode_images for %d images of %d tokens", *features.shape[:2])
+    return features.reshape(-1, features.shape[-1]), (anchors + images.first[:, None]).reshape(-1)
+
+
+@compiled(static_argnames="plan")
+def prefill(decoder, prompt, features, anchors, plan) -> Prefilled:
+    log.info("compiling prefill for ids %s, %d stages", prompt.ids.shape, len(plan.stages))
+    return walker.prefill(decoder, prompt, features, anchors, plan)
+
+
+@compiled(donate_argnames="cache")
+def begin(logits, cache, seen, live, sampling):
+    log.info("compiling the choice of first tokens for logits %s", logits.shape)
+    return generation.begin(logits, cache, seen, live, sampling)
+
+
+@compiled(donate_argnames="state")
+def decode(decoder, state, sampling, steps):
+    log.info("compiling decode for %d rows, %d slots in stage 0", len(state.token), _slots(state))
+    return generation.decode(decoder, state, sampling, steps)
+
+
+@compiled(static_argnames="slots", donate_argnames="state")
+def keep_rows(state, sampling, rows, slots):
+    log.info("compiling %d of %d rows with %d slots more", len(rows), len(state.token), slots)
+    return generation.keep_rows(state, sampling, rows, slots)
+
+
+def _slots(state: generation.DecodeState) -> int:
+    return state.cache.stages[0].keys[0].shape[2]

@@ -1,0 +1,63 @@
+"""The host's side of decoding: segment after segment while a row is unfinished, on caches that grow as answers do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from reroute_jax.decoder import Decoder, Prefilled
+from reroute_jax.engine import programs
+from reroute_jax.engine.generation import SEGMENT
+from reroute_jax.engine.sampling import RowSampling
+from reroute_jax.nn.cache import ROOM
+
+
+@dataclass(frozen=True)
+class Segment:
+    """What some rows of a batch chose. rows: their numbers, `[R]`. tokens, logprobs: `[R, steps]`, -1 behind the end of
+    an answer. done, finite: `[R]`, as of `DecodeState`."""
+
+    rows: np.ndarray
+    tokens: np.ndarray
+    logprobs: np.ndarray
+    done: np.ndarray
+    finite: np.ndarray
+
+
+def decode_segments(
+    decoder: Decoder,
+    prefilled: Prefilled,
+    seen: np.ndarray,
+    live: np.ndarray,
+    sampling: RowSampling,
+    steps: int = SEGMENT,
+) -> Iterator[Segment]:
+    """The answers of a batch, first tokens first, then up to `steps` tokens at a time, `steps <= SEGMENT`.
+
+    The cache of `prefilled` is used up. Where its room is, a cache doubles it; there a batch also drops rows that are
+    done, as far as a power of two of them is left, so that shapes change at few places.
+    """
+    state, chosen = programs.begin(prefilled.logits, prefilled.cache, seen, live, sampling)
+    rows, room, used = np.arange(len(live)), ROOM, 0
+    while True:
+        done, finite, tokens, logprobs = jax.device_get((state.done, state.finite, chosen.tokens, chosen.logprobs))
+        yield Segment(rows, tokens, logprobs, done, finite)
+        if done.all():
+            return
+        if used == room:
+            kept = _kept(done)
+            state, sampling = programs.keep_rows(state, sampling, kept, room)
+            rows, room = rows[kept], 2 * room
+        taken = min(steps, room - used)
+        state, chosen = programs.decode(decoder, state, sampling, np.int32(taken))
+        used += taken
+
+
+def _kept(done: np.ndarray) -> np.ndarray:
+    """Rows that are not done, filled up to a power of two, or to all rows, with some that are."""
+    live, over = np.flatnonzero(~done), np.flatnonzero(done)
+    size = min(len(done), 1 << (len(live) - 1).bit_length())
+    return np.concatenate([live, over[: size - len(live)]]).astype(np.int32)

@@ -1,0 +1,49 @@
+"""Compiling ahead of the first question."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from reroute_jax.engine import programs
+from reroute_jax.engine.batching import Batch
+from reroute_jax.engine.sampling import Sampling, row_sampling
+from reroute_jax.nn.cache import ROOM
+
+
+def compile_ahead(module: nnx.Module, batches: Sequence[Batch], sampling: Sampling) -> None:
+    """Compile all programs of batches of one shape and of these numbers of rows, for answers of up to `sampling.limit`
+    tokens. batches: of every number that a batch may shrink to, ascending."""
+    states, of_rows = {}, {}
+    for batch in batches:
+        rows = len(batch.live)
+        of_rows[rows] = row_sampling(sampling, [0] * rows)
+        features, anchors = _features(module, batch)
+        prefilled = programs.prefill.ahead(module.decoder, batch.prompt, features, anchors, batch.plan)
+        first = prefilled.logits, prefilled.cache, batch.seen, batch.live, of_rows[rows]
+        states[rows], _ = programs.begin.ahead(*first)
+    _compile_decode(module, states, of_rows)
+    room = ROOM
+    while room < sampling.limit - 1:
+        grown = {}
+        for rows in states:
+            kept = jax.ShapeDtypeStruct((rows,), jnp.int32)
+            for larger in (other for other in states if other >= rows):
+                grown[rows], of_rows[rows] = programs.keep_rows.ahead(states[larger], of_rows[larger], kept, room)
+        states, room = grown, 2 * room
+        _compile_decode(module, states, of_rows)
+
+
+def _features(module: nnx.Module, batch: Batch):
+    if batch.images is None:
+        width = module.config.decoder.hidden_size
+        return jax.ShapeDtypeStruct((1, width), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.int32)
+    return programs.encode.ahead(module, batch.images)
+
+
+def _compile_decode(module: nnx.Module, states: dict, of_rows: dict) -> None:
+    for rows, state in states.items():
+        programs.decode.ahead(module.decoder, state, of_rows[rows], jax.ShapeDtypeStruct((), jnp.int32))

@@ -1,0 +1,68 @@
+"""The functional door, for people who bring their own jit, grad, vmap or mesh.
+
+    params = reroute_jax.init(config, jax.random.key(0))         # or `model.module`
+    batch = model.inputs(input_ids=ids, pixel_values=pixels, schedule=schedule)
+    out = reroute_jax.apply(params, batch.prompt, batch.plan, batch.images)
+
+Parameters are a Flax module, which is a pytree with static configuration. Everything that decides a shape is static in
+`plan`; everything else, how many tokens a decision keeps included (`prompt.keep`), is an array.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from reroute_jax.config import ModelConfig
+from reroute_jax.decoder import Decision, Prompt, walk
+from reroute_jax.engine.batching import Images
+from reroute_jax.models import FAMILIES
+from reroute_jax.nn.cache import KVCache
+from reroute_jax.routing.plan import RoutingPlan
+
+
+@jax.tree_util.register_dataclass
+@dataclass
+class Output:
+    """Of the rows that ran the last stage: text and selected visual tokens, in prompt order, padded behind.
+
+    logits: fp32. slots: where each stood in the prompt, -1 for padding. decisions: what each saw and chose.
+    """
+
+    logits: Float[Array, "B C vocab"]
+    slots: Int[Array, "B C"]
+    valid: Bool[Array, "B C"]
+    cache: KVCache
+    decisions: tuple[Decision, ...]
+
+
+def init(config: ModelConfig, key: Array, dtype=jnp.float32) -> nnx.Module:
+    """Random parameters of a model of this configuration."""
+    return FAMILIES[config.family].model(config, rngs=nnx.Rngs(key), dtype=jnp.dtype(dtype))
+
+
+def abstract_params(config: ModelConfig, dtype=jnp.float32) -> nnx.Module:
+    """The same as shapes; nothing is allocated."""
+    return nnx.eval_shape(lambda: init(config, jax.random.key(0), dtype))
+
+
+def apply(params: nnx.Module, prompt: Prompt, plan: RoutingPlan, images: Images | None = None) -> Output:
+    """Logits of all positions that ran the last stage, differentiable in `params`. Pure; nothing is compiled here.
+
+    prompt, images: arrays as `Model.inputs` makes them. plan: static, of a schedule for these shapes.
+    """
+    if images is None:
+        width = params.config.decoder.hidden_size
+        features, anchors = jnp.zeros((1, width)), jnp.zeros(1, jnp.int32)
+    else:
+        family = FAMILIES[params.config.family]
+        features, anchors = family.encode_images(params, images.pixels, images.arrays, images.merge)
+        features = features.reshape(-1, features.shape[-1])
+        anchors = (anchors + images.first[:, None]).reshape(-1)
+    walked = walk(params.decoder, prompt, features, anchors, plan)
+    rows = walked.rows
+    return Output(params.decoder.logits(rows.hidden), rows.slot, rows.valid, walked.cache, walked.decisions)

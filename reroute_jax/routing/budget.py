@@ -1,0 +1,33 @@
+"""How much a method may keep: the share of an image's visual tokens, averaged over all decoder layers."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+from reroute_jax.errors import RerouteError
+
+# The tiers of the papers, named by their tokens of LLaVA-1.5's 576, as shares of an image's own visual tokens.
+TIERS = {192: Fraction(1, 3), 128: Fraction(2, 9), 64: Fraction(1, 9)}
+
+
+def parsed_budget(text: str) -> int | Fraction:
+    """ "192", "128", "64" or a share such as "0.15" or "2/9". Raises RerouteError for anything else."""
+    try:
+        return int(text) if text.isdigit() else Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        known = ", ".join(map(str, TIERS))
+        raise RerouteError(f"{text!r} is neither {known} nor a share such as 0.15 or 1/9") from None
+
+
+def share_of(budget: int | float | Fraction | None, visual: int) -> Fraction:
+    """The share that a budget names. Raises RerouteError where it is none, or leaves less than one token."""
+    if budget in TIERS:
+        share = TIERS[budget]
+    elif budget is None or not 0 < budget < 1:
+        raise RerouteError(f"budget is {budget}, expected one of {', '.join(map(str, TIERS))} or a share in (0, 1)")
+    else:
+        # 0.15 means 15/100 and not its binary neighbour; likewise 1 / 3.
+        share = Fraction(budget).limit_denominator(10**6)
+    if share * visual < 1:
+        raise RerouteError(f"a budget of {float(share):.4g} leaves fewer than one of {visual} visual tokens, raise it")
+    return share

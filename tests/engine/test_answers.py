@@ -1,0 +1,140 @@
+"""What comes back of a call: answers, their costs, errors beside them, pieces of text."""
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import reroute_jax
+from reroute_jax.engine.answers import AnswerError
+from reroute_jax.engine.text import pieces
+from reroute_jax.errors import RerouteError
+from reroute_jax.routing.cost import account
+from tests.checkpoints import pair
+
+
+def picture(seed=0):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (70, 70, 3), dtype=np.uint8))
+
+
+def test_an_answer_says_why_it_ended_and_what_it_cost():
+    _, model = pair(2)
+    schedule = model.plan("pdrop", budget=128)
+    found = model.answer([(picture(), "where is it ?")], schedule=schedule, max_new_tokens=4)[0]
+    assert found.finish_reason == "length" and len(found.token_ids) == 4
+    ids = model.prompt_ids("where is it ?", [(6, 6)])
+    assert found.usage.prompt_tokens == len(ids) and found.usage.visual_tokens == 36 and found.usage.new_tokens == 4
+    cost = account(schedule, model.config.decoder, visual=36, text=len(ids) - 36, grid=(6, 6), dtype=model.dtype)
+    assert sum(found.usage.visual_tokens_per_layer) == cost.kv_visual
+    # The keys and values of three more tokens: the last one is chosen and not fed.
+    each = cost.kv_bytes // cost.kv_tokens
+    assert found.usage.kv_bytes == cost.kv_bytes + 3 * model.config.num_layers * each
+
+
+def test_the_id_that_ends_an_answer_is_no_part_of_it():
+    _, model = pair(4)
+    free = model.answer([(None, "how many")], max_new_tokens=6)[0]
+    stop = free.token_ids[3]
+    model = replace(model, config=replace(model.config, eos_tokens=(stop,)))
+    found = model.answer([(None, "how many")], max_new_tokens=6)[0]
+    assert found.finish_reason == "stop"
+    assert found.token_ids == free.token_ids[: free.token_ids.index(stop)]
+
+
+def test_a_trace_of_an_answer_is_that_of_its_prompt_alone():
+    _, model = pair(2)
+    schedule = model.plan("nuwa", budget=128)
+    pairs = [(picture(seed), f"question number {seed} " * (1 + 3 * seed)) for seed in range(3)]
+    for found, one in zip(model.answer(pairs, schedule=schedule, trace=True, max_new_tokens=2), pairs, strict=True):
+        question = model.question(one)
+        alone = model.prefill(
+            input_ids=question.ids[None], pixel_values=question.pixels[0], schedule=schedule, trace=True
+        ).trace
+        np.testing.assert_array_equal(found.trace.anchors, alone.anchors)
+        for mine, its in zip(found.trace.selected, alone.selected, strict=True):
+            np.testing.assert_array_equal(mine, its)
+        np.testing.assert_array_equal(found.trace.kv_tokens, alone.kv_tokens)
+        assert "<svg" in found.trace.show()._repr_html_() or "<figure" in found.trace.show()._repr_html_()
+
+
+def test_one_bad_question_takes_no_other_down(tmp_path):
+    _, model = pair(4)
+    (tmp_path / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n nothing more")
+    items = [(picture(), "one"), (tmp_path / "cut.png", "two"), (None, "<image>"), (None, "four"), "no pair"]
+    found = model.answer(items, max_new_tokens=3, on_error="return")
+    assert [one.error is None for one in found] == [True, False, False, True, False]
+    assert "question 1: " in str(found[1].error) and "cut.png" in str(found[1].error)
+    assert "question 2: " in str(found[2].error) and "question 4: " in str(found[4].error)
+    assert [found[0].text, found[3].text] == model.generate([items[0], items[3]], max_new_tokens=3)
+    with pytest.raises(AnswerError, match=r"question 1: .*3 of 5 questions") as caught:
+        model.answer(items, max_new_tokens=3)
+    assert [one.text for one in caught.value.answers] == [one.text for one in found]
+
+
+def test_a_chat_of_one_turn_is_the_pair():
+    _, model = pair(4)
+    one = picture()
+    chat = [("user", [one, "where is it ?"])]
+    assert model.generate([chat], max_new_tokens=4) == model.generate([(one, "where is it ?")], max_new_tokens=4)
+    longer = [*chat, ("assistant", "there"), ("user", "and now ?")]
+    assert len(model.question(longer).ids) > len(model.question(chat).ids)
+
+
+def test_numbers_that_overflow_are_told_with_dtype_row_and_layers():
+    """One MLP's kernels times 100,000 in float16: what comes behind that stage is not a number."""
+    _, exact = pair(4)
+    model = reroute_jax.load(exact.folder, "float16")
+    mlp = model.module.decoder.layers[3].mlp
+    mlp.up.kernel[...] = mlp.up.kernel[...] * 60000
+    mlp.gate.kernel[...] = mlp.gate.kernel[...] * 60000
+    schedule = model.plan("pdrop", budget=128)
+    layers = schedule.stages
+    hit = next(stage for stage in layers if stage.lo <= 3 < stage.hi)
+    found = model.answer([(picture(), "one"), (None, "two")], schedule=schedule, max_new_tokens=2, on_error="return")
+    for number, one in enumerate(found):
+        assert f"question {number}: hidden states are not finite in float16" in str(one.error)
+        assert "use bfloat16 or float32" in str(one.error)
+    assert f"layers {hit.lo} to {hit.hi - 1}" in str(found[0].error)
+    question = model.question((picture(), "one"))
+    with pytest.raises(RerouteError, match=r"row 0: .*float16"):
+        model.prefill(input_ids=question.ids[None], pixel_values=question.pixels[0])
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize("wrong", [-1, 10**6])
+def test_ids_out_of_range_are_refused(wrong):
+    _, model = pair(4)
+    with pytest.raises(RerouteError, match=rf"row 1 has id {wrong}, expected 0 to \d+"):
+        model.prefill(input_ids=np.array([[1, 2, 3], [1, wrong, 3]]))
+
+
+def test_a_stream_is_the_answer_in_pieces():
+    _, model = pair(4)
+    one = (picture(), "tell me more about the cup")
+    found = list(model.stream(one, max_new_tokens=20))
+    assert len(found) > 3
+    assert "".join(found) == model.generate([one], max_new_tokens=20)[0]
+    begun = model.stream(one, max_new_tokens=20)
+    assert next(begun) == found[0]
+    begun.close()
+
+
+class Bytes:
+    """A tokenizer whose tokens are single bytes."""
+
+    def decode(self, ids, skip_special_tokens):
+        return bytes(ids).decode(errors="replace")
+
+
+@pytest.mark.parametrize("text", ["naïve café", "日本語のテキスト", "👩‍👩‍👧 ok", "plain", ""])
+def test_pieces_are_cut_at_characters(text):
+    found = list(pieces(Bytes(), text.encode()))
+    assert "".join(found) == text
+    assert not any("\ufffd" in piece for piece in found)
+
+
+def test_an_answer_that_ends_inside_a_character_is_whole_text():
+    cut = "caf\u00e9".encode()[:-1]
+    assert "".join(pieces(Bytes(), cut)) == cut.decode(errors="replace")

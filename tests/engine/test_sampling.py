@@ -1,0 +1,55 @@
+"""How a token follows from logits."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from transformers import RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopPLogitsWarper
+
+from reroute_jax.engine.sampling import Sampling, _nucleus, choose, row_sampling
+
+
+def chosen(logits, seen=None, **how):
+    rows = len(logits)
+    seen = jnp.zeros(logits.shape, bool) if seen is None else jnp.asarray(seen)
+    return choose(jnp.asarray(logits), seen, jnp.zeros(rows, jnp.int32), row_sampling(Sampling(**how), range(rows)))
+
+
+def test_repetition_penalty_moves_the_maximum():
+    """evals specification 4.3: [2.0, -1.0, 1.95] with ids 0 and 1 seen becomes [1.90476, -1.05, 1.95]."""
+    logits, seen = np.array([[2.0, -1.0, 1.95]], np.float32), [[True, True, False]]
+    assert chosen(logits, seen)[0] == 0
+    assert chosen(logits, seen, repetition_penalty=1.05)[0] == 2
+    theirs = RepetitionPenaltyLogitsProcessor(1.05)(torch.tensor([[0, 1]]), torch.tensor([[2.0, -1.0, 1.95]]))
+    np.testing.assert_allclose(theirs.numpy(), [[1.90476, -1.05, 1.95]], atol=1e-5)
+
+
+@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9])
+def test_nucleus_is_transformers(top_p):
+    logits = np.random.default_rng(0).normal(size=(6, 50)).astype(np.float32) * 2
+    theirs = TopPLogitsWarper(top_p)(None, torch.from_numpy(logits)).numpy()
+    ours = np.asarray(_nucleus(jnp.asarray(logits), jnp.full(6, top_p)))
+    np.testing.assert_array_equal(np.isfinite(ours), np.isfinite(theirs))
+
+
+def test_sampling_follows_the_distribution():
+    logits = np.array([[1.0, 0.0, -1.0, 2.0]], np.float32)
+    warped = TopPLogitsWarper(0.95)(None, TemperatureLogitsWarper(0.7)(None, torch.from_numpy(logits)))
+    expected = torch.softmax(warped, -1)[0].numpy()
+    drawn = chosen(np.tile(logits, (20000, 1)), temperature=0.7, top_p=0.95, seed=1)
+    share = np.bincount(np.asarray(drawn), minlength=4) / 20000
+    # Four standard errors of a share at 20,000 draws.
+    np.testing.assert_allclose(share, expected, atol=4 * 0.5 / 20000**0.5)
+    assert share[2] == 0
+
+
+def test_greedy_and_sampled_rows_share_a_batch():
+    logits = np.random.default_rng(0).normal(size=(3, 50)).astype(np.float32)
+    how = row_sampling(Sampling(temperature=5.0), range(3))
+    how.temperature[1] = 0
+    found = [
+        choose(jnp.asarray(logits), jnp.zeros((3, 50), bool), jnp.full(3, step, jnp.int32), how) for step in range(20)
+    ]
+    columns = np.array(found)
+    assert set(columns[:, 1]) == {int(logits[1].argmax())}
+    assert len(set(columns[:, 0])) > 5 and len(set(columns[:, 2])) > 5
