@@ -221,7 +221,6 @@ def _parser() -> Parser:
         "--programs", nargs="+", choices=PROGRAMS, default=list(PROGRAMS), help="to compile (default: all three)"
     )
     data.add_argument("--text", type=positive, default=64, help="text tokens of a prompt (default: %(default)s)")
-    data.add_argument("--new-tokens", type=positive, default=64, metavar="N", help="(default: %(default)s)")
     data.add_argument(
         "--batch-sizes", nargs="+", type=positive, default=[1, 8], metavar="B", help="prompts at a time (default: 1 8)"
     )

@@ -155,7 +155,7 @@ def walk(
             number = len(decisions)
             scores, keys = _scores(decoder, stage, rows, before_last, prompt.prior, number, plan)
             with jax.named_scope("select"):
-                chosen = select(scores, rows.eligible, prompt.keep[number])
+                chosen = select(scores, rows.eligible, prompt.keep[number], stage.cap)
                 decisions.append(_decision(scores, chosen, rows, prompt))
                 slots = compact_slots(chosen | (rows.valid & (rows.visual < 0)), prompt.text_slots + stage.cap)
             if plan.monotonic:

@@ -7,6 +7,7 @@ import pytest
 
 from reroute_jax.nn.attention import query_probabilities
 from reroute_jax.nn.layers import Rope
+from reroute_jax.routing import ops
 from reroute_jax.routing.ops import Rows, compact_slots, gather, scatter, select
 
 
@@ -19,7 +20,7 @@ def test_vector_2_scores():
     np.testing.assert_allclose(scores[0], [0.079247, 0.103413, 0.250983, 0.383699, 0.103413, 0.079247], atol=1e-6)
     visual = jnp.array([[False, True, True, True, True, False]])
     for keep, wanted in ((2, [2, 3]), (3, [1, 2, 3])):
-        chosen = select(scores, visual, jnp.array([keep]))
+        chosen = select(scores, visual, jnp.array([keep]), keep)
         np.testing.assert_array_equal(np.flatnonzero(chosen[0]), wanted)
 
 
@@ -39,17 +40,29 @@ def test_select_equals_a_stable_sort(seed):
     scores = rng.integers(0, 5, (3, 30)).astype(np.float32)
     eligible = rng.random((3, 30)) < 0.7
     keep = np.array([0, 4, 9])
-    chosen = np.asarray(select(jnp.asarray(scores), jnp.asarray(eligible), jnp.asarray(keep)))
-    for row in range(3):
-        order = sorted(np.flatnonzero(eligible[row]), key=lambda slot: (-scores[row, slot], slot))
-        np.testing.assert_array_equal(np.flatnonzero(chosen[row]), sorted(order[: keep[row]]))
+    value = jnp.where(eligible, scores, -jnp.inf)
+    ways = (
+        select(jnp.asarray(scores), jnp.asarray(eligible), jnp.asarray(keep), 9),
+        eligible & ops._best_by_counting(value, jnp.asarray(keep)),
+    )
+    for chosen in map(np.asarray, ways):
+        for row in range(3):
+            order = sorted(np.flatnonzero(eligible[row]), key=lambda slot: (-scores[row, slot], slot))
+            np.testing.assert_array_equal(np.flatnonzero(chosen[row]), sorted(order[: keep[row]]))
+        slots = [compact_slots(jnp.asarray(chosen), 12), ops._running_counted(jnp.asarray(chosen), 12)]
+        for row in range(3):
+            wanted = np.flatnonzero(chosen[row])
+            np.testing.assert_array_equal(slots[0][row], [*wanted, *range(30, 30 + 12 - len(wanted))])
+            np.testing.assert_array_equal(slots[1][row, : len(wanted)], wanted)
+            assert (slots[1][row, len(wanted) :] >= 30).all()
 
 
 def rows_of(hidden, visual, valid=None):
     hidden, visual = jnp.asarray(hidden, jnp.float32), jnp.asarray(visual, jnp.int32)
     valid = jnp.ones(visual.shape, bool) if valid is None else jnp.asarray(valid)
     table = jnp.arange(visual.shape[1], dtype=jnp.float32)[None, :, None] * jnp.ones((*visual.shape, 1))
-    return Rows(hidden, Rope(table, table), visual, valid, visual >= 0)
+    slots = jnp.broadcast_to(jnp.arange(visual.shape[1]), visual.shape)
+    return Rows(hidden, Rope(table, table), slots, visual, valid, visual >= 0)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +79,7 @@ def test_vector_3_reroute_and_delete(recover, selected, final, cached):
     ends = {int(v): None for v in range(8)}
     for given, keep, layers in (([0.1, 0.6, 0.2, 0.5, 0.4, 0.3], 3, 2), ([0.9, 0.1, 0.8, 0.2, 0.3, 0.0], 2, 3)):
         scores = jnp.take(jnp.asarray(given), jnp.maximum(rows.visual, 0))
-        chosen = select(scores, rows.eligible, jnp.array([keep]))
+        chosen = select(scores, rows.eligible, jnp.array([keep]), keep)
         slots = compact_slots(chosen | (rows.visual < 0), 2 + keep)
         active = gather(rows, slots)
         stage = 0 if layers == 2 else 1
