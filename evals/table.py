@@ -365,7 +365,7 @@ def _outcome(name: str, model: Answerer, routes: Routes, asked: OpenedTask, args
         for run in routes.runs:  # all of them are looked at before the first is asked
             own_settings = settings | {"runs": Routes((run,), ()).settings}
             held.enter_context(run_folder(folder / run.name, own_settings, args.fresh))
-        records = {run.name: answer(model, task, run, folder / run.name, args.batch_size) for run in routes.runs}
+        records = answer(model, task, [(run, folder / run.name) for run in routes.runs], args.batch_size)
     summary = summarise(records, routes, metrics, model, args.seed, task)
     write_summary(folder, summary, settings | {"runs": routes.settings})
     return Outcome(

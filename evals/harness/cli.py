@@ -138,7 +138,7 @@ def run_benchmark(
     everything = {**run_settings(args, model, source, task, settings), "runs": routes.settings}
     folder = args.out or _default_folder(everything)
     with run_folder(folder, everything, args.fresh):
-        records = {run.name: answer(model, task, run, folder, args.batch_size) for run in routes.runs}
+        records = answer(model, task, [(run, folder) for run in routes.runs], args.batch_size)
         summary = summarise(records, routes, metrics, model, args.seed, task)
         write_summary(folder, summary, everything)
     print(f"{heading(summary, everything, versions())}\n\n{render(summary, task.difference_scale)}\n")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from PIL import Image
 from tqdm import tqdm
@@ -93,6 +93,11 @@ class Ready:
     records: list[Record]
     asked: list[Any]
 
+    @property
+    def last(self) -> int:
+        """The highest number of its questions."""
+        return max(doc.doc_id for doc in self.docs)
+
 
 @dataclass(frozen=True)
 class Run:
@@ -102,30 +107,70 @@ class Run:
     schedule: Schedule
 
 
-def answer(model: Answerer, task: Task, run: Run, folder: Path, batch_size: int) -> list[Record]:
-    """Answer what is still unanswered in `folder`/NAME.jsonl, and return all its records in order.
+def answer(model: Answerer, task: Task, places: Sequence[tuple[Run, Path]], batch_size: int) -> dict[str, list[Record]]:
+    """Answer what is still unanswered in FOLDER/NAME.jsonl of each run and its folder, and return the records of every
+    run in order.
 
-    Lines are in the order of the questions, and synced after each batch as far as the order allows. After a kill, what
-    is lost are the batches of one window at most. A batch that is not in the file as a whole is answered again as a
-    whole: the batches, and with them the answers, are those of a run that was never stopped.
+    Questions are prepared once for all runs. Lines are in the order of the questions, and synced after each batch as
+    far as the order allows. After a kill, what is lost are the batches of one window at most. A batch that is not in a
+    file as a whole is answered again as a whole: the batches, and with them the answers, are those of a run that was
+    never stopped.
     """
-    file = folder / f"{run.name}.jsonl"
-    done, batches = _resume(file, model, task, batch_size)
-    ready = ahead((_ready(model, task, run, batch) for batch in batches), LOOKAHEAD)
-    waiting: dict[int, Record] = {}
-    with (
-        open(file, "ab") as lines,
-        tqdm(total=task.total, initial=done, desc=run.name, unit="question", smoothing=0.1) as bar,
-        closing(ready),
-    ):
+    files = {run.name: folder / f"{run.name}.jsonl" for run, folder in places}
+    done = {name: _whole_lines(file) for name, file in files.items()}
+    ready = ahead(_unanswered(model, task, min(done.values()), batch_size), LOOKAHEAD)
+    bar = tqdm(total=task.total * len(files), initial=sum(done.values()), unit="question", smoothing=0.1)
+    with ExitStack() as opened:
+        opened.enter_context(bar)
+        opened.enter_context(closing(ready))
+        lines = {name: _Lines(opened.enter_context(open(file, "ab")), done[name]) for name, file in files.items()}
         for batch in ready:
-            waiting |= {record["doc_id"]: record for record in _answered(model, task, run, batch, batch_size)}
-            while done in waiting:
-                lines.write(_line(waiting.pop(done)))
-                done += 1
-            lines.flush()
-            os.fsync(lines.fileno())
-            bar.update(len(batch.docs))
+            for run, _ in places:
+                if batch.last >= done[run.name]:
+                    bar.set_description(run.name)
+                    bar.update(lines[run.name].write(_answered(model, task, run, batch, batch_size)))
+    return {name: _complete(file, task) for name, file in files.items()}
+
+
+@dataclass
+class _Lines:
+    """A run's file. done: lines in it. Records wait for those before them."""
+
+    file: BinaryIO
+    done: int
+    waiting: dict[int, Record] = field(default_factory=dict)
+
+    def write(self, records: Sequence[Record]) -> int:
+        """How many lines the file now has more."""
+        before = self.done
+        self.waiting |= {record["doc_id"]: record for record in records if record["doc_id"] >= before}
+        while self.done in self.waiting:
+            self.file.write(_line(self.waiting.pop(self.done)))
+            self.done += 1
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        return self.done - before
+
+
+def _unanswered(model: Answerer, task: Task, done: int, batch_size: int) -> Iterator[Ready]:
+    """The batches with questions from number `done` on, and with them the rest of the first one's window."""
+
+    def size(doc: Doc) -> int:
+        if doc.image is None:
+            return 0
+        rows, cols = model.visual_grid(doc.image)
+        return rows * cols
+
+    if done >= task.total:
+        return
+    window = WINDOW * batch_size
+    docs = (_taken(model, task, doc) for doc in task.docs(done // window * window))
+    for batch in sized_batches(docs, batch_size, size):
+        if max(doc.doc_id for doc in batch) >= done:
+            yield _ready(model, task, batch)
+
+
+def _complete(file: Path, task: Task) -> list[Record]:
     records = _read(file)
     if len(records) != task.total:
         raise RerouteError(f"{file} has {len(records)} answers for {task.total} questions: delete it and run again")
@@ -138,34 +183,6 @@ def sized_batches(docs: Iterator[Any], batch_size: int, size: Callable[[Any], in
         window.sort(key=size)
         for start in range(0, len(window), batch_size):
             yield window[start : start + batch_size]
-
-
-def _resume(file: Path, model: Answerer, task: Task, batch_size: int) -> tuple[int, Iterator[list[Doc]]]:
-    """Cut `file` where batches and lines both end: how many questions it then answers, and the batches to be asked."""
-
-    def size(doc: Doc) -> int:
-        if doc.image is None:
-            return 0
-        rows, cols = model.visual_grid(doc.image)
-        return rows * cols
-
-    found = _whole_lines(file)
-    done, batches = len(found), iter(())
-    if done < task.total:
-        window = WINDOW * batch_size
-        done = done // window * window
-        docs = (_taken(model, task, doc) for doc in task.docs(done))
-        batches = sized_batches(docs, batch_size, size)
-        begun = list(islice(batches, WINDOW)) if done < len(found) else []
-        written = _written(begun, done, len(found))
-        done += sum(map(len, begun[:written]))
-        batches = chain(begun[written:], batches)
-    if file.exists():
-        with open(file, "r+b") as lines:
-            lines.truncate(sum(map(len, found[:done])))
-            os.fsync(lines.fileno())
-        _read(file)
-    return done, batches
 
 
 def _taken(model: Answerer, task: Task, doc: Doc) -> Doc:
@@ -182,28 +199,26 @@ def _taken(model: Answerer, task: Task, doc: Doc) -> Doc:
     return doc
 
 
-def _written(batches: Sequence[Sequence[Doc]], start: int, stop: int) -> int:
-    """How many of the first batches are together the questions from `start` on to one before `stop` or less."""
-    count, numbers = 0, []
-    for position, batch in enumerate(batches, 1):
-        numbers += [doc.doc_id for doc in batch]
-        if max(numbers) + 1 == start + len(numbers) <= stop:
-            count = position
-    return count
-
-
-def _whole_lines(file: Path) -> list[bytes]:
+def _whole_lines(file: Path) -> int:
+    """How many there are, once a line that a kill cut off is gone from the file."""
     lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
-    return lines if not lines or lines[-1].endswith(b"\n") else lines[:-1]
+    if lines and not lines[-1].endswith(b"\n"):
+        lines.pop()
+        with open(file, "r+b") as cut:
+            cut.truncate(sum(map(len, lines)))
+            os.fsync(cut.fileno())
+    if lines:
+        _read(file)
+    return len(lines)
 
 
-def _ready(model: Answerer, task: Task, run: Run, docs: list[Doc]) -> Ready:
-    records = [_record(model, task, run, doc) for doc in docs]
+def _ready(model: Answerer, task: Task, docs: list[Doc]) -> Ready:
+    records = [_record(model, task, doc) for doc in docs]
     pairs = [(doc.image, record["prompt"]) for doc, record in zip(docs, records, strict=True) if not doc.bad]
     return Ready(docs, records, [model.question(pair) for pair in pairs])
 
 
-def _record(model: Answerer, task: Task, run: Run, doc: Doc) -> Record:
+def _record(model: Answerer, task: Task, doc: Doc) -> Record:
     identity = {
         "task": task.name,
         "doc_id": doc.doc_id,
@@ -216,7 +231,6 @@ def _record(model: Answerer, task: Task, run: Run, doc: Doc) -> Record:
     text_tokens = len(model.prompt_ids(prompt, [(rows, cols)])) - rows * cols
     bucket(text_tokens, TEXT_BUCKETS, f"question {doc.question_id} (document {doc.doc_id}), in text tokens,")
     return identity | {
-        "schedule": run.schedule.label,
         "image_backend": IMAGE_BACKEND,
         "image_size": list(doc.size),
         "model_size": list(model.model_size(doc.image)),
@@ -231,7 +245,7 @@ def _answered(model: Answerer, task: Task, run: Run, batch: Ready, batch_size: i
     how = {"schedule": run.schedule, "max_new_tokens": task.max_new_tokens, "batch_size": batch_size}
     answers = iter(model.answer(batch.asked, **how) if batch.asked else [])
     return [
-        record if doc.bad else _scored(task, doc, record, next(answers))
+        record if doc.bad else _scored(task, doc, record | {"schedule": run.schedule.label}, next(answers))
         for doc, record in zip(batch.docs, batch.records, strict=True)
     ]
 

@@ -4,12 +4,13 @@ import sys
 import time
 import zlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from evals.harness.data import rec_source
 from evals.harness.runner import Record, Run, Task, answer
 from evals.refcoco import make_task
-from reroute_jax.routing.plan import Schedule
+from reroute_jax.engine.answers import Answer
 from tests.evals.stub import StubModel
 
 BATCH = 3
@@ -27,12 +28,11 @@ class MixedModel(StubModel):
     def visual_grid(self, image) -> tuple[int, int]:
         return 1 + zlib.crc32(image.tobytes()) % 4, 8
 
-    def answer(self, questions: Sequence[tuple], *, schedule: Schedule, max_new_tokens: int) -> list[str]:
+    def answer(self, questions: Sequence[tuple], **how) -> list[Answer]:
         time.sleep(self.pause)
         self.sizes.append([self.visual_grid(image)[0] for image, _ in questions])
         mark = zlib.crc32("".join(prompt for _, prompt in questions).encode())
-        found = super().answer(questions, schedule=schedule, max_new_tokens=max_new_tokens)
-        return [f"{text} {mark}" for text in found]
+        return [replace(found, text=f"{found.text} {mark}") for found in super().answer(questions, **how)]
 
 
 def mixed_task() -> Task:
@@ -40,7 +40,7 @@ def mixed_task() -> Task:
 
 
 def run(model: StubModel, folder: Path) -> list[Record]:
-    return answer(model, mixed_task(), Run("full", model.plan("none")), folder, BATCH)
+    return answer(model, mixed_task(), [(Run("full", model.plan("none")), folder)], BATCH)["full"]
 
 
 if __name__ == "__main__":

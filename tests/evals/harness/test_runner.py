@@ -7,7 +7,6 @@ import time
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -33,7 +32,7 @@ def full() -> Run:
 
 def test_one_json_line_per_question(task: Task, tmp_path: Path) -> None:
     model = StubModel()
-    records = answer(model, task, full(), tmp_path, BATCH)
+    records = answer(model, task, [(full(), tmp_path)], BATCH)["full"]
     lines = (tmp_path / "full.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == records
     assert [record["doc_id"] for record in records] == list(range(TOTAL))
@@ -53,13 +52,13 @@ def test_one_json_line_per_question(task: Task, tmp_path: Path) -> None:
 @pytest.mark.parametrize("part", [i / 13 for i in range(14)])
 def test_a_run_cut_anywhere_resumes_to_the_same_bytes(task: Task, tmp_path: Path, part: float) -> None:
     """`part` of the bytes survives, as after a kill in mid-write; whole batches are not asked again."""
-    answer(StubModel(), task, full(), tmp_path, BATCH)
+    answer(StubModel(), task, [(full(), tmp_path)], BATCH)["full"]
     file = tmp_path / "full.jsonl"
     whole = file.read_bytes()
     keep = int(part * len(whole))
     file.write_bytes(whole[:keep])
     model = StubModel()
-    answer(model, task, full(), tmp_path, BATCH)
+    answer(model, task, [(full(), tmp_path)], BATCH)["full"]
     assert file.read_bytes() == whole
     lines = whole[:keep].count(b"\n")
     kept = lines if lines == TOTAL else lines // BATCH * BATCH
@@ -84,70 +83,69 @@ def test_an_image_of_a_form_that_the_model_does_not_take_is_a_bad_row(task: Task
     model = NarrowRefused(docs[5].image.tobytes())
     bad = [doc.doc_id for doc in docs if doc.image.tobytes() == model.refused]
     with pytest.raises(BadImage, match=rf"^refcoco, question_id {docs[5].question_id}: an image has 1 x 900") as caught:
-        answer(model, task, full(), tmp_path, BATCH)
+        answer(model, task, [(full(), tmp_path)], BATCH)["full"]
     assert str(caught.value).endswith("repair it or give --skip-bad")
-    records = answer(model, replace(task, skip_bad=True), full(), tmp_path, BATCH)
+    records = answer(model, replace(task, skip_bad=True), [(full(), tmp_path)], BATCH)["full"]
     assert [record["doc_id"] for record in records if record.get("left_out") == "bad image"] == bad
     assert all(record["why"] == str(caught.value) for record in records if "why" in record)
     assert sum(model.batches) == TOTAL - len(bad)
 
 
 def test_a_finished_run_asks_nothing(task: Task, tmp_path: Path) -> None:
-    answer(StubModel(), task, full(), tmp_path, BATCH)
+    answer(StubModel(), task, [(full(), tmp_path)], BATCH)["full"]
     model = StubModel()
-    records = answer(model, task, full(), tmp_path, BATCH)
+    records = answer(model, task, [(full(), tmp_path)], BATCH)["full"]
     assert model.batches == []
     assert len(records) == TOTAL
 
 
 def test_ctrl_c_keeps_the_batches_answered(task: Task, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        answer(StubModel(interrupt_after=2), task, full(), tmp_path, BATCH)
+        answer(StubModel(interrupt_after=2), task, [(full(), tmp_path)], BATCH)["full"]
     assert (tmp_path / "full.jsonl").read_bytes().count(b"\n") == 2 * BATCH
 
 
 def test_a_damaged_line_is_refused_by_number(task: Task, tmp_path: Path) -> None:
-    answer(StubModel(), task, full(), tmp_path, BATCH)
+    answer(StubModel(), task, [(full(), tmp_path)], BATCH)["full"]
     file = tmp_path / "full.jsonl"
     lines = file.read_bytes().splitlines(keepends=True)
     for damaged in (b"{oops\n", b"[]\n", b"{}\n", lines[4], b"\xe9\n", b"\0\n", b"[" * 99_999 + b"\n"):
         file.write_bytes(b"".join([*lines[:2], damaged, *lines[3:]]))
         with pytest.raises(RerouteError, match=r"line 3 of .*full\.jsonl .*: delete it and run again"):
-            answer(StubModel(), task, full(), tmp_path, BATCH)
+            answer(StubModel(), task, [(full(), tmp_path)], BATCH)["full"]
 
 
 def test_answers_with_half_a_surrogate_pair_are_kept(task: Task, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(StubModel, "_answer", lambda *arguments: "a\ud800b")
-    answer(StubModel(), task, full(), tmp_path, BATCH)
+    answer(StubModel(), task, [(full(), tmp_path)], BATCH)["full"]
     model = StubModel()
-    assert {record["text"] for record in answer(model, task, full(), tmp_path, BATCH)} == {"a\ud800b"}
+    assert {record["text"] for record in answer(model, task, [(full(), tmp_path)], BATCH)["full"]} == {"a\ud800b"}
     assert model.batches == []
 
 
 def test_records_say_how_answers_ended_where_the_model_does(task: Task, tmp_path: Path) -> None:
     class Ended(StubModel):
         def answer(self, questions, **limits):
-            texts = super().answer(questions, **limits)
-            return [SimpleNamespace(text=text, finish_reason="length") for text in texts]
+            return [replace(found, finish_reason="length") for found in super().answer(questions, **limits)]
 
-    silent = answer(StubModel(), task, full(), tmp_path, BATCH)
+    stopped = answer(StubModel(), task, [(full(), tmp_path)], BATCH)["full"]
     (tmp_path / "full.jsonl").unlink()
-    told = answer(Ended(), task, full(), tmp_path, BATCH)
-    assert {record["finish"] for record in silent} == {None}
-    assert told == [record | {"finish": "length"} for record in silent]
+    told = answer(Ended(), task, [(full(), tmp_path)], BATCH)["full"]
+    assert {record["finish"] for record in stopped} == {"stop"}
+    assert told == [record | {"finish": "length"} for record in stopped]
 
 
 def test_prompts_beyond_the_limit_name_their_question(task: Task, tmp_path: Path) -> None:
     long = replace(task, prompt=lambda doc: "word " * (5000 if doc.doc_id == 6 else 5))
     asked = list(task.docs(0))[6]
     with pytest.raises(RerouteError, match=rf"question {asked.question_id} \(document 6\), .* has 5004: .* most 4096"):
-        answer(StubModel(), long, full(), tmp_path, BATCH)
+        answer(StubModel(), long, [(full(), tmp_path)], BATCH)["full"]
 
 
 def test_more_answers_than_questions_are_refused(task: Task, tmp_path: Path) -> None:
-    answer(StubModel(), task, full(), tmp_path, BATCH)
+    answer(StubModel(), task, [(full(), tmp_path)], BATCH)["full"]
     with pytest.raises(RerouteError, match="has 10 answers for 6 questions"):
-        answer(StubModel(), replace(task, total=6, docs=lambda start: iter(())), full(), tmp_path, BATCH)
+        answer(StubModel(), replace(task, total=6, docs=lambda start: iter(())), [(full(), tmp_path)], BATCH)["full"]
 
 
 def worker_threads() -> list[str]:
@@ -156,7 +154,7 @@ def worker_threads() -> list[str]:
 
 def test_ctrl_c_and_errors_leave_no_thread_behind(task: Task, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        answer(StubModel(interrupt_after=1), task, full(), tmp_path, BATCH)
+        answer(StubModel(interrupt_after=1), task, [(full(), tmp_path)], BATCH)["full"]
     assert worker_threads() == []
 
     def docs(start: int):
@@ -164,20 +162,45 @@ def test_ctrl_c_and_errors_leave_no_thread_behind(task: Task, tmp_path: Path) ->
         raise RerouteError("question 9 is broken")
 
     with pytest.raises(RerouteError, match="question 9 is broken"):
-        answer(StubModel(), replace(task, docs=docs), full(), tmp_path, 2)
+        answer(StubModel(), replace(task, docs=docs), [(full(), tmp_path)], 2)["full"]
     assert worker_threads() == []
     assert (tmp_path / "full.jsonl").read_bytes().count(b"\n") == 8  # the window before
 
 
 def test_questions_are_made_ready_in_another_thread(task: Task, tmp_path: Path) -> None:
     class Threads(StubModel):
-        def prepare(self, pairs, batch_size):
+        def question(self, item):
             self.thread = threading.current_thread().name
-            return super().prepare(pairs, batch_size)
+            return super().question(item)
 
     model = Threads()
-    answer(model, task, full(), tmp_path, BATCH)
+    answer(model, task, [(full(), tmp_path)], BATCH)["full"]
     assert model.thread.startswith("ahead")
+
+
+def test_runs_share_what_is_prepared_and_each_goes_on_where_it_was(task: Task, tmp_path: Path) -> None:
+    """Two runs, one of them cut in its second batch: questions are prepared once, files are those of runs alone."""
+
+    class Counting(StubModel):
+        prepared = 0
+
+        def question(self, item):
+            self.prepared += 1
+            return super().question(item)
+
+    runs = [full(), Run("pdrop", StubModel().plan("pdrop", budget=128))]
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    alone.mkdir()
+    together.mkdir()
+    for run in runs:
+        answer(StubModel(), task, [(run, alone)], BATCH)
+    cut = (alone / "full.jsonl").read_bytes().splitlines(keepends=True)[: BATCH + 1]
+    (together / "full.jsonl").write_bytes(b"".join(cut) + b'{"half a li')
+    model = Counting()
+    records = answer(model, task, [(run, together) for run in runs], BATCH)
+    assert model.prepared == TOTAL
+    for name in records:
+        assert (together / f"{name}.jsonl").read_bytes() == (alone / f"{name}.jsonl").read_bytes()
 
 
 def test_batches_hold_images_of_like_size_and_lines_keep_the_order(tmp_path: Path) -> None:
