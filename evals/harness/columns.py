@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from evals.harness.split_files import JSON_SUFFIXES, SUFFIXES, split_files
+from evals.harness.text_files import json_lines
 from reroute_jax.errors import RerouteError
 
 DataRow = Mapping[str, Any]
 
 IMAGE = "image"
 OWN_HUB = "hub"  # --data: the benchmark's own set on the hub
-JSON_SUFFIXES = (".jsonl", ".json")
 _BATCH = 16  # rows of parquet read at a time
 
 
@@ -41,11 +41,18 @@ class Hub:
 
 @dataclass(frozen=True)
 class DataSet:
-    """rows: of the columns given, from the first one, any number of times. count: of rows. name: for messages."""
+    """rows: of the columns given, from the first one, any number of times. count: of rows. name: for messages.
+
+    files: local ones that the rows are in. images: by row in order, the image files beside them that it names, None
+    for a row with its image in it. revision: of a set on the hub.
+    """
 
     name: str
     rows: Callable[[Sequence[str]], Iterator[DataRow]]
     count: int
+    files: tuple[Path, ...] = ()
+    images: Callable[[], Iterable[Path | None]] = tuple
+    revision: str | None = None
 
 
 @dataclass(frozen=True)
@@ -107,7 +114,7 @@ def open_table(
         if hub.images is not None and not (path / hub.images.config).is_dir():
             hub = replace(hub, images=None)  # then the image column has to be there
         return _joined(lambda config, *what: _folder(path, config, kinds, *what), hub, split or hub.split, columns)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", data) and path.suffix not in (".parquet", *JSON_SUFFIXES):
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", data) and path.suffix not in SUFFIXES:
         return _joined(lambda config, *what: _hub(data, config, *what), hub, split or hub.split, columns)
     raise RerouteError(
         f"no file or folder {data} for --data, expected 'scenes', 'hub', a hub id owner/name, or local parquet or JSON "
@@ -135,7 +142,15 @@ def _joined(
                 raise RerouteError(f"{pictures.name} has no image {row[apart.on]!r}, which {questions.name} asks about")
             yield {**row, IMAGE: images[row[apart.on]]}
 
-    return replace(questions, rows=rows)
+    def image_files() -> Iterator[Path | None]:
+        for row in questions.rows((apart.on,)):
+            image = images.get(row[apart.on]) or {}
+            named = image.get("bytes") is None and image.get("path") is not None
+            yield Path(image["path"]) if named else None
+
+    files = questions.files + pictures.files
+    revision = None if pictures.revision is None else f"{questions.revision}, images {pictures.revision}"
+    return replace(questions, rows=rows, files=files, images=image_files, revision=revision)
 
 
 def _and_image(columns: Sequence[str]) -> tuple[str, ...]:
@@ -144,26 +159,7 @@ def _and_image(columns: Sequence[str]) -> tuple[str, ...]:
 
 def _folder(path: Path, config: str | None, kinds: Mapping[str, Kind], split: str, columns: Sequence[str]) -> DataSet:
     within = path / config if config is not None and (path / config).is_dir() else path
-    return _files(_split_files(within, split), f"{within} [{split}]", columns, kinds)
-
-
-def _split_files(folder: Path, split: str) -> list[Path]:
-    """Files of a split in the hub's layout: FOLDER[/data]/SPLIT-00000-of-00004.parquet, or SPLIT.parquet (.jsonl)."""
-    found = (
-        file
-        for suffix in (".parquet", *JSON_SUFFIXES)
-        for where in ("*", "data/*")
-        for file in folder.glob(where + suffix)
-    )
-    splits = {file: file.stem.split("-")[0] for file in sorted(found)}
-    if not splits:
-        raise RerouteError(
-            f"{folder} holds no parquet files and no JSON lines, expected SPLIT-*.parquet in it or in its data folder"
-        )
-    if split not in splits.values():
-        known = ", ".join(sorted(set(splits.values())))
-        raise RerouteError(f"unknown split {split!r} of {folder}: expected one of {known}")
-    return [file for file in splits if splits[file] == split]
+    return _files(split_files(within, split), f"{within} [{split}]", columns, kinds)
 
 
 def _files(files: Sequence[Path], name: str, columns: Sequence[str], kinds: Mapping[str, Kind]) -> DataSet:
@@ -173,17 +169,32 @@ def _files(files: Sequence[Path], name: str, columns: Sequence[str], kinds: Mapp
         for part in parts:
             yield from part.rows(wanted)
 
-    return DataSet(name, rows, sum(part.count for part in parts))
+    def images() -> Iterator[Path | None]:
+        for part in parts:
+            yield from part.images()
+
+    return DataSet(name, rows, sum(part.count for part in parts), tuple(files), images)
 
 
 def _parquet(file: Path, columns: Sequence[str], kinds: Mapping[str, Kind]) -> DataSet:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    def read(wanted: Sequence[str]) -> Iterator[dict[str, Any]]:
+        try:
+            for batch in pq.ParquetFile(file).iter_batches(batch_size=_BATCH, columns=list(wanted)):
+                yield from batch.to_pylist()
+        except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+            raise RerouteError(f"{file} cannot be read as parquet ({str(error).splitlines()[0]})") from error
+
     def rows(wanted: Sequence[str]) -> Iterator[DataRow]:
-        for batch in pq.ParquetFile(file).iter_batches(batch_size=_BATCH, columns=list(wanted)):
-            for row in batch.to_pylist():
-                yield _beside(row, file)
+        return (_beside(row, file) for row in read(wanted))
+
+    def images() -> Iterator[Path | None]:
+        """The paths alone: the bytes beside them may be 20 GB. A path beside bytes seldom is that of a file."""
+        for row in read((f"{IMAGE}.path",)):
+            path = (row.get(IMAGE) or {}).get("path")
+            yield None if path is None else file.parent / path
 
     try:
         schema = pq.read_schema(file)
@@ -195,32 +206,28 @@ def _parquet(file: Path, columns: Sequence[str], kinds: Mapping[str, Kind]) -> D
         if column in kinds and not kinds[column].right(schema.field(column).type):
             expected = kinds[column].expected
             raise RerouteError(f"column {column} of {file} is {schema.field(column).type}, expected {expected}")
-    return DataSet(str(file), rows, count)
+    return DataSet(str(file), rows, count, (file,), images if IMAGE in columns else tuple)
 
 
 def _json(file: Path, columns: Sequence[str]) -> DataSet:
     def rows(wanted: Sequence[str]) -> Iterator[DataRow]:
-        with open(file, encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    row = _json_row(line, columns, f"line {number} of {file}")
-                    yield _beside({name: row[name] for name in wanted}, file)
+        for number, found in json_lines(file):
+            row = _json_row(found, columns, f"line {number} of {file}")
+            yield _beside({name: row[name] for name in wanted}, file)
 
-    return DataSet(str(file), rows, sum(1 for _ in rows(())))
+    def images() -> Iterator[Path | None]:
+        return (Path(row[IMAGE]["path"]) for row in rows((IMAGE,)))
+
+    count = sum(1 for _ in rows(()))
+    return DataSet(str(file), rows, count, (file,), images if IMAGE in columns else tuple)
 
 
-def _json_row(line: str, columns: Sequence[str], where: str) -> DataRow:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise RerouteError(f"{where} is not JSON ({error})") from error
-    if not isinstance(row, dict):
-        raise RerouteError(f"{where} is no object, expected the columns {', '.join(columns)}")
+def _json_row(row: dict[str, Any], columns: Sequence[str], where: str) -> DataRow:
     _require_columns(list(row), columns, where)
     if IMAGE not in columns:
         return row
     path = row[IMAGE].get("path") if isinstance(row[IMAGE], dict) else row[IMAGE]
-    if not isinstance(path, str):
+    if not isinstance(path, str) or "\0" in path:
         raise RerouteError(f"{where}: column image is {row[IMAGE]!r}, expected the path of a file")
     return {**row, IMAGE: {"bytes": None, "path": path}}
 
@@ -236,6 +243,7 @@ def _beside(row: dict[str, Any], file: Path) -> DataRow:
 def _hub(name: str, config: str | None, split: str, columns: Sequence[str]) -> DataSet:
     try:
         import datasets
+        from huggingface_hub.errors import HTTPError
     except ImportError as error:
         raise RerouteError(f"--data {name} is a hub id and needs `datasets`: pip install 'reroute_jax[hub]'") from error
     try:
@@ -245,13 +253,17 @@ def _hub(name: str, config: str | None, split: str, columns: Sequence[str]) -> D
         table = datasets.load_dataset(name, config, split=split)
     except RerouteError:
         raise
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, datasets.exceptions.DatasetsError, HTTPError) as error:
         raise RerouteError(f"data set {name} cannot be loaded ({str(error).splitlines()[0]})") from error
     _require_columns(table.column_names, columns, name)
     encoded = table.select_columns(list(columns))
     if IMAGE in columns:
         encoded = encoded.cast_column(IMAGE, datasets.Image(decode=False))
-    return DataSet(f"{name} [{split}]", lambda wanted: iter(encoded.select_columns(list(wanted))), len(table))
+    # What `datasets` tells versions of a set apart by: made of the revision's data files, it has no public name.
+    revision = table._fingerprint
+    return DataSet(
+        f"{name} [{split}]", lambda wanted: iter(encoded.select_columns(list(wanted))), len(table), revision=revision
+    )
 
 
 def _require_columns(names: Sequence[str], wanted: Sequence[str], where: str) -> None:

@@ -271,7 +271,7 @@ def test_rows_that_cannot_be_asked_are_named(
     ("content", "expected"),
     [
         ("{oops\n", "line 1 of x.jsonl is not JSON"),
-        ("[1]\n", "line 1 of x.jsonl is no object, expected the columns id, "),
+        ("[1]\n", "line 1 of x.jsonl is no object: expected JSON that begins with {"),
         ('{"id": "1"}\n', "line 1 of x.jsonl lacks the columns question, answer, image_source, image: it has id"),
         ("\n", "x.jsonl holds no question, expected at least one row"),
     ],
