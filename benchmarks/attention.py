@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from evals.harness.runner import write_json
+from evals.harness.run_folder import write_json
 from reroute_jax.commandline.parsing import DATA, OUTPUT, RUN, Parser, exit_code, positive
 from reroute_jax.engine.compilation import compiled
 from reroute_jax.errors import RerouteError

@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from evals.harness.runner import write_json
+from evals.harness.run_folder import write_json
 from reroute_jax.commandline.parsing import OUTPUT, RUN, Parser, exit_code, positive_number
 from reroute_jax.errors import RerouteError
 

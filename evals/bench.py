@@ -22,7 +22,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from evals.harness.runner import write_json
+from evals.harness.run_folder import write_json
 from evals.speed.bench_report import TimingRecord, figure, rows_of, table
 from evals.speed.programs import Answer, Programs, Steps, compile_programs, compile_tower
 from evals.speed.roofline import Machine, decode_bound, measure_machine, prefill_bound

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from evals.harness.routes import DEFAULT_METHOD, add_comparison_arguments, check_routes, plan_routes
-from evals.harness.runner import write_json
+from evals.harness.run_folder import write_json
 from evals.speed.subjects import Subject, add_subject_arguments, open_subject, sample
 from reroute_jax.commandline.parsing import DATA, OUTPUT, RUN, Parser, exit_code, positive, whole
 from reroute_jax.commandline.routes import add_route_arguments

@@ -10,6 +10,7 @@ import argparse
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -23,7 +24,14 @@ from convert.embedded import CAVEATS, EMBEDDED, locate
 from convert.source import open_source
 from evals import gqa, mmbench, mme, pope, refcoco, refcocog, refcocoplus, scienceqa, textvqa, vqav2
 from evals.harness import vqa
-from evals.harness.cli import add_compat_argument, exit_code_of, load_model, run_settings, write_summary
+from evals.harness.cli import (
+    add_compat_argument,
+    add_fresh_argument,
+    exit_code_of,
+    load_model,
+    run_settings,
+    write_summary,
+)
 from evals.harness.columns import OWN_HUB, Hub
 from evals.harness.data import REFCOCO, SCENES, DocSource, rec_source
 from evals.harness.finished_runs import read_finished
@@ -31,7 +39,8 @@ from evals.harness.matrix import Entry, Outcome, Sheet, draw, markdown, write_cs
 from evals.harness.pages import board, page
 from evals.harness.report import score_runs, summarise
 from evals.harness.routes import FULL, Routes, named_run
-from evals.harness.runner import Answerer, Run, Task, answer, open_folder
+from evals.harness.run_folder import locked, run_folder
+from evals.harness.runner import Answerer, Run, Task, answer
 from reroute_jax.commandline.parsing import DATA, OUTPUT, ROUTE, RUN, Parser, budget, positive, whole
 from reroute_jax.config import ModelConfig
 from reroute_jax.errors import RerouteError
@@ -170,6 +179,7 @@ def _parser() -> Parser:
     parser.group(OUTPUT).add_argument(
         "--out", type=Path, default=Path("runs/table"), help="folder (default: %(default)s)"
     )
+    add_fresh_argument(parser)
     return parser
 
 
@@ -207,12 +217,13 @@ def _run(args: argparse.Namespace) -> None:
         raise RerouteError("method 'none' is the run with all tokens, which is always there: leave it out of --methods")
     planned = {model: _planned(model, args) for model in args.models}
     asked = [_asked(name, args) for name in _task_names(args.tasks)]
-    sheets = [_sheet(model, planned[model], asked, args) for model in args.models]
-    text = markdown(sheets)
-    (args.out / "table.md").write_text(text, encoding="utf-8")
-    write_csv(sheets, args.out / "table.csv")
-    draw(sheets, [args.out / "figure.png", args.out / "figure.svg"])
-    (args.out / "index.html").write_text(_page(sheets, args.out), encoding="utf-8")
+    with locked(args.out):
+        sheets = [_sheet(model, planned[model], asked, args) for model in args.models]
+        text = markdown(sheets)
+        (args.out / "table.md").write_text(text, encoding="utf-8")
+        write_csv(sheets, args.out / "table.csv")
+        draw(sheets, [args.out / "figure.png", args.out / "figure.svg"])
+        (args.out / "index.html").write_text(_page(sheets, args.out), encoding="utf-8")
     print(f"{text}\nindex.html, table.md, table.csv, figure.png, figure.svg, answers and summaries: {args.out}")
 
 
@@ -334,17 +345,25 @@ def _sheet(name: str, planned: Planned, asked: Sequence[OpenedTask], args: argpa
         for one in outcomes
         for reason, found in one.summary.get("left_out", {}).items()
     ]
+    notes += [
+        f"{one.task}: {len(found)} questions noted, {reason}."
+        for one in outcomes
+        for reason, found in one.summary.get("noted", {}).items()
+    ]
+    notes += [f"Warning: {one.task}, {line}." for one in outcomes for line in one.summary.get("warnings", ())]
     return Sheet(name, planned.entries, tuple(outcomes), tuple(notes))
 
 
 def _outcome(name: str, model: Answerer, routes: Routes, asked: OpenedTask, args: argparse.Namespace) -> Outcome:
     own = argparse.Namespace(**{**vars(asked.args), "model": name})
     task, metrics, settings = asked.command.questions(own, asked.source, model)
-    settings = run_settings(own, model, task, settings)
+    settings = run_settings(own, model, asked.source, task, settings)
     folder = _task_folder_of(args.out, name, asked.name)
-    for run in routes.runs:
-        open_folder(folder / run.name, settings | {"runs": Routes((run,), ()).settings})
-    records = {run.name: answer(model, task, run, folder / run.name, args.batch_size) for run in routes.runs}
+    with ExitStack() as held:
+        for run in routes.runs:  # all of them are looked at before the first is asked
+            own_settings = settings | {"runs": Routes((run,), ()).settings}
+            held.enter_context(run_folder(folder / run.name, own_settings, args.fresh))
+        records = {run.name: answer(model, task, run, folder / run.name, args.batch_size) for run in routes.runs}
     summary = summarise(records, routes, metrics, model, args.seed, task)
     write_summary(folder, summary, settings | {"runs": routes.settings})
     return Outcome(

@@ -7,18 +7,19 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import reroute_jax
 from convert.embedded import CAVEATS, EMBEDDED, locate
 from evals.harness.columns import OWN_HUB, Hub
-from evals.harness.data import IMAGE_BACKEND, SCENES
+from evals.harness.data import IMAGE_BACKEND, SCENES, DocSource
+from evals.harness.identity import checkpoint_identity, files_digest, images_digest, software, versions
 from evals.harness.padding import IMAGE_MODES, Colour, mean_colour
-from evals.harness.report import heading, render, summarise
+from evals.harness.report import IDENTITY, heading, render, summarise
 from evals.harness.routes import DEFAULT_METHOD, add_comparison_arguments, plan_routes
-from evals.harness.runner import SUMMARY_FILE, Answerer, Task, answer, fingerprint, open_folder, write_json
+from evals.harness.run_folder import SUMMARY_FILE, run_folder, write_json
+from evals.harness.runner import Answerer, Task, answer
 from reroute_jax.commandline.parsing import DATA, DEFECT, OUTPUT, RUN, Parser, exit_code, positive, whole
 from reroute_jax.commandline.routes import add_route_arguments
 from reroute_jax.engine.compilation import keep_programs
@@ -26,8 +27,6 @@ from reroute_jax.errors import RerouteError
 from reroute_jax.models import FAMILIES
 from reroute_jax.nn.mrope import COMPATS
 from reroute_jax.types import FLOATS
-
-PACKAGES = ("jax", "jaxlib", "flax", "transformers", "tokenizers", "numpy", "pillow")
 
 
 def exit_code_of(benchmark: Callable[[], None]) -> int:
@@ -77,7 +76,14 @@ def benchmark_parser(name: str, description: str) -> Parser:
     parser.group(OUTPUT).add_argument(
         "--out", type=Path, help="run folder (default: runs/ and a name made from the settings)"
     )
+    add_fresh_argument(parser)
     return parser
+
+
+def add_fresh_argument(parser: Parser) -> None:
+    parser.group(OUTPUT).add_argument(
+        "--fresh", action="store_true", help="start anew where --out holds answers; they are moved aside within it"
+    )
 
 
 def add_compat_argument(parser: Parser) -> None:
@@ -110,38 +116,55 @@ def load_model(name: str, dtype: str | None, mrope_compat: str | None = None, vi
 
 
 def run_benchmark(
-    args: argparse.Namespace, model: Answerer, task: Task, metrics: Sequence[str], settings: Mapping[str, Any]
+    args: argparse.Namespace,
+    model: Answerer,
+    source: DocSource,
+    task: Task,
+    metrics: Sequence[str],
+    settings: Mapping[str, Any],
 ) -> None:
     """Make or go on with the runs that `args` ask for, write their files, and print the report.
 
-    settings: what else the answers depend on. Raises RerouteError for a folder made with other settings.
+    source: of the task's questions. settings: what else the answers depend on. Raises RerouteError for a folder made
+    with other settings, data, model or software, and for one that another process works on.
     """
     if args.compilation_cache is not None:
         keep_programs(args.compilation_cache)
     routes = plan_routes(args, model)
-    everything = {**run_settings(args, model, task, settings), "runs": routes.settings}
+    everything = {**run_settings(args, model, source, task, settings), "runs": routes.settings}
     folder = args.out or _default_folder(everything)
-    open_folder(folder, everything)
-    records = {run.name: answer(model, task, run, folder, args.batch_size) for run in routes.runs}
-    summary = summarise(records, routes, metrics, model, args.seed, task)
-    write_summary(folder, summary, everything)
-    print(f"{heading(summary, everything, _versions())}\n\n{render(summary, task.difference_scale)}\n")
+    with run_folder(folder, everything, args.fresh):
+        records = {run.name: answer(model, task, run, folder, args.batch_size) for run in routes.runs}
+        summary = summarise(records, routes, metrics, model, args.seed, task)
+        write_summary(folder, summary, everything)
+    print(f"{heading(summary, everything, versions())}\n\n{render(summary, task.difference_scale)}\n")
     if args.model in CAVEATS:
         print(f"Note: {CAVEATS[args.model]}.\n")
     print(f"Answers and {SUMMARY_FILE}: {folder}")
 
 
-def run_settings(args: argparse.Namespace, model: Answerer, task: Task, settings: Mapping[str, Any]) -> dict[str, Any]:
+def run_settings(
+    args: argparse.Namespace, model: Answerer, source: DocSource, task: Task, settings: Mapping[str, Any]
+) -> dict[str, Any]:
     """All that the answers depend on, the schedule aside. settings: those of the task alone."""
+    path = Path(locate(args.model)).expanduser()
     return {
         "task": task.name,
         "questions": task.total,
         **settings,
-        **_model_settings(args.model, model),
+        "model": args.model,
+        "dtype": str(model.dtype),
         "max_new_tokens": task.max_new_tokens,
         "batch_size": args.batch_size,
         "seed": args.seed,
         **_protocol(model, args.llava_image_mode),
+        IDENTITY: {
+            "data_files": files_digest({str(file): file for file in source.files}) if source.files else None,
+            "data_images": images_digest(source.images(task.total)),
+            "data_revision": source.revision,
+            **checkpoint_identity(path, model.folder),
+            **software(),
+        },
     }
 
 
@@ -149,13 +172,7 @@ def write_summary(folder: Path, summary: Mapping[str, Any], settings: Mapping[st
     """SUMMARY_FILE: the summary with what it was made from and what has to be known of it."""
     model = settings["model"]
     caveat = {"caveat": CAVEATS[model]} if model in CAVEATS else {}
-    write_json(folder / SUMMARY_FILE, {**summary, **caveat, "settings": settings, "versions": _versions()})
-
-
-def _model_settings(name: str, model: Answerer) -> dict[str, Any]:
-    """What identifies the model: a local folder counts with its content, not by its name alone."""
-    path = Path(locate(name)).expanduser()
-    return {"model": name, "model_files": fingerprint(path) if path.exists() else None, "dtype": str(model.dtype)}
+    write_json(folder / SUMMARY_FILE, {**summary, **caveat, "settings": settings, "versions": versions()})
 
 
 def pad_colour(args: argparse.Namespace, model: Answerer) -> Colour | None:
@@ -184,11 +201,8 @@ def _protocol(model: Answerer, llava_image_mode: str) -> dict[str, Any]:
 
 
 def _default_folder(settings: Mapping[str, Any]) -> Path:
-    """runs/TASK/ and the model, the last run and a hash of all settings."""
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    """runs/TASK/ and the model, the last run and a hash of the command alone, so that it finds its own answers."""
+    said = {name: value for name, value in settings.items() if name != IDENTITY}
+    digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:8]
     model = re.sub(r"[^\w.-]+", "-", Path(settings["model"]).name)
     return Path("runs") / settings["task"] / f"{model}_{settings['questions']}_{list(settings['runs'])[-1]}_{digest}"
-
-
-def _versions() -> dict[str, str]:
-    return {package: metadata.version(package) for package in PACKAGES}

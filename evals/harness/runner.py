@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +16,8 @@ from tqdm import tqdm
 
 from evals.harness.data import IMAGE_BACKEND, Doc
 from evals.harness.metrics import Derived
+from evals.harness.text_files import json_object
+from reroute_jax.buckets import TEXT_BUCKETS, bucket
 from reroute_jax.config import ModelConfig
 from reroute_jax.engine.pipeline import ahead
 from reroute_jax.errors import RerouteError
@@ -25,11 +26,15 @@ from reroute_jax.routing.plan import Schedule
 Record = dict[str, Any]
 
 BAD_IMAGE, INCOMPLETE = "bad image", "incomplete"  # why a question counts for nothing
-SETTINGS_FILE = "settings.json"
-SUMMARY_FILE = "summary.json"
 WINDOW = 4  # batches whose questions are sorted by size
 LOOKAHEAD = WINDOW  # batches made ready while one is answered: a window's images are decoded in one go
-_SAMPLE_BYTES = 1 << 16  # read at either end of a file for its fingerprint
+
+
+class Answered(Protocol):
+    """An answer with why it ended: finish_reason "stop", or "length" where the limit on new tokens cut it off."""
+
+    text: str
+    finish_reason: str
 
 
 class Answerer(Protocol):
@@ -37,6 +42,7 @@ class Answerer(Protocol):
 
     config: ModelConfig
     dtype: str
+    folder: Path
     image_processor: Any
 
     def plan(self, method: str, **arguments: Any) -> Schedule: ...
@@ -49,7 +55,7 @@ class Answerer(Protocol):
 
     def prepare(self, pairs: Sequence[tuple[Image.Image, str]], batch_size: int) -> Any: ...
 
-    def answer(self, questions: Any, *, schedule: Schedule, max_new_tokens: int) -> list[str]: ...
+    def answer(self, questions: Any, *, schedule: Schedule, max_new_tokens: int) -> list[str] | list[Answered]: ...
 
 
 @dataclass(frozen=True)
@@ -57,10 +63,11 @@ class Task:
     """A benchmark. All members are pure, so that a run can be repeated and resumed.
 
     docs: its questions from doc_id `start` on; `total` of them from 0.
-    score: (answer, question) -> fields of the JSON line; "metrics" among them maps a name to a number. What is
-        reported is the mean of such a number over the questions that have it, and what `derived` makes of these means:
-        reported name -> function of the means by name, arrays with one number a resample. A name that starts with "_"
-        exists for `derived` alone.
+    score: (answer, question) -> fields of the JSON line; "metrics" among them maps a name to a number, "unparsed" says
+        whether the task found nothing in the answer that it could read, and "noted", where it is there, what has to be
+        known of the question. What is reported is the mean of such a number over the questions that have it, and what
+        `derived` makes of these means: reported name -> function of the means by name, arrays with one number a
+        resample. A name that starts with "_" exists for `derived` alone.
     finish: all records of a run in order -> the same with metrics that need several of them filled in. One with
         "left_out", a reason, and no metrics is counted under that reason.
     difference_scale: what tables multiply differences by, 100 for metrics that are fractions.
@@ -95,29 +102,6 @@ class Run:
 
     name: str
     schedule: Schedule
-
-
-def open_folder(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Make the run folder, or check that the one there was made with the same settings.
-
-    Raises RerouteError naming what differs.
-    """
-    file = folder / SETTINGS_FILE
-    wanted = json.loads(json.dumps(settings))
-    if not file.exists():
-        if any(folder.glob("*.jsonl")):
-            raise RerouteError(f"{folder} holds answers but no {SETTINGS_FILE}: give another --out")
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(file, wanted)
-        return
-    try:
-        found = json.loads(file.read_text())
-    except ValueError as error:
-        raise RerouteError(f"{file} is not JSON ({error}): give another --out, or delete {folder}") from error
-    differing = [key for key in sorted(wanted.keys() | found.keys()) if wanted.get(key) != found.get(key)]
-    if differing:
-        what = "; ".join(f"{key}: {found.get(key)!r} there, {wanted.get(key)!r} now" for key in differing)
-        raise RerouteError(f"{folder} was made with other settings ({what}): give another --out, or delete it")
 
 
 def answer(model: Answerer, task: Task, run: Run, folder: Path, batch_size: int) -> list[Record]:
@@ -216,13 +200,15 @@ def _record(model: Answerer, task: Task, run: Run, doc: Doc) -> Record:
     if doc.bad:
         return identity | {"left_out": BAD_IMAGE, "why": doc.bad, "metrics": {}}
     prompt, (rows, cols) = task.prompt(doc), model.visual_grid(doc.image)
+    text_tokens = len(model.prompt_ids(prompt, [(rows, cols)])) - rows * cols
+    bucket(text_tokens, TEXT_BUCKETS, f"question {doc.question_id} (document {doc.doc_id}), in text tokens,")
     return identity | {
         "schedule": run.schedule.label,
         "image_backend": IMAGE_BACKEND,
         "image_size": list(doc.size),
         "model_size": list(model.model_size(doc.image)),
         "visual_grid": [rows, cols],
-        "text_tokens": len(model.prompt_ids(prompt, [(rows, cols)])) - rows * cols,
+        "text_tokens": text_tokens,
         "prompt": prompt,
     }
 
@@ -230,53 +216,35 @@ def _record(model: Answerer, task: Task, run: Run, doc: Doc) -> Record:
 def _answered(model: Answerer, task: Task, run: Run, batch: Ready) -> list[Record]:
     """The records of a batch with the answers and what they score."""
     limits = {"schedule": run.schedule, "max_new_tokens": task.max_new_tokens}
-    texts = iter([] if batch.asked is None else model.answer(batch.asked, **limits))
+    answers = iter([] if batch.asked is None else model.answer(batch.asked, **limits))
     return [
-        record if doc.bad else record | {"text": (text := next(texts)), **task.score(text.strip(), doc)}
+        record if doc.bad else _scored(task, doc, record, next(answers))
         for doc, record in zip(batch.docs, batch.records, strict=True)
     ]
 
 
+def text_and_finish(answered: str | Answered) -> tuple[str, str | None]:
+    """Of an answer; how it ended is None where the model gives texts alone."""
+    return (answered, None) if isinstance(answered, str) else (answered.text, answered.finish_reason)
+
+
+def _scored(task: Task, doc: Doc, record: Record, answered: str | Answered) -> Record:
+    text, finish = text_and_finish(answered)
+    return record | {"text": text, "finish": finish, **task.score(text.strip(), doc)}
+
+
 def _read(file: Path) -> list[Record]:
     records = []
-    for index, line in enumerate(file.read_text(encoding="utf-8").splitlines()):
+    for number, line in enumerate(file.read_bytes().splitlines(), 1):
+        where = f"line {number} of {file}"
         try:
-            records.append(json.loads(line))
-            right = records[-1]["doc_id"] == index
-        except (ValueError, KeyError, TypeError):
-            right = False
-        if not right:
-            raise RerouteError(f"line {index + 1} of {file} is no answer to question {index}: delete it and run again")
+            records.append(json_object(line, where))
+        except RerouteError as error:
+            raise RerouteError(f"{error}: delete it and run again") from error
+        if records[-1].get("doc_id") != number - 1:
+            raise RerouteError(f"{where} is no answer to question {number - 1}: delete it and run again")
     return records
 
 
 def _line(record: Record) -> bytes:
     return json.dumps(record, allow_nan=False).encode() + b"\n"
-
-
-def write_json(file: Path, value: Any) -> None:
-    """Write a JSON file as a whole or not at all."""
-    part = file.with_name(file.name + ".part")
-    with open(part, "w", encoding="utf-8") as out:
-        json.dump(value, out, indent=2, allow_nan=False)
-        out.write("\n")
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(part, file)
-
-
-def fingerprint(path: Path) -> str:
-    """16 hex digits that change when a file in `path` (a file or folder) is replaced, without reading all of 14 GB.
-
-    Covers names, sizes and both ends of every file; a middle that alone changes goes unseen.
-    """
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    digest = hashlib.sha256()
-    for file in files:
-        size = file.stat().st_size
-        digest.update(f"{file.relative_to(path)}:{size}:".encode())
-        with open(file, "rb") as content:
-            digest.update(content.read(_SAMPLE_BYTES))
-            content.seek(max(0, size - _SAMPLE_BYTES))
-            digest.update(content.read(_SAMPLE_BYTES))
-    return digest.hexdigest()[:16]

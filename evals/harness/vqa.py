@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from itertools import islice
 from typing import Any
 
 from evals.harness.cli import (
@@ -24,7 +24,7 @@ from evals.harness.data import SCENES, Doc, DocSource, bad_row_named, row_docs
 from evals.harness.metrics import Derived
 from evals.harness.padding import Colour, padded
 from evals.harness.routes import check_routes
-from evals.harness.runner import Answerer, Record, Task, fingerprint
+from evals.harness.runner import Answerer, Record, Task
 from reroute_jax.commandline.parsing import DATA, Parser
 from reroute_jax.errors import RerouteError
 from reroute_jax.models import FAMILIES
@@ -43,7 +43,8 @@ class Benchmark:
     columns: those that are read, the image's aside, and the type of their values; data without one are refused.
     prompt: row -> the text beside the image, without the chat template.
     score: (stripped answer, doc) -> fields of its JSON line. `doc.truth` is the row without its image. Among the
-        fields, "metrics" maps names to finite numbers, possibly none; the reported number is their mean.
+        fields, "metrics" maps names to finite numbers, possibly none; the reported number is their mean. "unparsed"
+        says whether the benchmark's rules find nothing in the answer to score; of free answers, whether none is left.
     metrics: reported names, in the tables' order. A name that neither `derived` nor any question has is left out.
     stand_in: (scenes split, model family) -> rows of rendered scenes from the first on, with the hub's columns and
         `image` as a PIL image, without end.
@@ -86,7 +87,14 @@ def row_source(benchmark: Benchmark, data: str, split: str | None, family: str =
     table = open_table(data, split, benchmark.hub, tuple(benchmark.columns))
     if table.count == 0:
         raise RerouteError(f"{table.name} holds no question, expected at least one row")
-    return DocSource(table.name, lambda: table.rows((*benchmark.columns, IMAGE)), table.count)
+    return DocSource(
+        table.name,
+        lambda: table.rows((*benchmark.columns, IMAGE)),
+        table.count,
+        table.files,
+        lambda questions: islice(table.images(), questions),
+        table.revision,
+    )
 
 
 def make_task(
@@ -144,7 +152,7 @@ def _run(benchmark: Benchmark, args: argparse.Namespace) -> None:
     check_routes(args)
     source = row_source(benchmark, args.data, args.split)  # bad data is refused before a model is loaded
     model = load_model(args.model, args.dtype, args.mrope_compat, args.vicuna_system)
-    run_benchmark(args, model, *questions(benchmark, args, source, model))
+    run_benchmark(args, model, source, *questions(benchmark, args, source, model))
 
 
 def questions(
@@ -157,10 +165,5 @@ def questions(
         source = row_source(benchmark, args.data, args.split, family)
         max_new = min(max_new, STAND_IN_MAX_NEW_TOKENS)
     limit = args.limit or (STAND_IN_LIMIT if scenes else None)
-    data = Path(args.data).expanduser()
-    settings = {
-        "data": source.name,
-        "data_files": fingerprint(data) if not scenes and data.exists() else None,
-    }
     task = make_task(benchmark, source, limit, args.max_new_tokens or max_new, args.skip_bad, pad_colour(args, model))
-    return task, benchmark.metrics, settings
+    return task, benchmark.metrics, {"data": source.name}

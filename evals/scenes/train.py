@@ -20,10 +20,11 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -37,6 +38,9 @@ from optax.contrib import MuonDimensionNumbers, muon
 from tqdm import tqdm
 
 from convert.loading import load
+from evals.harness.cli import add_fresh_argument
+from evals.harness.identity import fingerprint, software
+from evals.harness.run_folder import RUN_FILES, run_folder
 from evals.scenes.data import TRAINING_QUESTIONS
 from evals.scenes.spec import IMAGE_SLOTS, model_config
 from evals.scenes.tokenizer import vocabulary
@@ -45,6 +49,7 @@ from evals.scenes.training.losses import AuxiliaryHeads, answer_loss, dense_loss
 from evals.scenes.training.packing import Packed, coordinate_starts, pack, soft_labels
 from evals.scenes.training.warm import with_words
 from evals.scenes.world import COLOURS
+from reroute_jax.commandline.parsing import OUTPUT, RUN, Parser, exit_code, positive
 from reroute_jax.models.llava import Llava
 from reroute_jax.models.qwen2_5_vl import QwenVL
 from reroute_jax.nn.params import named_parameters, with_parameters
@@ -318,23 +323,42 @@ def restore(folder: Path, params: dict) -> dict:
     return {name: jnp.asarray(whole["params"][name]) for name in params}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m evals.scenes.train", description=__doc__.splitlines()[0])
-    parser.add_argument("--family", choices=tuple(STEPS), default="llava", help="default: %(default)s")
-    parser.add_argument("--out", type=Path, help="states, curve and checkpoints (default: runs/scenes/FAMILY)")
-    parser.add_argument("--vision-steps", type=int, help="default: those of the shipped checkpoints")
-    parser.add_argument("--joint-steps", type=int, help="likewise")
-    arguments = parser.parse_args()
-    family = arguments.family
-    out = (arguments.out or Path("runs/scenes") / family).resolve()
-    out.mkdir(parents=True, exist_ok=True)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    parser = Parser("evals.scenes.train", __doc__.splitlines()[0], ("--family llava --out runs/scenes",))
+    run = parser.group(RUN)
+    run.add_argument("--family", choices=tuple(STEPS), default="llava", help="(default: %(default)s)")
+    run.add_argument("--vision-steps", type=positive, help="(default: those of the shipped checkpoints)")
+    run.add_argument("--joint-steps", type=positive, help="likewise")
+    parser.group(OUTPUT).add_argument(
+        "--out", type=Path, help="states, curve and checkpoints (default: runs/scenes/FAMILY)"
+    )
+    add_fresh_argument(parser)
+    args = parser.parse_args(argv)
+    return exit_code(lambda: train(args))
+
+
+def train(args: argparse.Namespace) -> None:
+    """All phases of a family. Raises RerouteError for a folder whose states were made otherwise, or are being made."""
+    family = args.family
+    out = (args.out or Path("runs/scenes") / family).resolve()
     vision, joint = STEPS[family]
-    for phase in phases(family, arguments.vision_steps or vision, arguments.joint_steps or joint):
-        params = run_phase(phase, out)
-        if phase.checkpoint is not None:
-            model = {name.removeprefix("model."): value for name, value in params.items() if name.startswith("model.")}
-            export(model, out / phase.checkpoint, family)
+    planned = phases(family, args.vision_steps or vision, args.joint_steps or joint)
+    settings = {
+        "seed": SEED,
+        "phases": [asdict(phase) for phase in planned],
+        "identity": {"warm_start": fingerprint(WARM_START) if family == "qwen2_5_vl" else None, **software()},
+    }
+    made = [name for phase in planned for name in (phase.name, phase.checkpoint) if name is not None]
+    with run_folder(out, settings, args.fresh, owned=(*RUN_FILES, *made)):
+        for phase in planned:
+            params = run_phase(phase, out)
+            if phase.checkpoint is not None:
+                model = {
+                    name.removeprefix("model."): value for name, value in params.items() if name.startswith("model.")
+                }
+                export(model, out / phase.checkpoint, family)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import zlib
 from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
 
 from evals.harness.data import Doc
@@ -19,6 +20,7 @@ class StubModel:
     """Boxes drawn from a hash of image, prompt and schedule. interrupt_after: batches until Ctrl-C."""
 
     dtype = "float32"
+    folder = Path("stub")
 
     def __init__(self, interrupt_after: int | None = None) -> None:
         self.config = model_config()

@@ -56,6 +56,7 @@ def test_default_command_reports_both_runs(capsys: pytest.CaptureFixture, tmp_pa
     for line in ("\nfull  ", "\n% of full  ", "\nnuwa-reroute-128  ", "\n  95% interval  ", "KV bytes"):
         assert line in table
     assert {file.name for file in (tmp_path / "o").iterdir()} == {
+        ".lock",
         "full.jsonl",
         "nuwa-reroute-128.jsonl",
         "settings.json",

@@ -94,6 +94,7 @@ def test_one_load_and_one_full_run_serve_the_whole_matrix(tmp_path: Path, models
         assert {file.parent.name for file in folder.glob("*/*.jsonl")} == {"full", *MATRIX}
         assert list(summary(folder)["runs"]) == ["full", *MATRIX]
     assert {file.name for file in (tmp_path / "o").iterdir()} == {
+        ".lock",
         "scenes-llava",
         "index.html",
         "table.md",

@@ -7,11 +7,12 @@ import time
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from evals.harness.data import rec_source
-from evals.harness.runner import WINDOW, Run, Task, answer, fingerprint, open_folder
+from evals.harness.runner import WINDOW, Run, Task, answer
 from evals.refcoco import make_task
 from reroute_jax.errors import RerouteError
 from tests.evals import slow_run
@@ -83,56 +84,44 @@ def test_a_damaged_line_is_refused_by_number(task: Task, tmp_path: Path) -> None
     answer(StubModel(), task, full(), tmp_path, BATCH)
     file = tmp_path / "full.jsonl"
     lines = file.read_bytes().splitlines(keepends=True)
-    for damaged in (b"{oops\n", b"[]\n", b"{}\n", lines[4]):
+    for damaged in (b"{oops\n", b"[]\n", b"{}\n", lines[4], b"\xe9\n", b"\0\n", b"[" * 99_999 + b"\n"):
         file.write_bytes(b"".join([*lines[:2], damaged, *lines[3:]]))
-        with pytest.raises(RerouteError, match=r"line 3 of .*full\.jsonl is no answer to question 2: delete it"):
+        with pytest.raises(RerouteError, match=r"line 3 of .*full\.jsonl .*: delete it and run again"):
             answer(StubModel(), task, full(), tmp_path, BATCH)
+
+
+def test_answers_with_half_a_surrogate_pair_are_kept(task: Task, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(StubModel, "_answer", lambda *arguments: "a\ud800b")
+    answer(StubModel(), task, full(), tmp_path, BATCH)
+    model = StubModel()
+    assert {record["text"] for record in answer(model, task, full(), tmp_path, BATCH)} == {"a\ud800b"}
+    assert model.batches == []
+
+
+def test_records_say_how_answers_ended_where_the_model_does(task: Task, tmp_path: Path) -> None:
+    class Ended(StubModel):
+        def answer(self, questions, **limits):
+            texts = super().answer(questions, **limits)
+            return [SimpleNamespace(text=text, finish_reason="length") for text in texts]
+
+    silent = answer(StubModel(), task, full(), tmp_path, BATCH)
+    (tmp_path / "full.jsonl").unlink()
+    told = answer(Ended(), task, full(), tmp_path, BATCH)
+    assert {record["finish"] for record in silent} == {None}
+    assert told == [record | {"finish": "length"} for record in silent]
+
+
+def test_prompts_beyond_the_limit_name_their_question(task: Task, tmp_path: Path) -> None:
+    long = replace(task, prompt=lambda doc: "word " * (5000 if doc.doc_id == 6 else 5))
+    asked = list(task.docs(0))[6]
+    with pytest.raises(RerouteError, match=rf"question {asked.question_id} \(document 6\), .* has 5004: .* most 4096"):
+        answer(StubModel(), long, full(), tmp_path, BATCH)
 
 
 def test_more_answers_than_questions_are_refused(task: Task, tmp_path: Path) -> None:
     answer(StubModel(), task, full(), tmp_path, BATCH)
     with pytest.raises(RerouteError, match="has 10 answers for 6 questions"):
         answer(StubModel(), replace(task, total=6, docs=lambda start: iter(())), full(), tmp_path, BATCH)
-
-
-def test_a_folder_takes_the_same_settings_only(tmp_path: Path) -> None:
-    settings = {"budget": 64, "runs": {"full": {"stages": [0, 1]}}}
-    folder = tmp_path / "a" / "b"
-    open_folder(folder, settings)
-    open_folder(folder, {"runs": {"full": {"stages": (0, 1)}}, "budget": 64})
-    with pytest.raises(RerouteError, match=r"other settings \(budget: 64 there, 128 now\): give another --out"):
-        open_folder(folder, settings | {"budget": 128})
-    with pytest.raises(RerouteError, match=r"extra: None there, 1 now"):
-        open_folder(folder, settings | {"extra": 1})
-
-
-def test_a_folder_that_is_not_a_run_folder_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "full.jsonl").write_text("{}\n")
-    with pytest.raises(RerouteError, match=r"holds answers but no settings\.json"):
-        open_folder(tmp_path, {})
-    (tmp_path / "settings.json").write_text("{")
-    with pytest.raises(RerouteError, match=r"settings\.json is not JSON"):
-        open_folder(tmp_path, {})
-
-
-def test_fingerprint_sees_names_sizes_and_both_ends(tmp_path: Path) -> None:
-    content = bytearray(300_000)
-
-    def write(name: str = "a.safetensors") -> str:
-        for old in tmp_path.iterdir():
-            old.unlink()
-        (tmp_path / name).write_bytes(content)
-        return fingerprint(tmp_path)
-
-    seen = [write(), write("b.safetensors")]
-    assert write() == seen[0]
-    for position in (0, 299_999):
-        content[position] = 1
-        seen.append(write())
-    content.append(0)
-    seen.append(write())
-    assert len(set(seen)) == 5
-    assert fingerprint(tmp_path / "a.safetensors")
 
 
 def worker_threads() -> list[str]:

@@ -290,3 +290,20 @@ def test_two_steps_of_each_phase(short, tmp_path):
     np.testing.assert_array_equal(
         bias.detach().numpy(), np.asarray(learnt["model.decoder.layers.1.attn.k.bias"], np.float16).reshape(-1)
     )
+
+
+def test_states_that_were_made_otherwise_are_refused(monkeypatch, tmp_path, capsys):
+    ran = []
+    monkeypatch.setattr(train, "run_phase", lambda phase, out: ran.append(phase.name) or {})
+    monkeypatch.setattr(train, "export", lambda *arguments: None)
+
+    def command(steps: int, *more: str) -> int:
+        return train.main(["--family", "qwen2_5_vl", "--vision-steps", str(steps), "--out", str(tmp_path), *more])
+
+    assert command(2) == command(2) == 0
+    assert command(3) == 2
+    assert "was made with other settings (phases: " in capsys.readouterr().err
+    (tmp_path / "vision").mkdir()
+    assert command(3, "--fresh") == 0
+    assert (tmp_path / "before-1" / "vision").is_dir() and not (tmp_path / "vision").exists()
+    assert ran == ["vision", "joint"] * 3
