@@ -39,7 +39,8 @@ def gqa_match(text: str, answer: str) -> float:
 
 def score(text: str, doc: Doc) -> Record:
     answer = doc.truth["answer"]
-    return {"truth": answer, "metrics": {"exact_match": gqa_match(text, answer)}}
+    unparsed = not _plain(text.strip())
+    return {"truth": answer, "unparsed": unparsed, "metrics": {"exact_match": gqa_match(text, answer)}}
 
 
 def stand_in(split: str, family: str) -> Iterator[DataRow]:

@@ -96,10 +96,12 @@ def score(text: str, doc: Doc) -> Record:
     truth = row["answer"]
     if truth not in tuple(OPTIONS):
         raise RerouteError(f"index {row['index']}: answer is {truth!r}, expected one of {', '.join(OPTIONS)}")
+    parsed = parse(text, {letter: _text(row[letter]) for letter in OPTIONS})
     return {
         "category": row["category"],
         "l2_category": row["L2-category"],
-        "parsed": parse(text, {letter: _text(row[letter]) for letter in OPTIONS}),
+        "parsed": parsed,
+        "unparsed": parsed is None,
         "truth": truth,
         "metrics": {},
     }

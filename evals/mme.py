@@ -57,7 +57,8 @@ def score(text: str, doc: Doc) -> Record:
     if truth not in (YES, NO):
         raise RerouteError(f"question {doc.question_id}: answer is {doc.truth['answer']!r}, expected Yes or No")
     parsed = parse(text)
-    return {"category": category, "parsed": parsed, "truth": truth, "correct": parsed == truth, "metrics": {}}
+    reading = {"parsed": parsed, "unparsed": parsed == OTHER}
+    return {"category": category, **reading, "truth": truth, "correct": parsed == truth, "metrics": {}}
 
 
 def finish(records: Sequence[Record]) -> list[Record]:

@@ -16,6 +16,7 @@ from evals.harness.metrics import ratio
 from evals.harness.runner import Record
 from evals.scenes.data import vqa_rows
 from evals.scenes.world import SPLIT_LENGTH
+from reroute_jax.errors import RerouteError
 
 NAME = "pope"
 HUB = Hub("lmms-lab/POPE", "default", "test")
@@ -30,6 +31,7 @@ METRICS = (
     "pred_yes_ratio",  # ours: the reference's ratio is that of the labels
 )
 MAX_NEW_TOKENS = 128
+ANSWERS = ("yes", "no")
 
 
 def prompt(row: DataRow) -> str:
@@ -64,7 +66,10 @@ def f1_score(means: Mapping[str, np.ndarray]) -> np.ndarray:
 
 def score(text: str, doc: Doc) -> Record:
     answer = doc.truth["answer"]
-    return {"truth": answer, "metrics": pope_outcome(text, answer)}
+    if answer.lower().strip() not in ANSWERS:
+        raise RerouteError(f"question {doc.question_id}: answer is {answer!r}, expected yes or no")
+    unparsed = text.lower().strip() not in ANSWERS
+    return {"truth": answer, "unparsed": unparsed, "metrics": pope_outcome(text, answer)}
 
 
 def stand_in(split: str, family: str) -> Iterator[DataRow]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -16,10 +15,12 @@ from PIL import Image
 from evals.harness import prompts
 from evals.harness.boxes import (
     COORD_FORMATS,
+    NULL_BOX,
     REC_METRICS,
     RESIZED,
+    beyond_image,
+    find_box,
     normalise_box,
-    parse_box,
     rec_metrics,
 )
 from evals.harness.cli import (
@@ -34,7 +35,7 @@ from evals.harness.columns import Hub
 from evals.harness.data import PARITY_JPEG_ROUNDTRIPS, REFCOCO, SCENES, Doc, DocSource, rec_docs, rec_source
 from evals.harness.padding import Colour, from_square, padded
 from evals.harness.routes import check_routes
-from evals.harness.runner import Answerer, Record, Task, fingerprint
+from evals.harness.runner import Answerer, Record, Task
 from reroute_jax.commandline.parsing import DATA, RUN, Parser
 from reroute_jax.errors import RerouteError
 from reroute_jax.models import FAMILIES
@@ -42,6 +43,7 @@ from reroute_jax.models import FAMILIES
 NAME = "refcoco"
 SCENES_MAX_NEW_TOKENS = 64  # the embedded models need four tokens for a coordinate
 SCENES_LIMIT = 200  # both runs of the first command in under 3 minutes on 2 CPU cores
+BEYOND = "true box reaches out of the image"
 METRICS = (*REC_METRICS, *(name + RESIZED for name in REC_METRICS))
 
 
@@ -66,11 +68,13 @@ def make_task(
     total = min(count for count in (source.count, limit) if count is not None)
 
     def score(text: str, doc: Doc) -> Record:
-        parsed = parse_box(text)
+        found = find_box(text)
+        parsed = found or NULL_BOX
         box = normalise_box(parsed, coord_format, doc.size)
         if pad is not None:
             box = from_square(box, doc.size)
-        record = {"parsed": parsed, "box": box, "truth": doc.truth, "metrics": rec_metrics(box, doc.truth)}
+        record = {"parsed": parsed, "unparsed": found is None, "box": box, "truth": doc.truth}
+        record |= {"metrics": rec_metrics(box, doc.truth)} | ({"noted": BEYOND} if beyond_image(doc.truth) else {})
         if model_size is None:
             return record
         resized = normalise_box(parsed, coord_format, model_size(doc.image))
@@ -122,7 +126,7 @@ def _run(args: argparse.Namespace, name: str, hub: Hub) -> None:
     check_routes(args)
     source = rec_source(args.data, args.split, hub=hub)  # bad data is refused before a model is loaded
     model = load_model(args.model, args.dtype, args.mrope_compat, args.vicuna_system)
-    run_benchmark(args, model, *questions(args, source, model, name))
+    run_benchmark(args, model, source, *questions(args, source, model, name))
 
 
 def questions(
@@ -136,10 +140,8 @@ def questions(
     coord_format = args.coord_format or family.evaluation.coord_format
     max_new = args.max_new_tokens or (SCENES_MAX_NEW_TOKENS if scenes else family.evaluation.max_new_tokens)
     limit = args.limit or (SCENES_LIMIT if scenes else None)
-    data = Path(args.data).expanduser()
     settings = {
         "data": source.name,
-        "data_files": fingerprint(data) if not scenes and data.exists() else None,
         "prompt_style": style,
         "coord_format": coord_format,
         "jpeg_roundtrips": args.jpeg_roundtrips,

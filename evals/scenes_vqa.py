@@ -21,7 +21,7 @@ def score(text: str, doc: Doc) -> Record:
     """1 where the answer is the truth's word, whatever its case, overall and for the question's kind."""
     truth, kind = doc.truth["answer"], doc.truth["category"]
     hit = float(text.lower() == truth)
-    return {"truth": truth, "metrics": {"exact_match": hit, f"exact_match_{kind}": hit}}
+    return {"truth": truth, "unparsed": not text, "metrics": {"exact_match": hit, f"exact_match_{kind}": hit}}
 
 
 def rows(split: str, family: str) -> Iterator[DataRow]:

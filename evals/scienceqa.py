@@ -28,9 +28,13 @@ def score(text: str, doc: Doc) -> Record:
     index, choices = doc.truth["answer"], doc.truth["choices"]
     if not 0 <= index < min(len(choices), len(ascii_uppercase)):
         raise RerouteError(f"question {doc.question_id}: answer is {index}, expected the place of one of {choices}")
-    letter = ascii_uppercase[index]
-    hit = text.lower() == letter.lower() or text.startswith(f"{letter}.")
-    return {"truth": letter, "metrics": {"exact_match": float(hit)}}
+    letter, letters = ascii_uppercase[index], ascii_uppercase[: len(choices)]
+    hit, read = _says(text, letter), any(_says(text, one) for one in letters)
+    return {"truth": letter, "unparsed": not read, "metrics": {"exact_match": float(hit)}}
+
+
+def _says(text: str, letter: str) -> bool:
+    return text.lower() == letter.lower() or text.startswith(f"{letter}.")
 
 
 def stand_in(split: str, family: str) -> Iterator[DataRow]:

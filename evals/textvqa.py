@@ -28,7 +28,8 @@ def score(text: str, doc: Doc) -> Record:
         raise RerouteError(f"question {doc.question_id} has no answers to compare with: choose a split that has them")
     parsed, truths = clean(text), [clean(answer) for answer in answers]
     others = [truths[:person] + truths[person + 1 :] for person in range(len(truths))]
-    return {"parsed": parsed, "truth": truths, "metrics": {"exact_match": agreement(parsed, others)}}
+    agreed = agreement(parsed, others)
+    return {"parsed": parsed, "unparsed": not parsed, "truth": truths, "metrics": {"exact_match": agreed}}
 
 
 def stand_in(split: str, family: str) -> Iterator[DataRow]:

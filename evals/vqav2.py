@@ -39,7 +39,8 @@ def score(text: str, doc: Doc) -> Record:
         people = [{**person, "answer": normalise(person["answer"])} for person in people]
     others = [[other["answer"] for other in people if other != person] for person in people]
     truths = [person["answer"] for person in people]
-    return {"parsed": parsed, "truth": truths, "metrics": {"exact_match": agreement(parsed, others)}}
+    agreed = agreement(parsed, others)
+    return {"parsed": parsed, "unparsed": not parsed, "truth": truths, "metrics": {"exact_match": agreed}}
 
 
 def stand_in(split: str, family: str) -> Iterator[DataRow]:

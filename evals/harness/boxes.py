@@ -16,6 +16,7 @@ THRESHOLDS = (0.1, 0.3, 0.5, 0.7, 0.9)
 REC_METRICS = ("refcoco_IoU", *(f"refcoco_ACC@{t}" for t in THRESHOLDS), "refcoco_Center_ACC")
 RESIZED = "_resized"  # a metric with pixels divided by the size that the model saw, not by the stored image's
 
+EDGE = 1e-6  # fractions of an image: what float32 makes of a box that ends at the image's edge
 NULL_BOX: Box = (0.0, 0.0, 0.0, 0.0)
 _NUMBER = r"\s*(-?\d+(?:\.\d+)?)"
 _FOUR = ",".join([_NUMBER] * 4)
@@ -24,13 +25,18 @@ _PARENTHESES = re.compile(rf"\({_FOUR}\s*\)")
 
 
 def parse_box(text: str) -> Box:
-    """First box in square brackets, else the first in parentheses, else NULL_BOX.
+    """What `find_box` finds, else NULL_BOX."""
+    return find_box(text) or NULL_BOX
+
+
+def find_box(text: str) -> Box | None:
+    """First box in square brackets, else the first in parentheses, else None.
 
     A number too large for a double becomes the largest double, so that every record stays valid JSON.
     """
     found = _BRACKETS.search(text) or _PARENTHESES.search(text)
     if found is None:
-        return NULL_BOX
+        return None
     largest = sys.float_info.max
     return tuple(min(max(float(number), -largest), largest) for number in found.groups())
 
@@ -48,6 +54,11 @@ def normalise_box(box: Sequence[float], coord_format: str, size: tuple[int, int]
     width, height = size if coord_format == "pixel" else (1000, 1000)
     x1, y1, x2, y2 = box
     return x1 / width, y1 / height, x2 / width, y2 / height
+
+
+def beyond_image(truth: Sequence[float]) -> bool:
+    """Whether a box in fractions of the image reaches out of it, by more than rounding to float32 does."""
+    return min(truth) < -EDGE or max(truth) > 1 + EDGE
 
 
 def iou(predicted: Sequence[float], truth: Sequence[float]) -> float:

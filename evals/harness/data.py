@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import accumulate, islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from evals.harness.boxes import Box
-from evals.harness.columns import DataRow, Hub, Kind, a_list, is_number, is_text, open_table
+from evals.harness.columns import DataRow, DataSet, Hub, Kind, a_list, is_number, is_text, open_table
 from reroute_jax.errors import RerouteError
 
 SCENES = "scenes"
@@ -57,12 +59,17 @@ class Doc:
 class DocSource:
     """A split whose rows can be read from the start any number of times.
 
-    count: questions in it, None where there is no end. name: for messages and settings.
+    count: questions in it, None where there is no end. name: for messages and settings. files: local ones it is read
+    from. images: a number of questions -> the image files that the first so many name, None for one stored with its
+    row. revision: of a set on the hub.
     """
 
     name: str
     rows: Callable[[], Iterator[DataRow]]
     count: int | None
+    files: tuple[Path, ...] = ()
+    images: Callable[[int], Iterable[Path | None]] = lambda questions: ()
+    revision: str | None = None
 
 
 def rec_source(data: str, split: str | None, family: str = "llava", hub: Hub = REFCOCO) -> DocSource:
@@ -74,11 +81,23 @@ def rec_source(data: str, split: str | None, family: str = "llava", hub: Hub = R
     if data == SCENES:
         return _scenes(split or "test", family)
     table = open_table(data, split, hub, REC_COLUMNS, REC_KINDS)
-    answers = enumerate(row["answer"] for row in table.rows(("answer",)))
-    count = sum(len(_expressions(answer, f"{table.name}, row {number}")) for number, answer in answers)
-    if count == 0:
+    ends = list(accumulate(_checked_questions(table)))  # by row, how many questions it and all before it hold
+    if not ends or ends[-1] == 0:
         raise RerouteError(f"{table.name} holds no referring expression, expected at least one in its column answer")
-    return DocSource(table.name, lambda: table.rows(REC_COLUMNS), count)
+
+    def images(questions: int) -> Iterable[Path | None]:
+        return islice(table.images(), bisect_left(ends, questions) + 1)
+
+    return DocSource(table.name, lambda: table.rows(REC_COLUMNS), ends[-1], table.files, images, table.revision)
+
+
+def _checked_questions(table: DataSet) -> Iterator[int]:
+    """How many expressions each row holds. Raises RerouteError for a row that nothing can be asked or scored of."""
+    for number, row in enumerate(table.rows(("question_id", "answer", "bbox"))):
+        expressions = _expressions(row["answer"], f"{table.name}, row {number}")
+        if expressions:
+            _float32_box(row["bbox"], f"{table.name}, row {number}, question_id {row['question_id']}")
+        yield len(expressions)
 
 
 def rec_docs(source: DocSource, start: int, stop: int, jpeg_roundtrips: int, skip_bad: bool = False) -> Iterator[Doc]:
@@ -161,13 +180,30 @@ def _expressions(answer: Any, where: str) -> list[str]:
     return expressions
 
 
-def _truth(bbox: Iterable[float] | None, size: tuple[int, int], where: str) -> Box:
-    box = [] if bbox is None else [float(np.float32(value)) for value in bbox]
-    if len(box) != 4 or not all(map(math.isfinite, box)):
-        raise RerouteError(f"{where}: bbox is {box}, expected 4 finite numbers x, y, width, height")
-    (x, y, w, h), (width, height) = box, size
+def _truth(bbox: Any, size: tuple[int, int], where: str) -> Box:
+    (x, y, w, h), (width, height) = _float32_box(bbox, where), size
     corners = (x / width, y / height, (x + w) / width, (y + h) / height)
-    return tuple(float(np.float32(value)) for value in corners)
+    x1, y1, x2, y2 = rounded = tuple(float(np.float32(value)) for value in corners)
+    if not (x1 < x2 and y1 < y2 and all(map(math.isfinite, rounded))):
+        raise RerouteError(f"{where}: bbox is {bbox}, which is no area of an image of {width} x {height} in float32")
+    return rounded
+
+
+def _float32_box(bbox: Any, where: str) -> tuple[float, ...]:
+    """x, y, width, height as the float32 column of the reference holds them."""
+    numbers = isinstance(bbox, Sequence) and all(
+        isinstance(value, int | float) and not isinstance(value, bool) for value in bbox
+    )
+    try:
+        with np.errstate(over="ignore"):
+            box = tuple(float(np.float32(value)) for value in bbox) if numbers else ()
+    except OverflowError:  # a whole number that no float holds
+        box = ()
+    if len(box) != 4 or not all(map(math.isfinite, box)):
+        raise RerouteError(f"{where}: bbox is {bbox}, expected 4 finite numbers x, y, width, height")
+    if box[2] <= 0 or box[3] <= 0:
+        raise RerouteError(f"{where}: bbox is {bbox}, expected a width and a height above 0")
+    return box
 
 
 def _image_or_reason(stored: Any, where: str, skip_bad: bool) -> tuple[Image.Image | None, str]:

@@ -191,10 +191,11 @@ def _lines(sheet: Sheet) -> Iterator[dict[str, Any]]:
                 "metric": one.metric,
                 "questions": one.summary["questions"],
                 "score": one.score(entry.run),
+                **one.summary["runs"][entry.run]["answers"],
             }
             yield identity | score | _numbers(alone, entry)
         for kind, average in sheet.averages.items():
-            nothing = {"metric": "", "questions": "", "score": ""}
+            nothing = dict.fromkeys(("metric", "questions", "score", "unparsed", "cut_off"), "")
             yield identity | {"kind": kind, "task": AVERAGE} | nothing | _numbers(average, entry)
 
 

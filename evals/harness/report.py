@@ -21,6 +21,7 @@ from evals.harness.metrics import (
     means,
     retention,
 )
+from evals.harness.readability import shares, warnings
 from evals.harness.routes import FULL, Routes
 from evals.harness.runner import Answerer, Record, Task
 from reroute_jax.errors import RerouteError
@@ -28,6 +29,7 @@ from reroute_jax.routing.cost import Account, account
 from reroute_jax.routing.plan import Schedule
 
 TERA = 1e12
+IDENTITY = "identity"  # the setting that holds digests and versions of all that a run depends on
 HEADED = ("task", "questions", "data", "seed", "model", "dtype", "runs")  # settings with a place of their own
 TABLE_WIDTH, INTERVAL_WIDTH = 150, 12  # characters: the metrics of a table, and a cell of most intervals
 SHOWN = 10  # question_ids that the text names of those left out
@@ -67,8 +69,9 @@ def summarise(
     """Metrics, cost, retention against the full run, and the differences asked for, with their intervals. JSON-able.
 
     records: by run, over the same questions in the same order. names: of the metrics; one that applies to no question
-    and that the task does not derive is left out. Questions left out are listed by reason. Raises RerouteError where
-    none remains.
+    and that the task does not derive is left out. Questions left out and noted are listed by reason. Each run has the
+    shares of `readability.shares` under "answers", and what is wrong with many answers is under "warnings". Raises
+    RerouteError where no question remains.
     """
     scored = score_runs(records, names, seed, task)
     names, scores, resampler, estimate = scored.names, scored.columns, scored.resampler, scored.estimate
@@ -76,6 +79,7 @@ def summarise(
     for run in routes.runs:
         runs[run.name] = {
             "metrics": dict(zip(names, estimate(means(scores[run.name])).tolist(), strict=True)),
+            "answers": shares(scored.answered[run.name]),
             "cost": mean_cost(run.schedule, model, scored.answered[run.name]),
         }
         if run.name != FULL:
@@ -85,8 +89,22 @@ def summarise(
         f"{first} minus {second}": _named(names, difference(scores[first], scores[second], resampler, estimate))
         for first, second in routes.contrasts
     }
-    counted = {"questions": scored.questions, **({"left_out": scored.left_out} if scored.left_out else {})}
+    found = {
+        "left_out": scored.left_out,
+        "noted": _noted(scored.answered[FULL]),
+        "warnings": [line for run, lines in scored.answered.items() for line in warnings(run, lines)],
+    }
+    counted = {"questions": scored.questions, **{name: what for name, what in found.items() if what}}
     return {**counted, "runs": runs, "differences": contrasts}
+
+
+def _noted(records: Sequence[Record]) -> dict[str, list[str]]:
+    """question_ids by what the task noted of them."""
+    noted: dict[str, list[str]] = {}
+    for record in records:
+        if "noted" in record:
+            noted.setdefault(record["noted"], []).append(record["question_id"])
+    return noted
 
 
 def score_runs(records: Mapping[str, Sequence[Record]], names: Sequence[str], seed: int, task: Task) -> Scored:
@@ -144,7 +162,7 @@ def heading(summary: Mapping[str, Any], settings: Mapping[str, Any], versions: M
     def listed(values: Mapping[str, Any]) -> str:
         return ", ".join(f"{name} {value}" for name, value in values.items())
 
-    rest = dict(settings)
+    rest = {name: value for name, value in settings.items() if name != IDENTITY}
     task, questions, data, seed, model, dtype, plans = map(rest.pop, HEADED)
     rows = [("task", f"{task}, {questions} questions of {data}"), ("model", f"{model}, {dtype}")]
     for run, values in summary["runs"].items():
@@ -165,12 +183,16 @@ def render(summary: Mapping[str, Any], difference_scale: int = 100) -> str:
     boxes in the frame that the model saw get tables of their own."""
     names = list(summary["runs"][FULL]["metrics"])
     resized = [name for name in names if name.endswith(RESIZED)]
-    tables = [_left_out_note(summary.get("left_out", {}))]
+    tables = [
+        _listed_note("Left out, ", summary.get("left_out", {})),
+        _listed_note("Noted: ", summary.get("noted", {})),
+        "\n".join(f"Warning: {line}" for line in summary.get("warnings", ())),
+    ]
     for few in _narrow([name for name in names if name not in resized]):
         tables += _metric_tables(summary, few, difference_scale)
     if resized:
         tables += [RESIZED_NOTE, *_metric_tables(summary, resized, difference_scale)]
-    tables.append(f"{_cost_table(summary['runs'])}\n{COST_NOTE}")
+    tables += [_answers_table(summary["runs"]), f"{_cost_table(summary['runs'])}\n{COST_NOTE}"]
     return "\n\n".join(text for text in tables if text)
 
 
@@ -188,12 +210,12 @@ def _narrow(names: Sequence[str]) -> list[list[str]]:
     return groups
 
 
-def _left_out_note(left_out: Mapping[str, Sequence[str]]) -> str:
+def _listed_note(title: str, questions: Mapping[str, Sequence[str]]) -> str:
     def listed(found: Sequence[str]) -> str:
         return ", ".join(found[:SHOWN]) + (", ..." if len(found) > SHOWN else "")
 
     return "\n".join(
-        f"Left out, {reason}: {len(found)} (question_id {listed(found)})" for reason, found in left_out.items()
+        f"{title}{reason}: {len(found)} (question_id {listed(found)})" for reason, found in questions.items()
     )
 
 
@@ -207,6 +229,14 @@ def _metric_tables(summary: Mapping[str, Any], names: Sequence[str], difference_
         _interval_table([f"% of {FULL}", *columns], kept, names, "{:.1f}", 1),
         _interval_table([title, *columns], summary["differences"], names, "{:+.1f}", difference_scale),
     ]
+
+
+def _answers_table(runs: Mapping[str, Any]) -> str:
+    def cell(share: float | None) -> str:
+        return "unknown" if share is None else f"{share:.1%}"
+
+    rows = [[run, *(cell(values["answers"][what]) for what in ("unparsed", "cut_off"))] for run, values in runs.items()]
+    return table(["answers", "unparsed", "cut off"], rows)
 
 
 def _cost_table(runs: Mapping[str, Any]) -> str:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from convert.embedded import EMBEDDED
 from evals.harness.cli import load_model
 from evals.harness.routes import check_routes, plan_routes
-from evals.harness.runner import sized_batches
+from evals.harness.runner import sized_batches, text_and_finish
 from reroute_jax.commandline.parsing import budget
 from reroute_jax.commandline.routes import SWITCH_ARGUMENTS
 from reroute_jax.errors import RerouteError, one_of
@@ -74,9 +74,9 @@ class RerouteJax(lmms):
                 questions = (self._question(requests[place], place) for place in places)
                 for batch in sized_batches(questions, self.batch_size, self._visual_tokens):
                     ready = self.model.prepare([(one.images, one.text) for one in batch], self.batch_size)
-                    texts = self.model.answer(ready, schedule=self.schedule, max_new_tokens=limit)
-                    for one, text in zip(batch, texts, strict=True):
-                        answers[one.place] = text
+                    answered = self.model.answer(ready, schedule=self.schedule, max_new_tokens=limit)
+                    for one, found in zip(batch, answered, strict=True):
+                        answers[one.place], _ = text_and_finish(found)
                     bar.update(len(batch))
         return answers
 

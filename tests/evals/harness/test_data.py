@@ -1,4 +1,5 @@
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,41 @@ def test_bad_boxes_are_named(tmp_path: Path, png: bytes) -> None:
     for box in ([1.0, 2.0, 3.0], [1.0, 2.0, float("nan"), 4.0]):
         with pytest.raises(RerouteError, match=r"question_id q: bbox is .*expected 4 finite numbers"):
             read(write(tmp_path / "x.parquet", [row("q", png, ["a"], box)]))
+
+
+@pytest.mark.parametrize(
+    "box",
+    [
+        [1.0, 2.0, 0.0, 4.0],
+        [1.0, 2.0, 3.0, -4.0],
+        [1.0, 2.0, -3.0, -4.0],
+        [1.0, 2.0, 1e-46, 4.0],  # nothing is left of it in float32
+        [1e8, 2.0, 1e-3, 4.0],
+        [float("inf"), 2.0, 3.0, 4.0],
+        [1.0, 2.0, 1e39, 4.0],
+    ],
+)
+def test_boxes_without_an_area_are_refused_by_row(tmp_path: Path, png: bytes, box: list[float]) -> None:
+    wide = SCHEMA.set(4, pa.field("bbox", pa.list_(pa.float64())))
+    rows = [row("q0", png, ["a"]), row("q1", png, []), row("q2", png, ["b"], box)]
+    with pytest.raises(RerouteError, match=r"x\.parquet.*question_id q2: bbox is "):
+        read(write(tmp_path / "x.parquet", rows, wide))
+
+
+@pytest.mark.parametrize("box", ["1234", ["1", "2", "3", "4"], [1, 2, True, 4], None, 7, {"x": 1}, [1, 2, 10**400, 4]])
+def test_boxes_that_are_no_numbers_are_refused_before_any_image_is_read(tmp_path: Path, box: Any) -> None:
+    row = {"question_id": "q0", "image": "absent.png", "answer": ["a"], "bbox": box}
+    (tmp_path / "x.jsonl").write_text(json.dumps(row))
+    with pytest.raises(RerouteError, match=r"row 0, question_id q0: bbox is .*expected 4 finite numbers"):
+        rec_source(str(tmp_path / "x.jsonl"), None)
+
+
+def test_text_that_is_not_utf8_in_parquet_is_refused(tmp_path: Path, png: bytes) -> None:
+    answers = pa.array([[b"caf\xe9"]], pa.list_(pa.binary())).cast(pa.list_(pa.string()), safe=False)
+    table = pa.Table.from_pylist([row("q0", png, ["a"])], SCHEMA).set_column(3, SCHEMA.field("answer"), answers)
+    pq.write_table(table, tmp_path / "x.parquet")
+    with pytest.raises(RerouteError, match=r"x\.parquet cannot be read as parquet"):
+        rec_source(str(tmp_path / "x.parquet"), None)
 
 
 def test_missing_columns_are_named(tmp_path: Path, png: bytes) -> None:
