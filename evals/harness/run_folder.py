@@ -30,6 +30,8 @@ def locked(folder: Path) -> Iterator[None]:
     The operating system lets go of the lock of a process that ends, however it ends. Raises RerouteError at once while
     another process has it.
     """
+    if folder.exists() and not folder.is_dir():
+        raise RerouteError(f"{folder} is a file: give a folder as --out")
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK_FILE)
     try:

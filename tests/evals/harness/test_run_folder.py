@@ -99,6 +99,12 @@ def test_a_second_process_is_refused_at_once_and_a_killed_one_does_not_block(tmp
     open_once(tmp_path, {})
 
 
+def test_a_file_is_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "o").touch()
+    with pytest.raises(RerouteError, match="is a file: give a folder as --out"), locked(tmp_path / "o"):
+        pass
+
+
 def test_an_error_gives_the_lock_back(tmp_path: Path) -> None:
     with pytest.raises(KeyError), locked(tmp_path):
         raise KeyError
