@@ -22,7 +22,17 @@ from convert.embedded import EMBEDDED
 from evals.harness.cli import load_model
 from evals.harness.prompts import rec
 from evals.scenes.data import refcoco_rows
-from reroute_jax.commandline.parsing import DATA, ROUTE, RUN, Parser, budget, exit_code, positive, positive_number
+from reroute_jax.commandline.parsing import (
+    DATA,
+    ROUTE,
+    RUN,
+    Parser,
+    budget,
+    exit_code,
+    new_tokens,
+    positive,
+    positive_number,
+)
 from reroute_jax.engine import model as engine
 from reroute_jax.engine.compilation import keep_programs
 from reroute_jax.models import FAMILIES
@@ -34,7 +44,7 @@ REPORTS = 10
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns 0, or 2 after one line on bad input."""
     args = _parser().parse_args(argv)
-    return exit_code(lambda: print(json.dumps(measure(args), indent=2)))
+    return exit_code(lambda: print(json.dumps(measure(args), indent=2)), args.debug)
 
 
 def measure(args) -> dict[str, Any]:
@@ -119,7 +129,7 @@ def _parser() -> Parser:
     run, data, route = parser.group(RUN), parser.group(DATA), parser.group(ROUTE)
     run.add_argument("--model", default=EMBEDDED[0], help="(default: %(default)s)")
     run.add_argument("--batch-size", type=positive, default=8, help="at most (default: %(default)s)")
-    run.add_argument("--new-tokens", type=positive, default=16, help="of each answer (default: %(default)s)")
+    run.add_argument("--new-tokens", type=new_tokens, default=16, help="of each answer (default: %(default)s)")
     run.add_argument("--compilation-cache", type=Path, metavar="DIR", help="keep compiled programs there")
     data.add_argument("--rate", type=positive_number, default=8.0, help="requests a second (default: %(default)s)")
     data.add_argument("--requests", type=positive, default=2000, help="how many arrive (default: %(default)s)")

@@ -88,7 +88,7 @@ class Step:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns 0, or 2 after one line where there is no GPU, or where a step failed."""
     args = _parser().parse_args(argv)
-    return exit_code(lambda: measure(args))
+    return exit_code(lambda: measure(args), args.debug)
 
 
 def measure(args: argparse.Namespace) -> None:

@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     args = _parser().parse_args(argv)
     jax.config.update("jax_platforms", "cpu")
-    return exit_code(lambda: write(SHAPES[args.shape], args.out, args.shards, args.dtype, args.seed))
+    return exit_code(lambda: write(SHAPES[args.shape], args.out, args.shards, args.dtype, args.seed), args.debug)
 
 
 def _parser() -> Parser:

@@ -57,7 +57,7 @@ def measure(function: Callable, arguments: tuple, repeats: int) -> tuple[float, 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     options = _parser().parse_args(argv)
-    return exit_code(lambda: compare(options))
+    return exit_code(lambda: compare(options), options.debug)
 
 
 def _parser() -> Parser:

@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     # Nothing is computed here, and a GPU's memory may be another program's.
     jax.config.update("jax_platforms", "cpu")
     interrupted = f"error: interrupted, {args.out} was not written"
-    return exit_code(lambda: _convert(args.src, args.out, args.dtype), interrupted)
+    return exit_code(lambda: _convert(args.src, args.out, args.dtype), args.debug, interrupted)
 
 
 def _convert(src: str, out: Path, dtype: str | None) -> None:

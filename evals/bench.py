@@ -35,6 +35,7 @@ from reroute_jax.commandline.parsing import (
     Parser,
     budget,
     exit_code,
+    new_tokens,
     positive,
     positive_number,
 )
@@ -63,7 +64,7 @@ class Variant:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns 0, or 2 after one line on bad input."""
     args = _parser().parse_args(argv)
-    return exit_code(lambda: bench(args, list(sys.argv[1:] if argv is None else argv)))
+    return exit_code(lambda: bench(args, list(sys.argv[1:] if argv is None else argv)), args.debug)
 
 
 def bench(args: argparse.Namespace, arguments: Sequence[str]) -> None:
@@ -272,7 +273,7 @@ def _parser() -> Parser:
     add_subject_arguments(parser)
     run, data = parser.group(RUN), parser.group(DATA)
     route, output = parser.group(ROUTE), parser.group(OUTPUT)
-    run.add_argument("--new-tokens", type=positive, default=16, help="of each answer (default: %(default)s)")
+    run.add_argument("--new-tokens", type=new_tokens, default=16, help="of each answer (default: %(default)s)")
     run.add_argument("--repetitions", type=positive, default=10, help="counted rounds (default: %(default)s)")
     run.add_argument("--peer", choices=("torch",), help="also time PyTorch on the same weights")
     run.add_argument("--compile-only", action="store_true", help="of --random: compile, without weights, and stop")

@@ -65,7 +65,7 @@ class StageCost:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns 0, or 2 after one line on bad input."""
     args = _parser().parse_args(argv)
-    return exit_code(lambda: profile(args))
+    return exit_code(lambda: profile(args), args.debug)
 
 
 def profile(args: argparse.Namespace) -> None:

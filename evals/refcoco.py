@@ -98,7 +98,7 @@ def make_task(
 def main(argv: Sequence[str] | None = None, name: str = NAME, hub: Hub = REFCOCO) -> int:
     """Command line of the set called `name`; returns the exit code."""
     args = parser(name, hub).parse_args(argv)
-    return exit_code_of(lambda: _run(args, name, hub))
+    return exit_code_of(lambda: _run(args, name, hub), args)
 
 
 def parser(name: str = NAME, hub: Hub = REFCOCO) -> Parser:

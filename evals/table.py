@@ -138,7 +138,7 @@ class Planned:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     args = _parser().parse_args(argv)
-    return exit_code_of(lambda: _run(args))
+    return exit_code_of(lambda: _run(args), args)
 
 
 def _parser() -> Parser:

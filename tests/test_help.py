@@ -19,6 +19,7 @@ GROUPS = {
     "evals.table": (RUN, DATA, ROUTE, DEFECT, OUTPUT),
     "evals.bench": (RUN, DATA, ROUTE, OUTPUT),
     "evals.profile": (*ROUTED, OUTPUT),
+    "evals.scenes.train": (RUN, OUTPUT),
     "convert": (RUN, OUTPUT),
     "convert.crosscheck": ROUTED,
     "benchmarks.aot": (RUN, DATA, ROUTE, OUTPUT),

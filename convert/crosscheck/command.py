@@ -19,7 +19,7 @@ from convert.crosscheck.comparison import Line, compare_plain, compare_routed, m
 from convert.crosscheck.inputs import Probe, companions, make_probes
 from convert.embedded import EMBEDDED, locate
 from convert.source import Source, open_source
-from reroute_jax.commandline.parsing import DATA, RUN, Parser, exit_code, positive
+from reroute_jax.commandline.parsing import DATA, RUN, Parser, exit_code, new_tokens, positive
 from reroute_jax.commandline.routes import (
     DEFAULT_ACTION,
     DEFAULT_BUDGET,
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns 0, 1 for a difference beyond tolerance, 2 after one line on bad input."""
     args = _parser().parse_args(argv)
-    return exit_code(lambda: _report(crosscheck(args)))
+    return exit_code(lambda: _report(crosscheck(args)), args.debug)
 
 
 def _report(lines: Sequence[Line]) -> int:
@@ -139,7 +139,7 @@ def _parser() -> Parser:
         metavar="SRC",
         help=f"hub id (owner/model), checkpoint folder with safetensors, or one of {', '.join(EMBEDDED)}",
     )
-    run.add_argument("--max-new-tokens", type=positive, default=32, help="length of an answer (default: %(default)s)")
+    run.add_argument("--max-new-tokens", type=new_tokens, default=32, help="length of an answer (default: %(default)s)")
     data.add_argument("--prompts", type=positive, default=2, help="pictures to ask about (default: %(default)s)")
     add_route_arguments(parser, "no routed run")
     return parser

@@ -20,7 +20,7 @@ from evals.harness.report import IDENTITY, heading, render, summarise
 from evals.harness.routes import DEFAULT_METHOD, add_comparison_arguments, plan_routes
 from evals.harness.run_folder import SUMMARY_FILE, run_folder, write_json
 from evals.harness.runner import Answerer, Task, answer
-from reroute_jax.commandline.parsing import DATA, DEFECT, OUTPUT, RUN, Parser, exit_code, positive, whole
+from reroute_jax.commandline.parsing import DATA, DEFECT, OUTPUT, RUN, Parser, exit_code, new_tokens, positive, whole
 from reroute_jax.commandline.routes import add_route_arguments
 from reroute_jax.engine.compilation import keep_programs
 from reroute_jax.errors import RerouteError
@@ -29,9 +29,10 @@ from reroute_jax.nn.mrope import COMPATS
 from reroute_jax.types import FLOATS
 
 
-def exit_code_of(benchmark: Callable[[], None]) -> int:
+def exit_code_of(benchmark: Callable[[], None], args: argparse.Namespace) -> int:
     """`exit_code` of a benchmark, whose finished batches Ctrl-C leaves in its folder."""
-    return exit_code(benchmark, "stopped: the same command goes on after the last whole batch")
+    same = "the same command without --fresh" if args.fresh else "the same command"
+    return exit_code(benchmark, args.debug, f"stopped: {same} goes on after the last whole batch")
 
 
 def benchmark_parser(name: str, description: str) -> Parser:
@@ -56,7 +57,7 @@ def benchmark_parser(name: str, description: str) -> Parser:
         action="store_true",
         help="open LLaVA's prompts with the system sentence of its own evaluation",
     )
-    run.add_argument("--max-new-tokens", type=positive, help="length of an answer (default: the task's)")
+    run.add_argument("--max-new-tokens", type=new_tokens, help="length of an answer (default: the task's)")
     run.add_argument("--batch-size", type=positive, default=8, help="questions at a time (default: %(default)s)")
     run.add_argument(
         "--seed", type=whole, default=0, help="of the method `random` and of the intervals (default: %(default)s)"

@@ -134,7 +134,7 @@ def make_task(
 def main(benchmark: Benchmark, argv: Sequence[str] | None = None) -> int:
     """Command line of a benchmark; returns the exit code."""
     args = parser(benchmark).parse_args(argv)
-    return exit_code_of(lambda: _run(benchmark, args))
+    return exit_code_of(lambda: _run(benchmark, args), args)
 
 
 def parser(benchmark: Benchmark) -> Parser:

@@ -325,7 +325,11 @@ def restore(folder: Path, params: dict) -> dict:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    parser = Parser("evals.scenes.train", __doc__.splitlines()[0], ("--family llava --out runs/scenes",))
+    parser = Parser(
+        "evals.scenes.train",
+        __doc__.splitlines()[0],
+        ("--family llava", "--family qwen2_5_vl --out runs/qwen", "--vision-steps 20 --joint-steps 30 --fresh"),
+    )
     run = parser.group(RUN)
     run.add_argument("--family", choices=tuple(STEPS), default="llava", help="(default: %(default)s)")
     run.add_argument("--vision-steps", type=positive, help="(default: those of the shipped checkpoints)")
@@ -335,7 +339,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add_fresh_argument(parser)
     args = parser.parse_args(argv)
-    return exit_code(lambda: train(args))
+    stopped = "stopped: the same command goes on from the last saved state"
+    return exit_code(lambda: train(args), args.debug, stopped)
 
 
 def train(args: argparse.Namespace) -> None:

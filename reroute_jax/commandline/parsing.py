@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import io
+import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from fractions import Fraction
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from reroute_jax.errors import RerouteError
+from reroute_jax.commandline.failures import one_line
 
-INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
+INTERRUPTED, NO_READER = 130, 141  # 128 + SIGINT, 128 + SIGPIPE, as a shell reports them
 BAD_INPUT = 2
+MOST_NEW_TOKENS = 32_768  # of an answer: the longest that lmms-eval v0.7.1 lets its classes for these families give
 
 # The groups of a command's help, in its order.
 RUN = "what to run"
@@ -39,32 +43,78 @@ class Parser(argparse.ArgumentParser):
             epilog=shown if examples else None,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
+        self.add_argument("--debug", action="store_true", help="show where an error came from")
         self._titled = {title: self.add_argument_group(title) for title in GROUPS}
 
     def group(self, title: str) -> argparse._ArgumentGroup:
         """The argument group of a title in `GROUPS`; help leaves it out while it is empty."""
         return self._titled[title]
 
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        _escape_unprintable()
+        return super().parse_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
         self.exit(BAD_INPUT, f"error: {message} ({self.prog} --help)\n")
 
 
-def exit_code(command: Callable[[], int | None], interrupted: str = "stopped") -> int:
-    """Run `command`: its own code (None counts as 0), or 2 after one line on bad input, or 130 after the line
-    `interrupted` on Ctrl-C."""
+def exit_code(command: Callable[[], int | None], debug: bool = False, interrupted: str = "stopped") -> int:
+    """Run `command`: its own code (None counts as 0), or 2 after one line on bad input and on what a machine can do to
+    a command, or 130 after the line `interrupted` on Ctrl-C, or 141 where nobody reads what it prints.
+
+    debug: show the traceback too. An error that nobody foresaw is raised.
+    """
+    _escape_unprintable()
     try:
-        return command() or 0
-    except (RerouteError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
+        code = command() or 0
+        sys.stdout.flush()  # a disk that is full, or a reader that left, shows here and not when Python ends
+        return code
     except KeyboardInterrupt:
         print(f"\n{interrupted}", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:
+        return NO_READER
+    except Exception as error:
+        said = one_line(error)
+        if said is None:
+            raise
+        if debug:
+            traceback.print_exc()
+        print(f"error: {said}", file=sys.stderr)
+        return BAD_INPUT
+    finally:
+        _drop_what_cannot_be_written()
+
+
+def _escape_unprintable() -> None:
+    """Characters that a terminal's encoding lacks are printed as escapes."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # and no notebook's
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _drop_what_cannot_be_written() -> None:
+    """Python would try again when it ends, and complain."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
 
 
 def positive(text: str) -> int:
     """argparse type: a whole number from 1 on."""
     return whole(text, 1)
+
+
+def new_tokens(text: str) -> int:
+    """argparse type: the length of an answer."""
+    number = positive(text)
+    if number > MOST_NEW_TOKENS:
+        raise argparse.ArgumentTypeError(f"{text!r} is too long an answer, the largest possible is {MOST_NEW_TOKENS}")
+    return number
 
 
 def whole(text: str, least: int = 0) -> int:

@@ -53,15 +53,13 @@ def _of_the_system(error: OSError) -> str:
 
 
 def _of_the_backend(error: RuntimeError | AssertionError) -> str | None:
-    """A device that is not there fails in several ways, an empty AssertionError among them (jax 0.10.2): so ask again."""
+    """A device that is not there fails in several ways, one an empty AssertionError (jax 0.10.2): so ask again."""
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as absent:
         reason = str(absent) or "it has no such backend"
         asked = os.environ.get("JAX_PLATFORMS", "")
-        return (
-            f"JAX finds no device with JAX_PLATFORMS={asked!r} ({reason}): unset it, or install the jax of the device"
-        )
+        return f"JAX finds no device with JAX_PLATFORMS={asked!r} ({reason}): unset it, or install that device's jax"
     if not isinstance(error, jax.errors.JaxRuntimeError):
         return None
     said = str(error)
