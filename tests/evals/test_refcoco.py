@@ -233,6 +233,7 @@ def test_no_resized_metrics_where_the_model_answers_in_fractions(tmp_path: Path)
         (["--limit", "0"], "argument --limit: '0' is no whole number from 1 on"),
         (["--limit", "-3"], "--limit"),
         (["--batch-size", "0"], "argument --batch-size: '0' is no whole number from 1 on"),
+        (["--max-new-tokens", "1000000000"], "is too long an answer, the largest possible is 32768"),
         (["--budget", "many"], "'many' is neither 192, 128, 64 nor a share"),
         (["--budget", "1/0"], "'1/0' is neither"),
         (["--budget", "256"], "budget is 256"),

@@ -273,13 +273,14 @@ def test_rows_that_cannot_be_asked_are_named(
         ("{oops\n", "line 1 of x.jsonl is not JSON"),
         ("[1]\n", "line 1 of x.jsonl is no object: expected JSON that begins with {"),
         ('{"id": "1"}\n', "line 1 of x.jsonl lacks the columns question, answer, image_source, image: it has id"),
+        ('{"id": "caf\xe9"}\n', "line 1 of x.jsonl is not UTF-8 (byte 0xe9 at 11)"),
         ("\n", "x.jsonl holds no question, expected at least one row"),
     ],
 )
 def test_json_lines_that_are_none_are_refused(
     content: str, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    (tmp_path / "x.jsonl").write_text(content)
+    (tmp_path / "x.jsonl").write_text(content, encoding="latin-1")
     run("pope", "--data", "x.jsonl", code=2)
     assert expected in capsys.readouterr().err
 
