@@ -284,6 +284,9 @@ def test_hub_loader_reads_a_hub_like_folder(tmp_path: Path, monkeypatch: pytest.
         assert (np.asarray(one.image) == np.asarray(other.image)).all()
     with pytest.raises(RerouteError, match="unknown split 'testA'"):
         _hub(str(tmp_path / "owner" / "name"), None, "testA", REC_COLUMNS)
+    assert _hub(str(tmp_path / "owner" / "name"), None, "val", REC_COLUMNS).revision == table.revision
+    write(tmp_path / "owner" / "name" / "data" / "val-00000-of-00001.parquet", [row("q", stored, ["a", "c"])])
+    assert _hub(str(tmp_path / "owner" / "name"), None, "val", REC_COLUMNS).revision != table.revision
 
 
 def test_scenes_are_read_as_they_are_made() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from evals import pope, refcoco, table
+from evals import gqa, pope, refcoco, table
 from evals.harness import identity, vqa
 from evals.harness.columns import open_table
 from evals.harness.data import REFCOCO
@@ -156,6 +156,19 @@ def test_pictures_beside_parquet_count_and_are_not_read_from_it(tmp_path: Path) 
     before = images_digest(table.images())
     picture.write_bytes(encoded(photo(seed=1), "PNG"))
     assert images_digest(table.images()) != before
+
+
+def test_pictures_of_a_table_of_their_own_count_by_question(tmp_path: Path) -> None:
+    def lines(folder: str, rows: list[dict[str, str]]) -> None:
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "testdev.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+    lines("testdev_balanced_instructions", [{"id": "0", "imageId": "b"}, {"id": "1", "imageId": "a"}])
+    lines("testdev_balanced_images", [{"id": name, "image": f"{name}.png"} for name in "abc"])
+    table = open_table(str(tmp_path), None, gqa.HUB, ("id", "imageId"))
+    apart = tmp_path / "testdev_balanced_images"
+    assert list(table.images()) == [apart / "b.png", apart / "a.png"]
+    assert [file.parent.name for file in table.files] == ["testdev_balanced_instructions", "testdev_balanced_images"]
 
 
 @pytest.mark.parametrize(
