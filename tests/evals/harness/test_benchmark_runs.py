@@ -244,7 +244,7 @@ def test_nothing_but_bad_images_is_an_error(tmp_path: Path, capsys: pytest.Captu
     ("name", "changed", "expected"),
     [
         ("refcoco", {"answer": "left man"}, "row 0: answer is 'left man', expected a list of strings"),
-        ("refcoco", {"bbox": [1, 2, "x", 4]}, "question_id test_0: the row has contents of a wrong type"),
+        ("refcoco", {"bbox": [1, 2, "x", 4]}, "question_id test_0: bbox is [1, 2, 'x'"),
         ("textvqa", {"answers": "stop"}, "question_id 0: answers is 'stop', expected list"),
         ("textvqa", {"answers": [1] * 10}, "question 0: the row has contents of a wrong type"),
         ("vqav2", {"answers": ["stop"]}, "question 0: the row has contents of a wrong type"),
