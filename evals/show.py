@@ -33,7 +33,7 @@ from reroute_jax.figure.card import Answered, Question
 
 COMMANDS = table.COMMANDS | {"scenes_vqa": table.answering(scenes_vqa.BENCHMARK, "exact_match")}
 SHOWN = 8  # questions, where nothing else is said
-OWN = ("task", "run", "index", "limit", "out", "compilation_cache")
+OWN = ("task", "run", "index", "limit", "out", "compilation_cache", "debug")
 SETTINGS = ("prompt_style", "coord_format", "jpeg_roundtrips", "llava_image_mode", "vicuna_system", "mrope_compat")
 FRAME_NOTE = (
     "Boxes are drawn where the model points in the image that it sees; verdicts and IoU are those of the score."
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = task.parse_known_args(argv)[0].task
     parser = _parser(name if name in COMMANDS else "refcoco")
     args = parser.parse_args(argv)
-    return exit_code_of(lambda: _run(args, parser))
+    return exit_code_of(lambda: _run(args, parser), args)
 
 
 def _parser(task: str) -> Parser:
@@ -98,7 +98,7 @@ def _run(args: argparse.Namespace, parser: Parser) -> None:
         title, boards = f"{args.run.name}: which visual tokens ran", [_finished_board(args)]
     args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / "index.html"
-    file.write_text(page(title, boards), encoding="utf-8")
+    file.write_text(page(title, boards), encoding="utf-8", errors="backslashreplace")
     print(f"{len(boards[0].cards)} questions: {file}")
 
 

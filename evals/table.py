@@ -220,10 +220,10 @@ def _run(args: argparse.Namespace) -> None:
     with locked(args.out):
         sheets = [_sheet(model, planned[model], asked, args) for model in args.models]
         text = markdown(sheets)
-        (args.out / "table.md").write_text(text, encoding="utf-8")
+        (args.out / "table.md").write_text(text, encoding="utf-8", errors="backslashreplace")
         write_csv(sheets, args.out / "table.csv")
         draw(sheets, [args.out / "figure.png", args.out / "figure.svg"])
-        (args.out / "index.html").write_text(_page(sheets, args.out), encoding="utf-8")
+        (args.out / "index.html").write_text(_page(sheets, args.out), encoding="utf-8", errors="backslashreplace")
     print(f"{text}\nindex.html, table.md, table.csv, figure.png, figure.svg, answers and summaries: {args.out}")
 
 

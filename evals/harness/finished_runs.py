@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from evals.harness.routes import FULL
+from evals.harness.run_folder import ASIDE, SUMMARY_FILE
 from evals.harness.runner import Record
+from evals.harness.text_files import json_object, read_object
 from reroute_jax.errors import RerouteError
-
-SUMMARY = "summary.json"
 
 
 @dataclass(frozen=True)
@@ -36,11 +35,12 @@ class Finished:
 
 def read_finished(folder: Path) -> Finished:
     """Raises RerouteError where the folder has no summary, several of them, or answers are missing."""
-    if not (folder / SUMMARY).is_file():
-        within = sorted(str(file.parent) for file in folder.rglob(SUMMARY))
+    if not (folder / SUMMARY_FILE).is_file():
+        found = (file.parent for file in folder.rglob(SUMMARY_FILE))
+        within = sorted(str(place) for place in found if not place.name.startswith(ASIDE))
         hint = f"it holds several, give one of {', '.join(within)}" if within else "let the command that made it finish"
         raise RerouteError(f"{folder} is no folder of one finished run: {hint}")
-    summary = _json((folder / SUMMARY).read_text(encoding="utf-8"), folder / SUMMARY)
+    summary = read_object(folder / SUMMARY_FILE)
     return Finished(folder, summary, {run: _records(folder, run) for run in summary["runs"]})
 
 
@@ -50,12 +50,5 @@ def _records(folder: Path, run: str) -> list[Record]:
     file = next((place for place in places if place.is_file()), None)
     if file is None:
         raise RerouteError(f"{folder} lacks the answers of {run}: repeat the command that made it")
-    lines = file.read_text(encoding="utf-8").splitlines()
-    return [_json(line, f"line {number} of {file}") for number, line in enumerate(lines, 1)]
-
-
-def _json(text: str, where: Any) -> dict[str, Any]:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise RerouteError(f"{where} is not JSON ({error}): repeat the run") from error
+    lines = file.read_bytes().splitlines()
+    return [json_object(line, f"line {number} of {file}") for number, line in enumerate(lines, 1)]
