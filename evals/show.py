@@ -22,7 +22,7 @@ from evals.harness.data import Doc
 from evals.harness.finished_runs import Finished, read_finished
 from evals.harness.pages import RIGHT, UNKNOWN, WRONG, Asked, Board, Point, board, is_right, page, shown_truth
 from evals.harness.routes import FULL, check_routes, plan_routes
-from evals.harness.runner import Record, Run, Task
+from evals.harness.runner import Record, Run, Task, text_and_finish
 from evals.harness.schedules import read_schedule
 from reroute_jax.commandline.parsing import DATA, RUN, Parser
 from reroute_jax.engine.compilation import keep_programs
@@ -212,7 +212,8 @@ def _progress(docs: Iterator[Doc], count: int) -> Iterator[Doc]:
 
 def _answer(model: Model, task: Task, run: Run, doc: Doc) -> Record:
     asked = model.prepare([(doc.image, task.prompt(doc))], 1)
-    text = model.answer(asked, schedule=run.schedule, max_new_tokens=task.max_new_tokens)[0]
+    (answered,) = model.answer(asked, schedule=run.schedule, max_new_tokens=task.max_new_tokens)
+    text, _ = text_and_finish(answered)
     return {"text": text, **task.score(text.strip(), doc)}
 
 
