@@ -78,7 +78,7 @@ class Account:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns 0, or 2 after one line on bad input."""
     args = _parser().parse_args(argv)
-    return exit_code(lambda: compare(args, list(sys.argv[1:] if argv is None else argv)))
+    return exit_code(lambda: compare(args, list(sys.argv[1:] if argv is None else argv)), args.debug)
 
 
 def compare(args: argparse.Namespace, arguments: Sequence[str]) -> None:
