@@ -56,9 +56,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        "benchmarks.limits", __doc__, ["", "--limits 16 128 1024 --batch-size 8", "--model scenes-qwen --repetitions 40"]
-    )
+    examples = ("--limits 16 128 1024", "--batch-size 1 --repetitions 40", "--model scenes-qwen --limits 32 512")
+    parser = Parser("benchmarks.limits", __doc__, examples)
     run = parser.group(RUN)
     run.add_argument(
         "--limits", type=positive, nargs="+", default=[16, 128, 1024], help="new tokens (default: %(default)s)"

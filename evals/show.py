@@ -22,7 +22,7 @@ from evals.harness.data import Doc
 from evals.harness.finished_runs import Finished, read_finished
 from evals.harness.pages import RIGHT, UNKNOWN, WRONG, Asked, Board, Point, board, is_right, page, shown_truth
 from evals.harness.routes import FULL, check_routes, plan_routes
-from evals.harness.runner import Record, Run, Task, text_and_finish
+from evals.harness.runner import Record, Run, Task
 from evals.harness.schedules import read_schedule
 from reroute_jax.commandline.parsing import DATA, RUN, Parser
 from reroute_jax.engine.compilation import keep_programs

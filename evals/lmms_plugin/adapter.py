@@ -18,7 +18,7 @@ from tqdm import tqdm
 from convert.embedded import EMBEDDED
 from evals.harness.cli import load_model
 from evals.harness.routes import check_routes, plan_routes
-from evals.harness.runner import sized_batches, text_and_finish
+from evals.harness.runner import sized_batches
 from reroute_jax.commandline.parsing import budget
 from reroute_jax.commandline.routes import SWITCH_ARGUMENTS
 from reroute_jax.errors import RerouteError, one_of

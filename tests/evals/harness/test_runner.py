@@ -7,7 +7,6 @@ import time
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -141,34 +140,6 @@ def test_prompts_beyond_the_limit_name_their_question(task: Task, tmp_path: Path
     asked = list(task.docs(0))[6]
     with pytest.raises(RerouteError, match=rf"question {asked.question_id} \(document 6\), .* has 5004: .* most 4096"):
         answer(StubModel(), long, [(full(), tmp_path)], BATCH)["full"]
-
-
-def test_answers_with_half_a_surrogate_pair_are_kept(task: Task, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(StubModel, "_answer", lambda *arguments: "a\ud800b")
-    answer(StubModel(), task, full(), tmp_path, BATCH)
-    model = StubModel()
-    assert {record["text"] for record in answer(model, task, full(), tmp_path, BATCH)} == {"a\ud800b"}
-    assert model.batches == []
-
-
-def test_records_say_how_answers_ended_where_the_model_does(task: Task, tmp_path: Path) -> None:
-    class Ended(StubModel):
-        def answer(self, questions, **limits):
-            texts = super().answer(questions, **limits)
-            return [SimpleNamespace(text=text, finish_reason="length") for text in texts]
-
-    silent = answer(StubModel(), task, full(), tmp_path, BATCH)
-    (tmp_path / "full.jsonl").unlink()
-    told = answer(Ended(), task, full(), tmp_path, BATCH)
-    assert {record["finish"] for record in silent} == {None}
-    assert told == [record | {"finish": "length"} for record in silent]
-
-
-def test_prompts_beyond_the_limit_name_their_question(task: Task, tmp_path: Path) -> None:
-    long = replace(task, prompt=lambda doc: "word " * (5000 if doc.doc_id == 6 else 5))
-    asked = list(task.docs(0))[6]
-    with pytest.raises(RerouteError, match=rf"question {asked.question_id} \(document 6\), .* has 5004: .* most 4096"):
-        answer(StubModel(), long, full(), tmp_path, BATCH)
 
 
 def test_more_answers_than_questions_are_refused(task: Task, tmp_path: Path) -> None:
