@@ -12,13 +12,13 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any, NoReturn
 
+from reroute_jax.buckets import MOST_NEW_TOKENS
 from reroute_jax.commandline.failures import one_line
 from reroute_jax.errors import RerouteError
 from reroute_jax.routing.budget import parsed_budget
 
 INTERRUPTED, NO_READER = 130, 141  # 128 + SIGINT, 128 + SIGPIPE, as a shell reports them
 BAD_INPUT = 2
-MOST_NEW_TOKENS = 32_768  # of an answer: the longest that lmms-eval v0.7.1 lets its classes for these families give
 
 # The groups of a command's help, in its order.
 RUN = "what to run"

@@ -11,10 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from reroute_jax.buckets import MOST_NEW_TOKENS
 from reroute_jax.errors import RerouteError
 from reroute_jax.types import AnyArray
-
-MOST_NEW_TOKENS = 32_768  # of an answer: the longest that a benchmark of the reference asks for
 
 
 @dataclass(frozen=True)

@@ -202,7 +202,7 @@ def test_logprobs_are_those_of_the_models_own_logits():
     found = model.answer(pairs, max_new_tokens=3, logprobs=True, repetition_penalty=1.3)[0]
     ids = model.prompt_ids("how many cups", ())
     for count, (token, logprob) in enumerate(zip(found.token_ids, found.logprobs, strict=True)):
-        logits = model.prefill(input_ids=np.concatenate([ids, found.token_ids[:count]])[None]).logits[0]
+        logits = model.prefill(input_ids=np.array([[*ids, *found.token_ids[:count]]])).logits[0]
         expected = jax.nn.log_softmax(jnp.asarray(logits))[token]
         np.testing.assert_allclose(logprob, expected, atol=1e-4)
 
