@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -193,8 +195,19 @@ def _save_arrays(
     # Compression of bfloat16 noise saves a quarter of the disk and costs a third of the time.
     handler = ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry)
     tree = {assignment.path: pending(assignment, tensor) for assignment, tensor in planned}
-    with ocp.Checkpointer(handler) as checkpointer:
+    with _without_log("absl"), ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save(folder.absolute(), args=ocp.args.PyTreeSave(tree))
+
+
+@contextmanager
+def _without_log(name: str) -> Iterator[None]:
+    """Orbax logs the traceback of an error that it raises as well, which is said in one line."""
+    log = logging.getLogger(name)
+    log.disabled, before = True, log.disabled
+    try:
+        yield
+    finally:
+        log.disabled = before
 
 
 def _restore(source: Source, target: Target, dtype: str | None, progress: Progress) -> dict[str, jax.Array]:

@@ -124,7 +124,10 @@ def assert_refused(config, telling, generation=None):
     [
         ({"rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 20]}}, "mrope_section is [16, 24, 20]"),
         ({"rope_scaling": {"type": "mrope", "mrope_section": [32, 32]}}, "add up to the 64 rotary pairs"),
-        ({"hidden_size": 64, "num_attention_heads": 4, "rope_scaling": None}, "mrope_section is [16, 24, 24]"),
+        (
+            {"hidden_size": 3584, "num_attention_heads": 56, "rope_scaling": None},
+            "mrope_section is [16, 24, 24], expected three numbers that add up to the 32",
+        ),
         *(
             ({"rope_scaling": {"rope_type": kind, "factor": 2.0, "original_max_position_embeddings": 128}}, "rope_type")
             for kind in ("yarn", "linear", "dynamic", "llama3")

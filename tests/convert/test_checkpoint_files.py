@@ -307,7 +307,7 @@ def test_a_folder_that_cannot_be_written(llava, tmp_path, capsys, monkeypatch):
     assert not list(tmp_path.glob("out*"))
 
 
-@pytest.mark.parametrize("limit", [4096, 200_000])
+@pytest.mark.parametrize("limit", [4096, 20_000])
 def test_a_disk_that_fills_up_leaves_nothing(llava, tmp_path, limit):
     """A limit on the size of files stands for the disk: writes fail midway, in Orbax's own writers."""
     script = (

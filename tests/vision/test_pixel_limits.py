@@ -70,9 +70,9 @@ def test_plans_need_no_image_processor_where_the_grid_is_known(checkpoint, tmp_p
         model = reroute_jax.load(checkpoint)
         with pytest.raises(RerouteError, match="lacks tokenizer or image processor files"):
             model.plan("fastv", budget=128)
-        assert model.plan("pdrop", budget=64, grid=(12, 10)).decisions
+        assert model.plan("fastv", budget=0.8, grid=(12, 10)).decisions
         known = reroute_jax.load(checkpoint, pixel_limits=(1, 144 * TOKEN**2))
-        assert known.reference_grid == (12, 12) and known.plan("fastv", budget=128).decisions
+        assert known.reference_grid == (12, 12) and known.plan("fastv", budget=0.8).decisions
     finally:
         (tmp_path / "preprocessor_config.json").rename(checkpoint / "preprocessor_config.json")
 
