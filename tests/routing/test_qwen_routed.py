@@ -54,7 +54,7 @@ GENERATED |= {"random-reroute", "pool", "layer-0"}
 
 # A row with one image, one with two, one with a small one, one without.
 GRIDS = (((7, 5),), ((5, 6), (9, 3)), ((3, 4),), ())
-LENGTHS, STARTS = (320, 120, 60, 40), (6, 0, 20, 0)
+LENGTHS, STARTS = (320, 120, 60, 40), (6, 0, 20, 0)  # one is long: errors of rope grow with the distance
 ROWS = [
     random_ids(size, grids, start=start, seed=size) for size, grids, start in zip(LENGTHS, GRIDS, STARTS, strict=True)
 ]

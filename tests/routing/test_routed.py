@@ -13,7 +13,6 @@ from tests.tiny import random_ids, random_pixels
 
 GRID = (6, 6)
 BUDGET = 128
-HEADS = [pytest.param(4, id="mha"), pytest.param(2, id="gqa")]
 ROUTES = {
     "fastv-delete": {"method": "fastv", "action": "delete"},
     "fastv-reroute": {"method": "fastv", "action": "reroute"},
@@ -55,22 +54,26 @@ def reference(model, torch_model, ids, pixels, schedule, **more):
     return run(torch_model, ids, pixels, schedule, prior=prior, **more)
 
 
-# Every method and action on both; switches and edges, which know nothing of heads, on GQA.
-CASES = [(2, name) for name in (*ROUTES, *EDGES)]
-CASES += [(4, name) for name, route in ROUTES.items() if set(route) <= {"method", "action", "seed"}]
+# GQA throughout; where heads do not share keys nothing of a route differs, so that two routes are enough.
+CASES = [(2, name) for name in (*ROUTES, *EDGES)] + [(4, "pdrop-reroute"), (4, "nuwa-delete")]
+# What decode sees of a route: the length of each stage's cache and the positions. Other routes differ in scores only.
+GENERATED = {"fastv-delete", "fastv-renumber", "pdrop-delete", "pdrop-reroute", "pdrop-renumber", "pool", "layer-0"}
+GENERATED |= {"pdrop-reroute-renumber", "nuwa-delete", "nuwa-reroute", "random-reroute", "last-layer"}
+LONG = {"pdrop-reroute"}  # errors of rope grow with the distance
 
 
 @pytest.mark.parametrize(("kv_heads", "name"), CASES)
 def test_equals_the_reference(kv_heads, name):
-    """Selections, scores, cached rows, logits, and twelve greedy tokens, each row of a ragged batch as if alone."""
+    """Selections, scores, cached rows, logits, and greedy tokens, each row of a ragged batch as if alone."""
     torch_model, model = pair(kv_heads)
     schedule = schedules(model)[name]
-    lengths, starts = (320, 300, 80), (6, 0, None)
+    lengths, starts = (320, 300, 80) if name in LONG else (140, 120, 60), (6, 0, None)
     rows = [random_ids(size, start=at, seed=k) for k, (size, at) in enumerate(zip(lengths, starts, strict=True))]
     pixels = random_pixels(2, seed=4)
     images = [pixels[:1], pixels[1:], None]
+    new = 8 if name in GENERATED else 0
     expected = [
-        reference(model, torch_model, ids, image, schedule, max_new_tokens=12)
+        reference(model, torch_model, ids, image, schedule, max_new_tokens=new)
         for ids, image in zip(rows, images, strict=True)
     ]
     padded, mask = pad(rows, left=True)
@@ -85,10 +88,11 @@ def test_equals_the_reference(kv_heads, name):
             decision = wanted.decisions[number]
             np.testing.assert_array_equal(selected[row][selected[row] >= 0], decision.selected)
             np.testing.assert_allclose(result.trace.scores[number][row], decision.scores, atol=1e-5)
-    tokens = model.generate_ids(
-        input_ids=padded, attention_mask=mask, pixel_values=pixels, schedule=schedule, max_new_tokens=12
-    )
-    np.testing.assert_array_equal(tokens, [wanted.tokens for wanted in expected])
+    if new:
+        tokens = model.generate_ids(
+            input_ids=padded, attention_mask=mask, pixel_values=pixels, schedule=schedule, max_new_tokens=new
+        )
+        np.testing.assert_array_equal(tokens, [wanted.tokens for wanted in expected])
 
 
 def pad(rows, *, left):
@@ -101,11 +105,10 @@ def pad(rows, *, left):
     return ids, mask
 
 
-@pytest.mark.parametrize("kv_heads", HEADS)
-def test_anchors_are_the_references(kv_heads):
-    torch_model, model = pair(kv_heads)
+def test_anchors_are_the_references():
+    torch_model, model = pair(2)
     schedule = model.plan("nuwa", budget=BUDGET, action="delete")
-    ids, pixels = random_ids(300, start=3), random_pixels(1, seed=6)
+    ids, pixels = random_ids(100, start=3), random_pixels(1, seed=6)
     wanted = reference(model, torch_model, ids, pixels, schedule)
     trace = model.prefill(input_ids=ids[None], pixel_values=pixels, schedule=schedule, trace=True).trace
     np.testing.assert_array_equal(trace.anchors[0], wanted.anchors)
@@ -115,7 +118,7 @@ def test_anchors_are_the_references(kv_heads):
 def test_renumbering_changes_the_answer():
     """The two position modes must not be the same program (27.8 against 1.9 on RefCOCO testA, arXiv 2606.12412)."""
     _, model = pair(4)
-    ids, pixels = random_ids(320, start=6)[None], random_pixels(1)
+    ids, pixels = random_ids(140, start=6)[None], random_pixels(1)
     logits = [
         model.prefill(
             input_ids=ids,
@@ -129,7 +132,7 @@ def test_renumbering_changes_the_answer():
 
 def test_keep_all_is_no_routing_and_one_decision_deletes_as_it_reroutes():
     _, model = pair(2)
-    given = {"input_ids": random_ids(310, start=4)[None], "pixel_values": random_pixels(1)}
+    given = {"input_ids": random_ids(130, start=4)[None], "pixel_values": random_pixels(1)}
     plain = model.prefill(**given).logits
     kept = model.prefill(**given, schedule=EDGES["keep-all"]).logits
     np.testing.assert_allclose(kept, plain, atol=1e-5)
