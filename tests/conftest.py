@@ -1,4 +1,4 @@
-"""Shapes in signatures are checked at run time, and programs are compiled quickly: tests compile much and run little."""
+"""Shapes in signatures are checked at run time; programs are compiled quickly: tests compile much and run little."""
 
 import gc
 import os
