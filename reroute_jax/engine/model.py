@@ -44,6 +44,7 @@ from reroute_jax.errors import RerouteError, one_of
 from reroute_jax.models import FAMILIES
 from reroute_jax.models.family import Family
 from reroute_jax.routing import methods
+from reroute_jax.routing.cost import Account, account
 from reroute_jax.routing.plan import Schedule
 
 LOOKAHEAD = 2  # batches that are made ready while one is answered
@@ -126,6 +127,13 @@ class Model:
         rows, cols = grid or self.reference_grid
         sizes = {"num_layers": self.config.num_layers, "visual": rows * cols, "grid": (rows, cols)}
         return methods.plan(method, **sizes, family=self.config.family, action=action, **options)
+
+    def cost(self, schedule: Schedule, *, text: int, grid: tuple[int, int] | None = None) -> Account:
+        """What a schedule means for a row with one image, which prints as a line: visual tokens a layer as they really
+        run, multiply-accumulates, KV bytes. text: text tokens of the row. grid: as of `plan`."""
+        rows, cols = grid or self.reference_grid
+        sizes = {"visual": rows * cols, "grid": (rows, cols), "text": text}
+        return account(schedule, self.config.decoder, **sizes, dtype=self.dtype)
 
     # --- Prompts as arrays --------------------------------------------------------------------------------------------
 

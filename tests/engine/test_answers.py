@@ -11,7 +11,6 @@ import reroute_jax
 from reroute_jax.engine.answers import AnswerError
 from reroute_jax.engine.text import pieces
 from reroute_jax.errors import RerouteError
-from reroute_jax.routing.cost import account
 from tests.checkpoints import pair
 
 
@@ -26,7 +25,8 @@ def test_an_answer_says_why_it_ended_and_what_it_cost():
     assert found.finish_reason == "length" and len(found.token_ids) == 4
     ids = model.prompt_ids("where is it ?", [(6, 6)])
     assert found.usage.prompt_tokens == len(ids) and found.usage.visual_tokens == 36 and found.usage.new_tokens == 4
-    cost = account(schedule, model.config.decoder, visual=36, text=len(ids) - 36, grid=(6, 6), dtype=model.dtype)
+    cost = model.cost(schedule, text=len(ids) - 36)
+    assert str(cost).startswith("pdrop reroute 128: 7.50 of 36 visual tokens per layer")
     assert sum(found.usage.visual_tokens_per_layer) == cost.kv_visual
     # The keys and values of three more tokens: the last one is chosen and not fed.
     each = cost.kv_bytes // cost.kv_tokens
