@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from evals.harness.routes import DEFAULT_METHOD, add_comparison_arguments, check_routes, plan_routes
 from evals.harness.run_folder import write_json
@@ -26,6 +25,7 @@ from reroute_jax.commandline.routes import add_route_arguments
 from reroute_jax.engine import programs
 from reroute_jax.engine.batching import Batch
 from reroute_jax.errors import RerouteError
+from reroute_jax.nn.cache import ROOM
 from reroute_jax.routing.cost import compute, kv_width, scored_rows
 from reroute_jax.routing.plan import RoutingPlan, Schedule, StagePlan
 
@@ -113,8 +113,8 @@ def stage_costs(subject: Subject, schedule: Schedule, batch: int) -> list[StageC
                 scoring=2e-12 * batch * compute(config, [], [next(scored)]).scoring if scores else 0.0,
                 reused=2e-12 * batch * rows * config.hidden_size * kv_width(config) if reuses else 0.0,
                 xla=1e-12 * (total - before),
-                kv_tokens=batch * buffers[0].shape[2],
-                kv_bytes=sum(int(np.prod(one.shape)) * one.dtype.itemsize for one in buffers),
+                kv_tokens=batch * (buffers[0].shape[2] - ROOM),
+                kv_bytes=sum(one.size // one.shape[2] * (one.shape[2] - ROOM) * one.dtype.itemsize for one in buffers),
             )
         )
         before = total

@@ -55,6 +55,7 @@ def apply(params: nnx.Module, prompt: Prompt, plan: RoutingPlan, images: Images 
 
     prompt, images: arrays as `Model.inputs` makes them. plan: static, of a schedule for these shapes.
     """
+    prompt, images = jax.tree.map(jnp.asarray, (prompt, images))
     if images is None:
         width = params.config.decoder.hidden_size
         features, anchors = jnp.zeros((1, width)), jnp.zeros(1, jnp.int32)

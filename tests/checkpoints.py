@@ -22,6 +22,13 @@ def pair(kv_heads: int) -> tuple[LlavaForConditionalGeneration, Model]:
 
 
 @cache
+def small() -> Model:
+    """Of 4 decoder layers and 2 of vision, where nothing is compared with torch: little to compile."""
+    folder = tiny_llava(Path(mkdtemp()) / "small", kv_heads=2, layers=4, vision_layers=3, seed=3)
+    return reroute_jax.load(folder, "float32")
+
+
+@cache
 def qwen_pair(tied: bool = False) -> tuple[Qwen2_5_VLForConditionalGeneration, Model]:
     """GQA with 2 KV heads of 4, 8 decoder layers; with a tied head in transformers 5's spelling, else the hub's."""
     spelling = "v5" if tied else "hub"

@@ -3,6 +3,8 @@
 import gc
 import os
 
+import jaxtyping
+import pytest
 from jaxtyping import install_import_hook
 
 # CPU seconds of a routed prefill of 8 layers (jax 0.10.2, November 2026): to compile it 10 by default and 5 at level 0;
@@ -14,3 +16,11 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_QUICK}".strip()
 gc.set_threshold(100_000, 20, 50)
 
 install_import_hook("reroute_jax", "beartype.beartype")
+
+
+@pytest.fixture
+def unchecked_annotations():
+    """Lowering ahead of time puts shapes where annotations want arrays."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -2,7 +2,6 @@
 
 import re
 
-import jaxtyping
 import pytest
 
 from evals.speed.checkpoint_shapes import SHAPES
@@ -11,14 +10,7 @@ from evals.speed.subjects import Subject, random_model, sample
 
 ROUTES = {"none": {}, "pdrop": {"action": "reroute", "budget": 192}, "nuwa": {"action": "delete", "budget": 64}}
 GRIDS = {"llava-tiny-gqa": (4, 4), "qwen-tiny": (4, 6)}
-
-
-@pytest.fixture(autouse=True)
-def unchecked_annotations():
-    """Lowering ahead of time puts shapes where the annotations of `Prompt` want arrays."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
+pytestmark = pytest.mark.usefixtures("unchecked_annotations")
 
 
 def traced(shape, dtype, schedule=None, **route):

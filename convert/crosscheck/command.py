@@ -30,7 +30,7 @@ from reroute_jax.commandline.routes import (
     given_switches,
 )
 from reroute_jax.config import ModelConfig
-from reroute_jax.engine.batching import Question, lay_out, make_batch
+from reroute_jax.engine.batching import Question, lay_out, priors
 from reroute_jax.engine.chat import open_layout
 from reroute_jax.errors import RerouteError
 from reroute_jax.models import FAMILIES
@@ -122,7 +122,7 @@ def _in_torch(
                 prompt.pixels,
                 schedule,
                 image_grid_thw=prompt.thw,
-                prior=make_batch([layout], config, schedule).prompt.prior[:, 0],
+                prior=priors(schedule, [layout], layout.shape.visual)[:, 0],
                 max_new_tokens=max_new,
                 eos_tokens=config.eos_tokens,
                 repetition_penalty=config.repetition_penalty,

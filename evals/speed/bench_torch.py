@@ -15,7 +15,7 @@ from convert.families import abstract_params, table_of
 from convert.table import match
 from evals.speed.programs import Answer
 from evals.speed.subjects import Sample, Subject
-from reroute_jax.engine.batching import Question, lay_out, make_batch
+from reroute_jax.engine.batching import Question, lay_out, priors
 from reroute_jax.errors import RerouteError
 from reroute_jax.nn.params import named_parameters
 from reroute_jax.routing.plan import Schedule
@@ -84,7 +84,7 @@ def routed(
 ) -> Callable[[], Answer]:
     """The same of the eager reference, which runs one prompt at a time."""
     layout = lay_out(Question(one.ids[0], (subject.grid,)), subject.model.config, schedule)
-    prior = make_batch([layout], subject.model.config, schedule).prompt.prior[:, 0]
+    prior = priors(schedule, [layout], layout.shape.visual)[:, 0]
     ids: Tensor = torch.tensor(one.ids[0])
 
     @torch.no_grad()

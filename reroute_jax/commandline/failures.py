@@ -19,7 +19,7 @@ def one_line(error: BaseException) -> str | None:
     """What to tell the user of an error; None for one that nobody foresaw, whose traceback has to be seen."""
     match error:
         case RerouteError():
-            said = str(error)
+            return str(error)  # written for users; a report of all that is wrong has lines of its own
         case ModuleNotFoundError(name=str(name)):
             said = _absent_package(name)
         case BrokenProcessPool():

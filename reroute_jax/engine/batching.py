@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 
 from reroute_jax.buckets import TEXT_BUCKETS, bucket
 from reroute_jax.config import ModelConfig
@@ -216,13 +216,14 @@ def _prompt(rows: Sequence[Layout], shape: BatchShape, schedule: Schedule) -> Pr
         first_feature=first_feature[:-1].astype(np.int32),
         visual_positions=visual_positions,
         keep=schedule.keep_counts([int(row.routed.sum()) for row in rows]),
-        prior=_prior(schedule, rows, shape.visual),
+        prior=priors(schedule, rows, shape.visual),
         next_position=np.array([row.next_position for row in rows], np.int32),
         text_slots=shape.text,
     )
 
 
-def _prior(schedule: Schedule, rows: Sequence[Layout], visual: int) -> np.ndarray:
+def priors(schedule: Schedule, rows: Sequence[Layout], visual: int) -> Float[np.ndarray, "P B visual"]:
+    """Host-made scores of the rows' original visual tokens, by decision; no decisions where the schedule has none."""
     if schedule.prior is None:
         return np.zeros((0, len(rows), visual), np.float32)
     prior = np.zeros((len(schedule.decisions), len(rows), visual), np.float32)

@@ -13,7 +13,7 @@ What becomes of the modes of Pillow, and with them of every file it reads (the f
     I of other origin, F                        refused: their numbers have no range of their own
 
 An image is turned upright by its EXIF orientation, as transformers' `load_image` does; EXIF that cannot be read is no
-EXIF. Where transformers has two answers, this has one: `load_image` (5.24, so everything given to it by path) drops
+EXIF. Where transformers 5.24 has two answers, this has one: `load_image`, so everything given to it by path, drops
 transparency and shows what colours lie beneath; its image processors, given a PIL image, and qwen_vl_utils lay it on
 white. White it is, for both families.
 """
@@ -95,7 +95,7 @@ def _decode(source: Any, name: str) -> Image.Image:
 def on_white(image: Image.Image) -> Image.Image:
     """RGB of a decoded image of any mode, by the table above.
 
-    Alpha is composited in 8 bits, as `transformers.image_transforms.convert_to_rgb` (5.24) does: equal to the pixel.
+    Alpha is composited in 8 bits, as `transformers.image_transforms.convert_to_rgb` of 5.24 does: equal to the pixel.
     Raises ValueError where there is no conversion, and TypeError for a transparent colour that is none.
     """
     if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):

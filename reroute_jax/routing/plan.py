@@ -272,7 +272,7 @@ class Schedule:
                 stages.append(Stage(lo, hi, ratio=ratio, score=how))
         return cls(
             tuple(stages),
-            recover=action == "reroute",
+            recover=action == "reroute" and bool(layers),
             monotonic=monotonic,
             position_mode=position_mode,
             prior=prior,

@@ -95,7 +95,7 @@ def massive(tmp_path_factory):
     """A few channels in the thousands from layer 0 on and norms that make up for them, as in trained decoders."""
     folder = tiny_llava(tmp_path_factory.mktemp("massive"), kv_heads=2, layers=4, vision_layers=3, hidden=256)
     tensors = load_file(folder / "model.safetensors")
-    tensors["language_model.model.layers.0.mlp.down_proj.weight"][[5, 77]] *= 5000
+    tensors["language_model.model.layers.0.mlp.down_proj.weight"][[5, 77]] *= 500
     for name, value in tensors.items():
         if "language_model" in name and "norm" in name and "layers.0.input" not in name and "layers.0.post" not in name:
             value *= 400
@@ -117,7 +117,7 @@ def rows_of(out):
 def test_activations_in_the_thousands_agree(massive, capsys):
     assert main([str(massive), *FAST]) == 0
     rows = rows_of(capsys.readouterr().out)
-    difference, scale, allowed, _ = rows["layer 1 on the same input"]
+    difference, scale, allowed, _ = rows["layer 2 on the same input"]
     assert scale > 1000 and allowed == pytest.approx(1e-5 * scale, rel=0.5)
     assert 1e-5 < difference < allowed  # more than an absolute bound, or one of ordinary rows, would let pass
 

@@ -11,7 +11,10 @@ import reroute_jax
 from reroute_jax.engine.answers import AnswerError
 from reroute_jax.engine.text import pieces
 from reroute_jax.errors import RerouteError
-from tests.checkpoints import pair
+from reroute_jax.routing.plan import Schedule
+from tests.checkpoints import small
+
+BY_HAND = Schedule.from_decisions((1, 3), (0.5, 0.25), 4, "reroute", label="by hand")
 
 
 def picture(seed=0):
@@ -19,14 +22,14 @@ def picture(seed=0):
 
 
 def test_an_answer_says_why_it_ended_and_what_it_cost():
-    _, model = pair(2)
-    schedule = model.plan("pdrop", budget=128)
+    model = small()
+    schedule = BY_HAND
     found = model.answer([(picture(), "where is it ?")], schedule=schedule, max_new_tokens=4)[0]
     assert found.finish_reason == "length" and len(found.token_ids) == 4
     ids = model.prompt_ids("where is it ?", [(6, 6)])
     assert found.usage.prompt_tokens == len(ids) and found.usage.visual_tokens == 36 and found.usage.new_tokens == 4
     cost = model.cost(schedule, text=len(ids) - 36)
-    assert str(cost).startswith("pdrop reroute 128: 7.50 of 36 visual tokens per layer")
+    assert str(cost).startswith("by hand: 20.25 of 36 visual tokens per layer (nominal 20.25)")
     assert sum(found.usage.visual_tokens_per_layer) == cost.kv_visual
     # The keys and values of three more tokens: the last one is chosen and not fed.
     each = cost.kv_bytes // cost.kv_tokens
@@ -34,7 +37,7 @@ def test_an_answer_says_why_it_ended_and_what_it_cost():
 
 
 def test_the_id_that_ends_an_answer_is_no_part_of_it():
-    _, model = pair(4)
+    model = small()
     free = model.answer([(None, "how many")], max_new_tokens=6)[0]
     stop = free.token_ids[3]
     model = replace(model, config=replace(model.config, eos_tokens=(stop,)))
@@ -44,7 +47,7 @@ def test_the_id_that_ends_an_answer_is_no_part_of_it():
 
 
 def test_a_trace_of_an_answer_is_that_of_its_prompt_alone():
-    _, model = pair(2)
+    model = small()
     schedule = model.plan("nuwa", budget=128)
     pairs = [(picture(seed), f"question number {seed} " * (1 + 3 * seed)) for seed in range(3)]
     for found, one in zip(model.answer(pairs, schedule=schedule, trace=True, max_new_tokens=2), pairs, strict=True):
@@ -60,7 +63,7 @@ def test_a_trace_of_an_answer_is_that_of_its_prompt_alone():
 
 
 def test_one_bad_question_takes_no_other_down(tmp_path):
-    _, model = pair(4)
+    model = small()
     (tmp_path / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n nothing more")
     items = [(picture(), "one"), (tmp_path / "cut.png", "two"), (None, "<image>"), (None, "four"), "no pair"]
     found = model.answer(items, max_new_tokens=3, on_error="return")
@@ -74,7 +77,7 @@ def test_one_bad_question_takes_no_other_down(tmp_path):
 
 
 def test_a_chat_of_one_turn_is_the_pair():
-    _, model = pair(4)
+    model = small()
     one = picture()
     chat = [("user", [one, "where is it ?"])]
     assert model.generate([chat], max_new_tokens=4) == model.generate([(one, "where is it ?")], max_new_tokens=4)
@@ -84,14 +87,13 @@ def test_a_chat_of_one_turn_is_the_pair():
 
 def test_numbers_that_overflow_are_told_with_dtype_row_and_layers():
     """One MLP's kernels times 100,000 in float16: what comes behind that stage is not a number."""
-    _, exact = pair(4)
+    exact = small()
     model = reroute_jax.load(exact.folder, "float16")
     mlp = model.module.decoder.layers[3].mlp
     mlp.up.kernel[...] = mlp.up.kernel[...] * 60000
     mlp.gate.kernel[...] = mlp.gate.kernel[...] * 60000
-    schedule = model.plan("pdrop", budget=128)
-    layers = schedule.stages
-    hit = next(stage for stage in layers if stage.lo <= 3 < stage.hi)
+    schedule = BY_HAND
+    hit = next(stage for stage in schedule.stages if stage.lo <= 3 < stage.hi)
     found = model.answer([(picture(), "one"), (None, "two")], schedule=schedule, max_new_tokens=2, on_error="return")
     for number, one in enumerate(found):
         assert f"question {number}: hidden states are not finite in float16" in str(one.error)
@@ -105,13 +107,13 @@ def test_numbers_that_overflow_are_told_with_dtype_row_and_layers():
 
 @pytest.mark.parametrize("wrong", [-1, 10**6])
 def test_ids_out_of_range_are_refused(wrong):
-    _, model = pair(4)
+    model = small()
     with pytest.raises(RerouteError, match=rf"row 1 has id {wrong}, expected 0 to \d+"):
         model.prefill(input_ids=np.array([[1, 2, 3], [1, wrong, 3]]))
 
 
 def test_a_stream_is_the_answer_in_pieces():
-    _, model = pair(4)
+    model = small()
     one = (picture(), "tell me more about the cup")
     found = list(model.stream(one, max_new_tokens=20))
     assert len(found) > 3

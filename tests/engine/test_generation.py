@@ -14,7 +14,7 @@ from reroute_jax.engine.sampling import Sampling, row_sampling
 from reroute_jax.errors import RerouteError
 from reroute_jax.nn.cache import ROOM, grown
 from reroute_jax.routing.plan import Schedule
-from tests.checkpoints import pair
+from tests.checkpoints import small
 from tests.tiny import random_ids, random_pixels
 
 
@@ -24,7 +24,7 @@ def given(length=60, seed=0):
 
 def test_decode_equals_prefill():
     """Teacher-forced: the token after each prefix is what decode chose, for an unrouted prompt."""
-    _, model = pair(2)
+    model = small()
     one = given()
     tokens = model.generate_ids(**one, max_new_tokens=8)
     for step in range(8):
@@ -33,11 +33,11 @@ def test_decode_equals_prefill():
         assert logits[0].argmax() == tokens[0, step]
 
 
-@pytest.mark.parametrize("method", ["none", "pdrop"])
-def test_a_long_answer_crosses_segments_and_room_unchanged(method):
+@pytest.mark.parametrize("action", ["none", "reroute"])
+def test_a_long_answer_crosses_segments_and_room_unchanged(action):
     """Tokens with a room of 32 that grows twice are those of one that never has to."""
-    _, model = pair(2)
-    schedule = model.plan(method, **({"budget": 128} if method != "none" else {}))
+    model = small()
+    schedule = unrouted(model) if action == "none" else Schedule.from_decisions((1, 3), (0.5, 0.25), 4, action)
     limit = 3 * ROOM + 5
     found = model.generate_ids(**given(), schedule=schedule, max_new_tokens=limit)[0]
     short = [model.generate_ids(**given(), schedule=schedule, max_new_tokens=n)[0] for n in (1, 2, ROOM, ROOM + 2)]
@@ -55,7 +55,7 @@ def test_a_long_answer_crosses_segments_and_room_unchanged(method):
 
 
 def test_no_limit_and_no_value_of_sampling_compiles_anything():
-    _, model = pair(4)
+    model = small()
     model.generate_ids(**given(), max_new_tokens=5)
     model.generate_ids(**given(), max_new_tokens=5, temperature=1.0)
     values = (
@@ -72,7 +72,7 @@ def test_no_limit_and_no_value_of_sampling_compiles_anything():
 
 def test_cost_follows_the_answer_and_not_the_limit():
     """Three tokens take two steps, whatever the limit: no cache grows and no later segment is asked for."""
-    _, model = pair(4)
+    model = small()
     free = model.generate_ids(**given(), max_new_tokens=3)[0]
     with compilations() as compiled:
         for limit in (16, 128, 1024):
@@ -84,7 +84,7 @@ def test_cost_follows_the_answer_and_not_the_limit():
 
 def test_rows_that_are_done_leave_the_batch_where_it_grows():
     """Three of four rows end early: what goes on behind the first room is a batch of one, and its answer is its own."""
-    _, model = pair(2)
+    model = small()
     ids = np.stack([random_ids(60, seed=seed) for seed in range(4)])
     pixels = random_pixels(4)
     limit = ROOM + 20
@@ -109,7 +109,7 @@ def unrouted(model):
 
 
 def test_filler_rows_are_done_from_the_start():
-    _, model = pair(4)
+    model = small()
     schedule = unrouted(model)
     layout = lay_out(Question(random_ids(60), ((6, 6),)), model.config, schedule)
     batch = make_batch([layout], model.config, schedule, size=4, pixels=random_pixels(1))
@@ -126,7 +126,7 @@ def test_filler_rows_are_done_from_the_start():
 
 def test_each_row_writes_at_its_own_slot_and_a_done_row_stands_still():
     """Rows of 60 and 50 tokens: new keys stand behind each row's own prompt."""
-    _, model = pair(2)
+    model = small()
     decoder = model.module.decoder
     schedule = unrouted(model)
     rows = [random_ids(60), random_ids(50, seed=1)]
@@ -145,7 +145,7 @@ def test_each_row_writes_at_its_own_slot_and_a_done_row_stands_still():
 
 def test_a_sampled_answer_depends_on_its_number_alone():
     """Twelve copies of a prompt: all differ, and at any batch size each is what it is."""
-    _, model = pair(4)
+    model = small()
     items = [(None, "where is the red cup ?")] * 12
     how = {"max_new_tokens": 8, "temperature": 2.0, "seed": 3}
     by_four = [found.token_ids for found in model.answer(items, batch_size=4, **how)]
@@ -157,7 +157,7 @@ def test_a_sampled_answer_depends_on_its_number_alone():
 
 
 def test_seed_decides_what_is_drawn():
-    _, model = pair(4)
+    model = small()
     options = {**given(), "max_new_tokens": 12, "temperature": 1.5}
     first, again, other = (model.generate_ids(**options, seed=seed) for seed in (1, 1, 2))
     np.testing.assert_array_equal(first, again)
@@ -184,20 +184,20 @@ def test_seed_decides_what_is_drawn():
     ids=str,
 )
 def test_numbers_that_mean_nothing_are_refused(wrong):
-    _, model = pair(4)
+    model = small()
     with pytest.raises(RerouteError, match=next(iter(wrong))):
         model.answer([(None, "how many")], **wrong)
 
 
 def test_the_smallest_temperature_is_greedy():
-    _, model = pair(4)
+    model = small()
     greedy = model.generate_ids(**given(), max_new_tokens=6)
     for temperature in (1e-40, 1e-30, 1e-12):
         np.testing.assert_array_equal(model.generate_ids(**given(), max_new_tokens=6, temperature=temperature), greedy)
 
 
 def test_logprobs_are_those_of_the_models_own_logits():
-    _, model = pair(2)
+    model = small()
     pairs = [(None, "how many cups")]
     found = model.answer(pairs, max_new_tokens=3, logprobs=True, repetition_penalty=1.3)[0]
     ids = model.prompt_ids("how many cups", ())

@@ -188,7 +188,7 @@ def test_a_prompt_beyond_the_token_budget_is_refused():
         model.generate([(None, "how many")], batch_size=0)
 
 
-def test_warm_up_compiles_what_generate_needs():
+def test_warm_up_compiles_what_generate_needs(unchecked_annotations):
     _, model = pair(4)
     schedule = model.plan("fastv", budget=128)
     picture = Image.fromarray(np.zeros((90, 70, 3), np.uint8))
@@ -204,7 +204,7 @@ def test_warm_up_compiles_what_generate_needs():
     assert compiled == []
 
 
-def test_warm_up_covers_several_images_a_row_and_long_answers():
+def test_warm_up_covers_several_images_a_row_and_long_answers(unchecked_annotations):
     _, model = pair(4)
     picture = Image.fromarray(np.zeros((90, 70, 3), np.uint8))
     pairs = [([picture, picture], f"what differs {number}") for number in range(4)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import zlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -52,7 +53,7 @@ class StubModel:
         return item
 
     def answer(
-        self, questions: Sequence[tuple], *, schedule: Schedule, max_new_tokens: int, batch_size: int
+        self, questions: Sequence[tuple], *, schedule: Schedule, max_new_tokens: int, batch_size: int = 8
     ) -> list[Answer]:
         assert 1 <= len(questions) <= batch_size
         if self._left is not None:
@@ -81,7 +82,7 @@ class QwenStub(StubModel):
 
     def __init__(self, docs: Sequence[Doc]) -> None:
         super().__init__()
-        self.config = model_config("qwen2_5_vl")
+        self.config = replace(model_config("qwen2_5_vl"), repetition_penalty=1.05)
         self.image_processor = SimpleNamespace(size={"shortest_edge": 9408, "longest_edge": 15680})
         self._truths = {(doc.image.tobytes(), doc.text): doc.truth for doc in docs}
 

@@ -4,6 +4,7 @@ import io
 import json
 import re
 from base64 import b64decode
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -33,21 +34,16 @@ class TracedStub(StubModel):
         self.image_processor = SimpleNamespace(
             image_mean=MEAN, image_std=DEVIATION, size={"shortest_edge": side}, crop_size=crop
         )
-        self.asked: list[Image.Image] = []
 
-    def prepare(self, pairs, batch_size):
-        asked = super().prepare(pairs, batch_size)
-        self.asked = [image for image, _ in pairs]
-        side = self.config.vision.image_size
-        pixels = np.stack([np.asarray(image.resize((side, side)), np.float32) for image, _ in pairs])
-        pixels = (pixels / 255 - MEAN) / DEVIATION
-        return Asked(asked, pixels.transpose(0, 3, 1, 2).astype(np.float32))
+    def answer(self, questions, *, schedule, trace=False, **how):
+        found = super().answer(questions, schedule=schedule, **how)
+        traces = [self._trace(image, schedule) if trace else None for image, _ in questions]
+        return [replace(one, trace=its) for one, its in zip(found, traces, strict=True)]
 
-    def answer(self, questions, **more):
-        return super().answer(questions.pairs, **more)
-
-    def prefill(self, *, input_ids, pixel_values, image_grid_thw, schedule, trace):
-        grid = self.config.vision.grid
+    def _trace(self, image, schedule):
+        grid, side = self.config.vision.grid, self.config.vision.image_size
+        pixels = (np.asarray(image.resize((side, side)), np.float32) / 255 - MEAN) / DEVIATION
+        pixels = pixels.transpose(2, 0, 1)[None].astype(np.float32)
         count = grid[0] * grid[1]
         kept = schedule.keep_counts([count])[:, 0]
         selected = tuple(np.arange(keep)[None] for keep in kept)
@@ -55,21 +51,8 @@ class TracedStub(StubModel):
         tokens = [5] * self.config.num_layers
         for stage, keep in zip(schedule.decisions, kept, strict=True):
             tokens[stage.lo : stage.hi] = [keep + 5] * (stage.hi - stage.lo)
-        seen = Seen(schedule, ((grid,),), pixel_values, self.config, "float32", lambda: self.image_processor)
-        return SimpleNamespace(trace=Trace(selected, scores, None, np.array([tokens]), seen))
-
-
-class Asked(SimpleNamespace):
-    """What `prepare` of a real model gives, and the pairs."""
-
-    def __init__(self, pairs, pixels) -> None:
-        super().__init__(pairs=pairs, rows=(np.zeros(4, int),), pixels=pixels, grids=None)
-
-    def __iter__(self):
-        return iter(self.pairs)
-
-    def __len__(self) -> int:
-        return len(self.pairs)
+        seen = Seen(schedule, ((grid,),), pixels, self.config, "float32", lambda: self.image_processor)
+        return Trace(selected, scores, None, np.array([tokens]), seen)
 
 
 @pytest.fixture

@@ -221,8 +221,8 @@ def test_other_settings_are_refused_before_anything_is_asked(
 def deep(monkeypatch: pytest.MonkeyPatch, layers: int) -> None:
     """Every model is LLaVA-1.5 with so many layers."""
     config = SimpleNamespace(family="llava", num_layers=layers, vision=SimpleNamespace(grid=(24, 24)))
-    monkeypatch.setattr(table, "open_source", lambda path: SimpleNamespace(config={}, folder=None))
-    monkeypatch.setattr(table, "read_config", lambda found: config)
+    monkeypatch.setattr(table, "open_source", lambda path: SimpleNamespace(config={}, generation={}, folder=None))
+    monkeypatch.setattr(table, "read_config", lambda *found: config)
 
 
 def test_official_configurations_of_another_depth_are_refused_by_name(capsys: pytest.CaptureFixture) -> None:

@@ -164,6 +164,6 @@ def test_text_alone_runs_the_unrouted_plan():
     """The smallest bucket of visual tokens is no reason to score, gather and scatter."""
     _, model = qwen_pair()
     for name in ("pdrop-reroute", "nuwa-delete", "random-reroute"):
-        batch = model.inputs([ROWS[3]], None, None, schedule_of(name)).batch
+        batch = model.inputs(input_ids=ROWS[3][None], schedule=schedule_of(name))
         assert [(stage.lo, stage.hi, stage.cap) for stage in batch.plan.stages] == [(0, 8, None)]
         assert batch.prompt.ids.shape == (1, batch.prompt.text_slots)

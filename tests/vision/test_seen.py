@@ -27,7 +27,7 @@ def levels(pixels: np.ndarray, processor) -> np.ndarray:
 def test_qwen_patches_become_their_images_again(sizes):
     folder, family = Path(locate("scenes-qwen")), FAMILIES["qwen2_5_vl"]
     config = read_config(json.loads((folder / "config.json").read_text()))
-    processor = family.image_processor(folder)
+    processor = family.image_processor(folder, config)
     images = [picture(*size) for size in sizes]
     pixel_values, thw = family.preprocess(images, processor)
     grids = family.image_grids(pixel_values, thw, config)

@@ -207,9 +207,9 @@ def test_grounding_equals_our_own_runner(
             expected = summary["runs"][run]["metrics"][name]
             assert np.mean([score[name] for score in scores]) == pytest.approx(expected, abs=1e-12)
         assert plugin.model.max_new_tokens == ours.max_new_tokens
-        assert plugin.model.batches == ours.batches[: len(plugin.model.batches)]
+        assert plugin.model.batches == ours.batches[::2]  # the two runs take turns
         asked += plugin.model.prompts
-    assert asked == ours.prompts
+    assert sorted(asked) == sorted(ours.prompts)
 
 
 def test_documents_are_those_of_our_own_reader(photos: Path, tmp_path: Path) -> None:

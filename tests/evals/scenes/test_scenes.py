@@ -129,6 +129,7 @@ def test_scene_is_made_by_its_seed():
 def test_benchmark_has_not_moved():
     """Numbers are only comparable while seeds mean the same scenes and questions; a new digest is a new benchmark."""
     told = repr([(sample_scene(seed), training_scene(seed)[2]) for seed in (scene_seed("test", i) for i in range(50))])
+    told = told.replace("SceneQuestion(", "Question(")  # what the class was called when the digest was taken
     assert hashlib.sha256(told.encode()).hexdigest()[:16] == "bee92b0e448a8a82"
 
 

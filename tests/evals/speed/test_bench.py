@@ -15,6 +15,7 @@ from evals.speed.roofline import Machine, decode_bound, layer_weights, prefill_b
 from evals.speed.subjects import Subject, random_model, sample
 from reroute_jax.config import DecoderConfig
 from reroute_jax.errors import RerouteError
+from reroute_jax.nn.cache import ROOM
 from reroute_jax.routing.plan import Schedule
 
 CONFIG = DecoderConfig(
@@ -197,7 +198,7 @@ def test_a_run(tmp_path, monkeypatch, capsys):
     assert len(result["seconds"]["none, batch 2"]) == 2
     # Four layers, keys and values of 32 numbers: 16 + 7 prompt tokens in a bucket of 16 + 16, and 3 new ones.
     assert rows["none", 1]["kv_mb"] == 4 * 2 * 32 * 4 * 23 / 1e6
-    assert rows["none", 1]["cache_mb"] == 4 * 2 * 32 * 4 * 35 / 1e6
+    assert rows["none", 1]["cache_mb"] == 4 * 2 * 32 * 4 * (32 + ROOM) / 1e6
     assert (tmp_path / "table.md").read_text() in capsys.readouterr().out
     figure(result["rows"], tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 1000

@@ -79,8 +79,8 @@ def test_on_a_gpu_an_operation_counts_in_its_stream_alone():
 
 def test_every_part_of_a_reroute_is_named_in_its_program(subject):
     schedule = subject.plan("pdrop", budget=0.6)
-    given = sample(subject, 1).inputs(subject.model, schedule)
-    text = profile.lower_prefill(subject, given)(given.batch.plan).compile().as_text()
+    given = sample(subject, 1).batch(subject.model, schedule)
+    text = profile.lower_prefill(subject, given)(given.plan).compile().as_text()
     found = {profile.part_of(scope) for scope in profile.operation_scopes(text).values()}
     assert found >= set(profile.PARTS)
 
