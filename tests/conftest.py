@@ -9,8 +9,8 @@ import pytest
 from jaxtyping import install_import_hook
 
 # CPU seconds of a routed prefill of 8 layers (jax 0.10.2, November 2026): to compile it 10 by default and 5 at level 0;
-# with its tracing 7.6 at level 0 and 4.3 when the older emitter writes the fused loops, too. jax 0.12 has that one no
-# more. XLA reads the environment when it starts, in subprocesses of tests as well, and stops at a flag it does not know.
+# with its tracing 7.6 at level 0 and 4.3 when the older emitter, which jax 0.12 lacks, writes the fused loops, too. XLA
+# reads the environment when it starts, in subprocesses of tests as well, and stops at a flag it does not know.
 _QUICK = ["--xla_backend_optimization_level=0"]
 if version("jaxlib").startswith("0.10."):
     _QUICK.append("--xla_cpu_use_fusion_emitters=false")
