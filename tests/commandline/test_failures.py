@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize(
     ("error", "expected"),
     [
-        (RerouteError("no such\nfile"), "no such file"),
+        (RerouteError("2 keys do not fit:\n  a\n  b"), "2 keys do not fit:\n  a\n  b"),
         (PermissionError(errno.EACCES, "Permission denied", "o"), "[Errno 13] Permission denied: 'o'"),
         (IsADirectoryError(errno.EISDIR, "Is a directory", "o"), "[Errno 21] Is a directory: 'o'"),
         (OSError(errno.ENOSPC, "No space left on device"), "[Errno 28] No space left on device: free some space, what"),

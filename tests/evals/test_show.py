@@ -146,5 +146,6 @@ def test_qwen_sees_the_whole_image():
 
 def test_kv_bytes_are_those_of_the_cache(stub):
     schedule = stub.plan("pdrop", budget=128, action="reroute")
-    trace = stub.prefill(input_ids=None, pixel_values=None, image_grid_thw=None, schedule=schedule, trace=True).trace
+    image = Image.new("RGB", (64, 64))
+    trace = stub.answer([(image, "where ?")], schedule=schedule, trace=True, max_new_tokens=1)[0].trace
     assert trace.routed().kv_bytes == 2 * 4 * kv_width(stub.config.decoder) * int(trace.kv_tokens.sum())
