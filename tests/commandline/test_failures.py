@@ -18,10 +18,15 @@ from reroute_jax.errors import RerouteError
 ROOT = Path(__file__).parents[2]
 
 
+def test_a_report_keeps_its_lines():
+    report = "2 keys do not fit:\n  unknown: a\n  missing: b"
+    assert one_line(RerouteError(report)) == report
+
+
 @pytest.mark.parametrize(
     ("error", "expected"),
     [
-        (RerouteError("2 keys do not fit:\n  a\n  b"), "2 keys do not fit:\n  a\n  b"),
+        (RerouteError("no such file"), "no such file"),
         (PermissionError(errno.EACCES, "Permission denied", "o"), "[Errno 13] Permission denied: 'o'"),
         (IsADirectoryError(errno.EISDIR, "Is a directory", "o"), "[Errno 21] Is a directory: 'o'"),
         (OSError(errno.ENOSPC, "No space left on device"), "[Errno 28] No space left on device: free some space, what"),
