@@ -168,14 +168,12 @@ class DecoderLayer(nnx.Module):
     def probabilities(
         self, x: Float[Array, "B T D"], rope: Rope, queries: Int[Array, "B Q"], mask: Bool[Array, "B Q T"]
     ) -> tuple[Float[Array, "B N Q T"], Float[Array, "B K T H"]]:
-        """Attention of the rows at slots `queries` over all rows, and the keys this took. The queries are fp32 from
-        their norm on, whatever the dtype of the rest."""
+        """Attention of the rows at slots `queries` over all rows, fp32 from its product on, and the keys this took."""
         with jax.named_scope("scoring"):
             normed = self.attn_norm(x)
             k = rotate(self.attn.k(normed), rope)
             at_queries = Rope(*(take_rows(table, queries) for table in rope))
-            wide = self.attn_norm(take_rows(x, queries).astype(jnp.float32))
-            q = rotate(self.attn.q(wide), at_queries)
+            q = rotate(self.attn.q(take_rows(normed, queries)), at_queries)
             return query_probabilities(q, k, mask), k
 
     def _mlp_residual(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
