@@ -38,7 +38,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     questions = [model.question((row["image"], rec(row["answer"][0], style))) for row in rows]
     seconds: dict[int, list[float]] = {limit: [] for limit in args.limits}
     with compilations() as first:
-        answers = {limit: model.generate(questions, max_new_tokens=limit) for limit in args.limits}
+        answers = {
+            limit: model.generate(questions, max_new_tokens=limit, batch_size=args.batch_size) for limit in args.limits
+        }
     with compilations() as later:
         for _ in range(args.repetitions):
             for limit in args.limits:
