@@ -228,7 +228,9 @@ def _parser() -> Parser:
     route.add_argument(
         "--budgets", nargs="+", type=int, choices=tuple(TIERS), default=[192, 64], help="(default: 192 64)"
     )
-    route.add_argument("--actions", nargs="+", choices=ACTIONS, default=list(ACTIONS), help="(default: both)")
+    route.add_argument(
+        "--actions", nargs="+", choices=ACTIONS, default=["delete", "reroute"], help="(default: delete reroute)"
+    )
     output.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder (default: %(default)s)")
     return parser
 

@@ -34,8 +34,10 @@ from reroute_jax.commandline.parsing import (
     positive_number,
 )
 from reroute_jax.engine.compilation import compilations, keep_programs
+from reroute_jax.engine.model import Model
 from reroute_jax.models import FAMILIES
 from reroute_jax.routing.methods import METHODS
+from reroute_jax.routing.plan import Schedule
 
 REPORTS = 10
 
@@ -52,7 +54,7 @@ def measure(args) -> dict[str, Any]:
         keep_programs(args.compilation_cache)
     model = load_model(args.model, None)
     options = {
-        "schedule": model.plan(args.method, **({"budget": args.budget} if METHODS[args.method].has_budget else {})),
+        "schedule": _schedule(model, args),
         "max_new_tokens": args.new_tokens,
         "batch_size": args.batch_size,
     }
@@ -120,6 +122,14 @@ def _questions(family: str, scenes: int) -> list[tuple]:
     return [(row["image"], rec(row["answer"][0], style)) for row in rows]
 
 
+def _schedule(model: Model, args) -> Schedule:
+    if args.schedule is None:
+        return model.plan(args.method, **({"budget": args.budget} if METHODS[args.method].has_budget else {}))
+    schedule = Schedule.from_file(args.schedule)
+    schedule.check_depth(model.config.num_layers)
+    return schedule
+
+
 def _parser() -> Parser:
     examples = ("--rate 8 --requests 2000", "--model scenes-qwen --method fastv", "--rate 2 --batch-size 1 --scenes 20")
     parser = Parser("benchmarks.arrivals", __doc__, examples)
@@ -134,6 +144,7 @@ def _parser() -> Parser:
     data.add_argument("--seed", type=int, default=0, help="of the arrivals (default: %(default)s)")
     route.add_argument("--method", choices=tuple(METHODS), default="pdrop", help="(default: %(default)s)")
     route.add_argument("--budget", type=budget, default=128, help="192, 128, 64 or a share (default: %(default)s)")
+    route.add_argument("--schedule", type=Path, metavar="FILE", help="one that was written down, instead of the method")
     return parser
 
 

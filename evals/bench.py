@@ -113,7 +113,8 @@ def bench(args: argparse.Namespace, arguments: Sequence[str]) -> None:
 
 
 def plan_variants(subject: Subject, args: argparse.Namespace) -> list[Variant]:
-    """All tokens first, then every method (with `:every`, `:every:K` behind it) at every budget and action."""
+    """All tokens first, then every method (with `:every`, `:every:K` behind it) at every budget and action, then the
+    schedules that were written down."""
     found = [Variant("none", None, None, subject.plan("none"))]
     for asked in args.methods:
         method, _, decisions = asked.partition(":")
@@ -128,6 +129,10 @@ def plan_variants(subject: Subject, args: argparse.Namespace) -> list[Variant]:
                 given = options | ({"action": action} if action else {})
                 schedule = subject.plan(method, budget=share, **given)
                 found.append(Variant(asked, action, None if share is None else str(share), schedule))
+    for path in args.schedules:
+        schedule = Schedule.from_file(path)
+        schedule.check_depth(subject.model.config.num_layers)
+        found.append(Variant(path.stem, None, None, schedule))
     return found
 
 
@@ -288,7 +293,10 @@ def _parser() -> Parser:
         help="methods, each with its own decisions or for example `pdrop:every` (default: fastv pdrop nuwa)",
     )
     route.add_argument(
-        "--actions", nargs="+", choices=ACTIONS, default=list(ACTIONS), help=f"(default: {' '.join(ACTIONS)})"
+        "--actions", nargs="+", choices=ACTIONS, default=["delete", "reroute"], help="(default: delete reroute)"
+    )
+    route.add_argument(
+        "--schedules", nargs="+", type=Path, default=[], metavar="FILE", help="schedules that were written down, too"
     )
     route.add_argument(
         "--budgets",

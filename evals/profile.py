@@ -221,7 +221,7 @@ def part_table(seconds: dict[str, float]) -> str:
 
 
 def _empty(stage: StagePlan) -> StagePlan:
-    return StagePlan(stage.lo, stage.lo, None, None)
+    return StagePlan(stage.lo, stage.lo, None, None, None)
 
 
 def _flops(lowered) -> float:

@@ -23,13 +23,13 @@ from evals.harness.finished_runs import Finished, read_finished
 from evals.harness.pages import RIGHT, UNKNOWN, WRONG, Asked, Board, Point, board, is_right, page, shown_truth
 from evals.harness.routes import FULL, check_routes, plan_routes
 from evals.harness.runner import Record, Run, Task
-from evals.harness.schedules import read_schedule
 from reroute_jax.commandline.parsing import DATA, RUN, Parser
 from reroute_jax.engine.compilation import keep_programs
 from reroute_jax.engine.model import Model
 from reroute_jax.engine.trace import Trace
 from reroute_jax.errors import RerouteError
 from reroute_jax.figure.card import Answered, Question
+from reroute_jax.routing.plan import Schedule
 
 COMMANDS = table.COMMANDS | {"scenes_vqa": table.answering(scenes_vqa.BENCHMARK, "exact_match")}
 SHOWN = 8  # questions, where nothing else is said
@@ -158,7 +158,7 @@ def _finished_board(args: argparse.Namespace) -> Board:
     source = command.source(own)
     model = load_model(own.model, own.dtype, own.mrope_compat, own.vicuna_system)
     task, _, _ = command.questions(own, source, model)
-    runs = [Run(run, read_schedule(record)) for run, record in settings["runs"].items()]
+    runs = [Run(run, Schedule.from_record(record)) for run, record in settings["runs"].items()]
     plain = board(finished, command.metric, task.difference_scale, {})
     chosen = args.index or _telling(plain, args.limit or SHOWN)
     cards = {}

@@ -55,7 +55,11 @@ from reroute_jax.types import FLOATS
 GROUNDING, ANSWERING = "grounding", "answering"
 # The deletions that the released configurations compare with.
 DELETIONS = {"fastv": "fastv_K3", "pdrop": "pdrop_earlyL2"}
-MATRIX = {"methods": ("fastv", "pdrop", "nuwa"), "actions": ACTIONS, "budgets": (192, 128, 64)}  # where not given
+MATRIX = {
+    "methods": ("fastv", "pdrop", "nuwa"),
+    "actions": ("delete", "reroute"),
+    "budgets": (192, 128, 64),
+}  # where not given
 OFFICIAL_NOTE = (
     "The stage-wise configurations are the computation of their namesakes and share their answers. The released avg64 "
     "rows of PDrop's schedules average more than 64 tokens of 576: compare at the realised share."

@@ -1,9 +1,9 @@
 """The decoder and the only code that walks stages.
 
 A stage is a run of layers on one set of tokens. Stages after the first open with a decision: score the candidates,
-keep the best, gather them with all text into a shorter sequence, run the stage's layers on that. Deletion continues
-with the shorter sequence. Reroute (arXiv 2606.12412) writes it back into the full one, where deferred tokens kept
-their hidden states, and the next decision chooses among all of them again.
+keep the best, gather them with all text into a shorter sequence, run the stage's layers on that. A decision that
+deletes continues with the shorter sequence. One that reroutes (arXiv 2606.12412) writes it back into the full one,
+where deferred tokens kept their hidden states, and the next decision chooses among all of them again.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def walk(
                 chosen = select(scores, rows.eligible, prompt.keep[number], stage.cap)
                 decisions.append(_decision(scores, chosen, rows, prompt))
                 slots = compact_slots(chosen | (rows.valid & (rows.visual < 0)), prompt.text_slots + stage.cap)
-            if plan.monotonic:
+            if stage.action == "layout":
                 rows = replace(rows, eligible=chosen)
             with jax.named_scope("gather"):
                 active = gather(rows, slots)
@@ -172,7 +172,7 @@ def walk(
         next_position = active.last + 1 if compacted else prompt.next_position
         stages.append(StageCache(*cached, length=active.last + 1, next_position=next_position))
         with jax.named_scope("scatter"):
-            rows = scatter(rows, slots, active) if plan.recover and slots is not None else active
+            rows = active if stage.action in (None, "delete") else scatter(rows, slots, active)
     return Walked(active, jnp.stack(finite), KVCache(tuple(stages)), tuple(decisions))
 
 

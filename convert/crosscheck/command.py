@@ -1,7 +1,7 @@
 """`python -m convert.crosscheck SRC`: the same inputs through PyTorch and through JAX, compared number by number.
 
-Without --method or --preset the checkpoint runs on all tokens and PyTorch's side is transformers itself. With one, the
-routed run is compared too, with an eager PyTorch implementation of the method's rules (`reference.py`).
+Without --method, --preset or --schedule the checkpoint runs on all tokens and PyTorch's side is transformers itself.
+With one, the routed run is compared too, with an eager PyTorch implementation of the method's rules (`reference.py`).
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from reroute_jax.commandline.routes import (
     DEFAULT_ACTION,
     DEFAULT_BUDGET,
     add_route_arguments,
+    check_fixed,
+    fixed_schedule,
     flag,
     given_route,
     given_switches,
@@ -36,7 +38,6 @@ from reroute_jax.errors import RerouteError
 from reroute_jax.models import FAMILIES
 from reroute_jax.routing.methods import METHODS, plan
 from reroute_jax.routing.plan import Schedule
-from reroute_jax.routing.presets import preset
 from reroute_jax.types import Grid
 
 if TYPE_CHECKING:
@@ -82,12 +83,12 @@ def crosscheck(args: argparse.Namespace) -> list[Line]:
 
 
 def _schedule(args: argparse.Namespace, config: ModelConfig, grid: Grid) -> Schedule | None:
-    """What the arguments name, None without a method and a preset."""
+    """What the arguments name, None where they name nothing."""
     asked = given_route(args)
-    if args.preset is not None:
-        if asked:
-            raise RerouteError(f"--preset fixes the whole schedule, leave out {', '.join(map(flag, asked))}")
-        return preset(args.preset, config.num_layers)
+    check_fixed(args, asked)
+    fixed = fixed_schedule(args, config.num_layers)
+    if fixed is not None:
+        return fixed
     if args.method is None:
         if asked:
             raise RerouteError(f"{flag(asked[0])} belongs to a --method, name one")

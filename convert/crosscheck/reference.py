@@ -103,7 +103,7 @@ def run(
     Raises ValueError unless the prompt has one run of image tokens for each image, as long as its features.
     """
     ids = torch.as_tensor(np.asarray(input_ids)).long()
-    schedule = schedule or Schedule((Stage(0, len(model.model.language_model.layers)),), recover=False)
+    schedule = schedule or Schedule((Stage(0, len(model.model.language_model.layers)),))
     images = encode(model, pixel_values, image_grid_thw, schedule)
     walk, logits = prefill(model, ids, images, image_grid_thw, schedule, prior)
     return Reference(
@@ -220,15 +220,15 @@ def route(
             runs = rows.visual < 0
             runs[chosen] = True
             active = runs.nonzero()[:, 0]
-            if schedule.recover and schedule.monotonic:
+            if stage.action == "layout":
                 allowed = runs & (rows.visual >= 0)
-            elif not schedule.recover:
+            elif stage.action == "delete":
                 rows = rows.take(active)
                 allowed, active = rows.visual >= 0, torch.arange(len(rows))
         positions = rows.position[:, active]
         if decides and schedule.position_mode == "renumber":
             positions, next_position = torch.arange(len(active)).expand_as(positions), len(active)
-            rows = rows if schedule.recover else replace(rows, position=positions)
+            rows = replace(rows, position=positions) if stage.action == "delete" else rows
         for layer in range(stage.lo, stage.hi):
             before = replace(rows.take(active), position=positions)
             output, entry = layer_fn(layer, before)

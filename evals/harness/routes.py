@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import argparse
 import re
-from dataclasses import asdict, dataclass
-from fractions import Fraction
+from dataclasses import dataclass
 from typing import Any
 
 from evals.harness.runner import Answerer, Run
 from reroute_jax.commandline.parsing import ROUTE, Parser
-from reroute_jax.commandline.routes import DEFAULT_ACTION, DEFAULT_BUDGET, flag, given_route, given_switches
+from reroute_jax.commandline.routes import (
+    DEFAULT_ACTION,
+    DEFAULT_BUDGET,
+    check_fixed,
+    fixed_schedule,
+    given_route,
+    given_switches,
+)
 from reroute_jax.errors import RerouteError
 from reroute_jax.routing.methods import METHODS
 from reroute_jax.routing.plan import Schedule
-from reroute_jax.routing.presets import preset
 from reroute_jax.routing.switches import SWITCHES
 
 FULL = "full"
@@ -33,7 +38,7 @@ class Routes:
     @property
     def settings(self) -> dict[str, Any]:
         """JSON form of every schedule, by run."""
-        return {run.name: _record(run.schedule) for run in self.runs}
+        return {run.name: run.schedule.to_record() for run in self.runs}
 
 
 def add_comparison_arguments(parser: Parser) -> None:
@@ -45,10 +50,7 @@ def add_comparison_arguments(parser: Parser) -> None:
 
 def check_routes(args: argparse.Namespace) -> None:
     """Raises RerouteError for arguments that contradict each other, before anything is loaded."""
-    given = given_route(args)
-    if args.preset is not None and (given or args.compare):
-        what = ", ".join(map(flag, [*given, *["compare"] * args.compare]))
-        raise RerouteError(f"--preset fixes the whole schedule, leave out {what}")
+    check_fixed(args, [*given_route(args), *["compare"] * args.compare])
     if args.controls and not args.compare:
         raise RerouteError("--controls adds runs to a comparison, give --compare too")
     if not args.compare:
@@ -64,9 +66,9 @@ def plan_routes(args: argparse.Namespace, model: Answerer) -> Routes:
     """The runs that `args` ask for on `model`, the run with all tokens always among them."""
     method, action = args.method or DEFAULT_METHOD, args.action or DEFAULT_ACTION
     full = Run(FULL, model.plan("none"))
-    if args.preset is not None:
-        routed = named_run(preset(args.preset, model.config.num_layers))
-        return Routes((full, routed) if routed.schedule.decisions else (full,), ())
+    fixed = fixed_schedule(args, model.config.num_layers)
+    if fixed is not None:
+        return Routes((full, named_run(fixed)) if fixed.decisions or fixed.merge else (full,), ())
     if not args.compare:
         routed = _planned(args, model, method, action)
         return Routes((full,) if method == "none" else (full, routed), ())
@@ -97,16 +99,3 @@ def _planned(
 def named_run(schedule: Schedule) -> Run:
     """The run of a schedule, called by its label."""
     return Run(re.sub(r"[^\w.=]+", "-", schedule.label), schedule)
-
-
-def _record(schedule: Schedule) -> dict[str, Any]:
-    def plain(value: Any) -> Any:
-        if isinstance(value, Fraction):
-            return str(value)
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        return [plain(item) for item in value] if isinstance(value, tuple) else value
-
-    merge = {"kind": type(schedule.merge).__name__} if schedule.merge is not None else {}
-    record = plain(asdict(schedule))
-    return record | {"merge": merge | record["merge"]} if merge else record

@@ -25,7 +25,7 @@ from reroute_jax.errors import RerouteError, one_of
 from reroute_jax.models import FAMILIES
 from reroute_jax.routing.methods import METHODS
 
-ROUTE_OPTIONS = ("method", "action", "budget", "preset", *SWITCH_ARGUMENTS)
+ROUTE_OPTIONS = ("method", "action", "budget", "preset", "schedule", *SWITCH_ARGUMENTS)
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class RerouteJax(lmms):
 
     pretrained, dtype, mrope_compat: as --model, --dtype and --mrope-compat of this project's commands. batch_size:
     questions at a time. device, max_batch_size: lmms-eval passes them to every model; they have no meaning here.
-    options: the commands' arguments for routing, with underscores: method, action, budget, preset, seed and the
-    switches of methods. Without any all tokens run. Raises RerouteError for options that are unknown or do not fit.
+    options: the commands' arguments for routing, with underscores: method, action, budget, preset, schedule, seed and
+    the switches of methods. Without any all tokens run. Raises RerouteError for options that are unknown or do not fit.
     """
 
     is_simple = False
@@ -121,7 +121,7 @@ def _route_arguments(options: Mapping[str, Any]) -> argparse.Namespace:
     if unknown:
         raise RerouteError(f"unknown options {', '.join(unknown)}, expected some of {', '.join(ROUTE_OPTIONS)}, seed")
     given = {**dict.fromkeys(ROUTE_OPTIONS), "seed": 0, "compare": False, "controls": False, **options}
-    if given["preset"] is None and given["method"] in (None, "none"):
+    if given["preset"] is None and given["schedule"] is None and given["method"] in (None, "none"):
         without = [name for name in options if name not in ("method", "seed")]
         if without:
             raise RerouteError(f"all tokens run without a method, which has no use for {', '.join(without)}: name one")

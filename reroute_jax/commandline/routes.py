@@ -1,13 +1,18 @@
-"""The arguments that name a route: a method with its switches, or a released configuration."""
+"""The arguments that name a route: a method with its switches, a released configuration, or a schedule's file."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from reroute_jax.commandline.parsing import DEFECT, ROUTE, SWITCH, Parser, budget
+from reroute_jax.errors import RerouteError
 from reroute_jax.routing.methods import METHODS
-from reroute_jax.routing.plan import ACTIONS
+from reroute_jax.routing.plan import ACTIONS, Schedule
+from reroute_jax.routing.presets import preset
 from reroute_jax.routing.switches import SWITCHES, Switch
 
 DEFAULT_ACTION, DEFAULT_BUDGET = "reroute", 128
@@ -16,8 +21,8 @@ SWITCH_ARGUMENTS = tuple(name for name in SWITCHES if name != "seed")
 
 
 def add_route_arguments(parser: Parser, default_method: str) -> None:
-    """--method, --action, --budget, --preset and the switches. All are None unless given; default_method: for --help,
-    what the command takes then."""
+    """--method, --action, --budget, --preset, --schedule and the switches. All are None unless given; default_method:
+    for --help, what the command takes then."""
     route = parser.group(ROUTE)
     route.add_argument("--method", choices=tuple(METHODS), help=f"(default: {default_method})")
     route.add_argument("--action", choices=ACTIONS, help=f"(default: {DEFAULT_ACTION})")
@@ -28,6 +33,7 @@ def add_route_arguments(parser: Parser, default_method: str) -> None:
         f"such as 0.15 or 1/9 (default: {DEFAULT_BUDGET})",
     )
     route.add_argument("--preset", metavar="NAME", help="a released configuration, instead of all other ways to route")
+    route.add_argument("--schedule", metavar="FILE", help="a schedule that was written down, instead of all other ways")
     for name in SWITCH_ARGUMENTS:
         switch = SWITCHES[name]
         parser.group(DEFECT if switch.defect else SWITCH).add_argument(flag(name), default=None, **_argument(switch))
@@ -44,8 +50,29 @@ def given_switches(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def given_route(args: argparse.Namespace) -> list[str]:
-    """Names of the arguments that were given, --preset aside."""
+    """Names of the arguments that were given, --preset and --schedule aside."""
     return [name for name in ("method", "action", "budget", *SWITCH_ARGUMENTS) if getattr(args, name) is not None]
+
+
+def check_fixed(args: argparse.Namespace, others: Sequence[str]) -> None:
+    """Raises RerouteError where --preset or --schedule meets another way to route. others: such arguments, given."""
+    fixed = [name for name in ("preset", "schedule") if getattr(args, name) is not None]
+    if fixed and (surplus := [*fixed[1:], *others]):
+        raise RerouteError(f"{flag(fixed[0])} fixes the whole schedule, leave out {', '.join(map(flag, surplus))}")
+
+
+def fixed_schedule(args: argparse.Namespace, num_layers: int) -> Schedule | None:
+    """What --preset or --schedule names, None without them. A schedule without a label is called by its file.
+
+    Raises RerouteError for one that is not for `num_layers` layers.
+    """
+    if args.preset is not None:
+        return preset(args.preset, num_layers)
+    if args.schedule is None:
+        return None
+    schedule = Schedule.from_file(args.schedule)
+    schedule.check_depth(num_layers)
+    return replace(schedule, label=schedule.label or Path(args.schedule).stem)
 
 
 def _argument(switch: Switch) -> dict[str, Any]:

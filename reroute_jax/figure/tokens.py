@@ -57,8 +57,9 @@ def stage_tokens(
             chosen, seen = next(found)
             chosen, seen = _mask(chosen, count), np.asarray(seen[:count], np.float64)
             back = chosen & (states > RETURNED)
-            states = np.where(candidates, DEFERRED if schedule.recover else DELETED, states)
+            states = np.where(candidates, DELETED if stage.action == "delete" else DEFERRED, states)
             states = np.where(chosen, np.where(back, RETURNED, RUN), states)
+            candidates = chosen if stage.action == "delete" else candidates
         stages.append(StageTokens(stage.lo, stage.hi, states, seen))
     return stages
 

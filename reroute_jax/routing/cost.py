@@ -111,7 +111,7 @@ def scored_rows(schedule: Schedule, visual: int) -> list[tuple[int, int]]:
     for stage in schedule.resolve(visual).stages:
         if stage.score in SCORING_QUERIES:
             rows.append((present, SCORING_QUERIES[stage.score]))
-        if stage.cap is not None and not schedule.recover:
+        if stage.action == "delete":
             present = stage.cap
     return rows
 

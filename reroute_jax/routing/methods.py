@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from reroute_jax.errors import RerouteError, one_of
@@ -35,7 +35,8 @@ def plan(
     For images of varying size, those of a typical one: ratios do not depend on it, each row's counts follow its own.
     family: the model's, one of `models.FAMILIES`; "nuwa" follows its rules. budget: 192, 128 or 64 (1/3, 2/9, 1/9 of an
     image's visual tokens, averaged over all decoder layers) or a share in (0, 1), as a
-    number or a string such as "2/9". action: "delete" or "reroute". "none"
+    number or a string such as "2/9". action: "delete", "reroute", or "layout" (reroute where
+    a token once deferred may not return). "none"
     uses neither and "pool" only the budget. switches: fields of `Switches`, each explained there and refused where the
     method has no use for it.
 
@@ -125,7 +126,7 @@ def _layout(request: Request) -> Schedule:
     """PDrop's reroute where a token once deferred may not return: isolates what recovery is worth."""
     if request.action == "delete":
         raise RerouteError("method 'layout' is reroute without recovery, it has no action='delete'")
-    return _solved(request, "pyramid", _own_layers(request, "pyramid"), monotonic=True)
+    return _solved(replace(request, action="layout"), "pyramid", _own_layers(request, "pyramid"))
 
 
 @dataclass(frozen=True)

@@ -5,16 +5,20 @@ Section numbers in this package are those of the method specification.
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import pairwise
 from numbers import Integral, Real
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from reroute_jax.errors import RerouteError, one_of
+from reroute_jax.routing import records
 from reroute_jax.routing.solver import pool_grid
 
 SCORING_QUERIES = {"last_token": 1, "previous_layer": 1, "previous_layer_last_three": 3}
@@ -23,7 +27,7 @@ _PREVIOUS = ("previous_layer", "previous_layer_last_three")
 SIM_ORDERS = ("raster", "window")
 POSITION_MODES = ("original", "renumber")
 PRIORS = ("random", "uniform")
-ACTIONS = ("delete", "reroute")
+ACTIONS = ("delete", "reroute", "layout")
 
 
 @dataclass(frozen=True)
@@ -32,15 +36,18 @@ class Stage:
 
     ratio: keep ratio of the row's visual count at the decoder input; a Fraction multiplies exactly, a float in float64.
     count: or an absolute count. Neither: no decision, every visual token runs.
+    action: what becomes of the visual tokens that a decision leaves out: gone ("delete"), candidates of the next
+    decision ("reroute"), or in the layout without ever returning ("layout", which isolates what recovery is worth).
     score: how a decision ranks: "last_token" (layer lo on its own input), "previous_layer" (layer lo - 1 on that
     layer's input), "previous_layer_last_three" (the same from the last three tokens, 5.4) or "prior" (host-made
-    scores); None without a decision.
+    scores). Both are None without a decision.
     """
 
     lo: int
     hi: int
     ratio: float | Fraction | None = None
     count: int | None = None
+    action: str | None = None
     score: str | None = None
 
     def __post_init__(self) -> None:
@@ -54,12 +61,19 @@ class Stage:
         if self.count is not None and self.count < 1:
             raise RerouteError(f"{where} keeps {self.count} visual tokens, expected at least 1")
         if not self.decides:
-            if self.score is not None:
-                raise RerouteError(f"{where} has a score but no ratio or count, give one or drop the score")
+            for what in ("action", "score"):
+                if getattr(self, what) is not None:
+                    raise RerouteError(f"{where} has a {what} but no ratio or count, give one or drop the {what}")
             return
+        one_of(f"the action of {where}", self.action, ACTIONS)
         one_of(f"the score of {where}", self.score, SCORES)
         if self.score in _PREVIOUS and self.lo == 0:
             raise RerouteError("a decision at layer 0 has no previous layer, use score='last_token' or a later layer")
+
+    @property
+    def narrows(self) -> bool:
+        """Whether later decisions choose among what this one selected."""
+        return self.action in ("delete", "layout")
 
     @property
     def decides(self) -> bool:
@@ -139,11 +153,15 @@ class PoolMerge:
 
 @dataclass(frozen=True)
 class StagePlan:
-    """Layers [lo, hi) with a static limit on selected visual tokens; cap None: no decision, all of them run."""
+    """Layers [lo, hi) with a static limit on selected visual tokens; cap None: no decision, all of them run.
+
+    The last decision's action is "delete" whatever was asked: nothing comes after it.
+    """
 
     lo: int
     hi: int
     cap: int | None
+    action: str | None
     score: str | None
 
 
@@ -152,18 +170,14 @@ class RoutingPlan:
     """Static argument of the compiled functions: only what changes the program, so no labels, seeds or ratios."""
 
     stages: tuple[StagePlan, ...]
-    recover: bool
-    monotonic: bool
     position_mode: str
     bidirectional_layer: int | None = None
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """When which share of the visual tokens runs. Hashable; one form for deletion and reroute.
+    """When which share of the visual tokens runs. Hashable; one form for deletion, reroute and mixtures of them.
 
-    recover: False, a token left out is gone (delete); True, it may return at the next decision (reroute).
-    monotonic: with recover, a token once left out may not return although it stays in the layout.
     position_mode: "original" keeps every token's position, "renumber" counts 0.. again after each decision (3.5).
     prior, seed: where scores of stages with score="prior" come from ("random" from the seed, or "uniform").
     first_image_only: of a row with several images, route the first and run the others like text, as the releases do.
@@ -171,8 +185,6 @@ class Schedule:
     """
 
     stages: tuple[Stage, ...]
-    recover: bool
-    monotonic: bool = False
     position_mode: str = "original"
     prior: str | None = None
     seed: int = 0
@@ -201,9 +213,8 @@ class Schedule:
         if self.seed < 0:
             raise RerouteError(f"the seed is {self.seed}, expected a whole number from 0 on")
         self._check_scores()
-        if self._nested:
-            for what in ("ratio", "count"):
-                _check_falling(what, [v for s in self.decisions if (v := getattr(s, what)) is not None])
+        for what in ("ratio", "count"):
+            _check_falling(what, self.decisions, [getattr(stage, what) for stage in self.decisions])
 
     def _check_scores(self) -> None:
         uses_prior = any(stage.score == "prior" for stage in self.decisions)
@@ -211,11 +222,11 @@ class Schedule:
             one_of("the prior of a schedule with score='prior'", self.prior, PRIORS)
         elif self.prior is not None:
             raise RerouteError(f"prior={self.prior!r} is given but no stage has score='prior'")
-        for stage in self.decisions[1:]:
-            if self.recover and stage.score in _PREVIOUS:
+        for before, stage in pairwise(self.decisions):
+            if before.action != "delete" and stage.score in _PREVIOUS:
                 raise RerouteError(
-                    f"score={stage.score!r} at layer {stage.lo}: under reroute the layer before a later decision has "
-                    "not seen every candidate, use 'last_token' there"
+                    f"score={stage.score!r} at layer {stage.lo}: after a decision that {before.action}s, the layer "
+                    "before has not seen every token, use 'last_token' there"
                 )
 
     @property
@@ -226,18 +237,13 @@ class Schedule:
     def num_layers(self) -> int:
         return self.stages[-1].hi
 
-    @property
-    def _nested(self) -> bool:
-        return self.monotonic or not self.recover
-
     @classmethod
     def from_decisions(
         cls,
         layers: Sequence[Integral],
         keep: Sequence[Real],
         num_layers: int,
-        action: str = "reroute",
-        monotonic: bool = False,
+        action: str | Sequence[str] = "reroute",
         position_mode: str = "original",
         score: str | Sequence[str] = "last_token",
         prior: str | None = None,
@@ -249,31 +255,31 @@ class Schedule:
     ) -> Schedule:
         """Schedule that decides at the input of each of `layers` (0-based, ascending, below `num_layers`).
 
-        keep: one entry a decision, a whole number is a count, any other a ratio in (0, 1]. score: one for all, or
-        one a decision. Raises RerouteError on any inconsistency.
+        keep: one entry a decision, a whole number is a count, any other a ratio in (0, 1]. action ("delete", "reroute"
+        or "layout"), score: one for all, or one a decision. Raises RerouteError on any inconsistency.
         """
-        one_of("action", action, ACTIONS)
         layers = [int(layer) for layer in layers]
+        actions = [action] * len(layers) if isinstance(action, str) else list(action)
         scores = [score] * len(layers) if isinstance(score, str) else list(score)
-        if len(keep) != len(layers) or len(scores) != len(layers):
+        for name in [action] if isinstance(action, str) else actions:
+            one_of("action", name, ACTIONS)
+        if not len(layers) == len(keep) == len(actions) == len(scores):
             raise RerouteError(
-                f"{len(layers)} decision layers with {len(keep)} keep values and {len(scores)} scores, expected one of "
-                "each for every layer"
+                f"{len(layers)} decision layers with {len(keep)} keep values, {len(actions)} actions and {len(scores)} "
+                "scores, expected one of each for every layer"
             )
         if layers != sorted(set(layers)) or (layers and not 0 <= layers[0] <= layers[-1] < num_layers):
             raise RerouteError(f"decision layers are {layers}, expected ascending layers in 0..{num_layers - 1}")
         edges = [*layers, num_layers]
         stages = [] if edges[0] == 0 else [Stage(0, edges[0])]
-        for (lo, hi), value, how in zip(pairwise(edges), keep, scores, strict=True):
+        for (lo, hi), value, what, how in zip(pairwise(edges), keep, actions, scores, strict=True):
             if isinstance(value, Integral):
-                stages.append(Stage(lo, hi, count=int(value), score=how))
+                stages.append(Stage(lo, hi, count=int(value), action=what, score=how))
             else:
                 ratio = value if isinstance(value, Fraction) else float(value)
-                stages.append(Stage(lo, hi, ratio=ratio, score=how))
+                stages.append(Stage(lo, hi, ratio=ratio, action=what, score=how))
         return cls(
             tuple(stages),
-            recover=action == "reroute" and bool(layers),
-            monotonic=monotonic,
             position_mode=position_mode,
             prior=prior,
             seed=seed,
@@ -298,17 +304,13 @@ class Schedule:
         """Static plan for at most `visual` tokens a row after the merge; its caps are the counts of such a row."""
         if visual < 0:
             raise RerouteError(f"cannot plan for {visual} visual tokens, expected 0 or more")
-        if self._nested:
-            _check_falling(f"count for {visual} visual tokens", [stage.keep(visual) for stage in self.decisions])
+        decisions = self.decisions
+        _check_falling(f"count for {visual} visual tokens", decisions, [stage.keep(visual) for stage in decisions])
         caps = iter(self._counts(visual))
-        stages = tuple(StagePlan(s.lo, s.hi, next(caps) if s.decides else None, s.score) for s in self.stages)
-        return RoutingPlan(
-            stages,
-            recover=self.recover and bool(self.decisions),
-            monotonic=self.recover and self.monotonic,
-            position_mode=self.position_mode,
-            bidirectional_layer=self.bidirectional_layer,
-        )
+        stages = [StagePlan(s.lo, s.hi, next(caps) if s.decides else None, s.action, s.score) for s in self.stages]
+        if decisions:
+            stages[-1] = replace(stages[-1], action="delete")
+        return RoutingPlan(tuple(stages), self.position_mode, self.bidirectional_layer)
 
     def keep_counts(self, visual_counts: Sequence[int] | np.ndarray) -> np.ndarray:
         """int32 [decisions, B]: how many visual tokens each row keeps; 0 for a row without any (2.2)."""
@@ -319,8 +321,45 @@ class Schedule:
         counts, candidates = [], visual
         for stage in self.decisions:
             counts.append(min(stage.keep(visual), candidates))
-            candidates = counts[-1] if self._nested else visual
+            candidates = counts[-1] if stage.narrows else candidates
         return counts
+
+    def to_record(self) -> dict[str, Any]:
+        """JSON form; fractions stand as text, so that they stay exact."""
+        return records.plain(self)
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Schedule:
+        """What `to_record` gave. Raises RerouteError for anything else."""
+        try:
+            fields = dict(record)
+            fields["stages"] = tuple(records.made(Stage, stage) for stage in fields["stages"])
+            if fields.get("merge") is not None:
+                fields["merge"] = records.made(MERGES[fields["merge"]["kind"]], fields["merge"])
+            return cls(**fields)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise RerouteError(f"a schedule cannot be read from its record: {type(error).__name__}: {error}") from error
+
+    def to_file(self, path: str | Path, about: Mapping[str, Any] | None = None) -> None:
+        """Write the schedule as JSON. about: what else the file tells, such as how the schedule was found."""
+        Path(path).write_text(json.dumps({"schedule": self.to_record(), **(about or {})}, indent=1) + "\n")
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Schedule:
+        """What `to_file` wrote. Raises RerouteError, naming the file, for anything else."""
+        try:
+            record = json.loads(Path(path).read_text())["schedule"]
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise RerouteError(
+                f"{path} is not a schedule file ({type(error).__name__}: {error}): give one that Schedule.to_file wrote"
+            ) from error
+        try:
+            return cls.from_record(record)
+        except RerouteError as error:
+            raise RerouteError(f"{path}: {error}") from error
+
+
+MERGES = {merge.__name__: merge for merge in (NuwaMerge, PoolMerge)}
 
 
 def candidate_count(grid: tuple[int, int], top_n: int) -> int:
@@ -336,10 +375,15 @@ def _check_grid(visual: int, grid: tuple[int, int]) -> None:
         )
 
 
-def _check_falling(what: str, values: Sequence[float | int | Fraction]) -> None:
-    for before, after in pairwise(values):
-        if after > before:
+def _check_falling(what: str, decisions: Sequence[Stage], values: Sequence[float | int | Fraction | None]) -> None:
+    """No decision keeps more than one before it left for later ones. Values that are None do not count."""
+    left = None
+    for stage, value in zip(decisions, values, strict=True):
+        if value is None:
+            continue
+        if left is not None and value > left:
             raise RerouteError(
-                f"the keep {what} rises from {float(before):g} to {float(after):g}, but deleted tokens cannot return: "
-                "use falling values, or action='reroute' with monotonic=False"
+                f"the keep {what} rises from {float(left):g} to {float(value):g}, but only tokens that were rerouted "
+                "can return: use falling values, or action='reroute'"
             )
+        left = value if stage.narrows else left

@@ -10,14 +10,14 @@ from reroute_jax.routing.solver import OFFICIAL_RATIOS, decision_layers
 
 _TIERS = (192, 128, 64)
 
-# shape of the ratios, action, monotonic. The two layouts of reroute are one computation (3.4), so here they are equal.
+# shape of the ratios, action. The two layouts of reroute are one computation (3.4), so here they are equal.
 _VARIANTS = {
-    "fastv_K3": ("flat", "delete", False),
-    "pdrop_earlyL2": ("geometric", "delete", True),
-    "ours_vs_fastv": ("flat", "reroute", False),
-    "ours_vs_fastv_stagewise": ("flat", "reroute", False),
-    "ours_vs_pdrop": ("pyramid", "reroute", False),
-    "ours_vs_pdrop_stagewise": ("pyramid", "reroute", False),
+    "fastv_K3": ("flat", "delete"),
+    "pdrop_earlyL2": ("geometric", "delete"),
+    "ours_vs_fastv": ("flat", "reroute"),
+    "ours_vs_fastv_stagewise": ("flat", "reroute"),
+    "ours_vs_pdrop": ("pyramid", "reroute"),
+    "ours_vs_pdrop_stagewise": ("pyramid", "reroute"),
 }
 
 
@@ -51,8 +51,8 @@ def preset(name: str, num_layers: int) -> Schedule:
         )
     if variant is None:
         return Schedule.from_decisions((), (), depth, label=name)
-    shape, action, monotonic = _VARIANTS[variant]
+    shape, action = _VARIANTS[variant]
     layers, ratios = decision_layers(shape, depth), OFFICIAL_RATIOS[shape][tier]
     if variant == "fastv_K3":
         layers, ratios = layers[:1], ratios[:1]
-    return Schedule.from_decisions(layers, ratios, depth, action, monotonic, label=name)
+    return Schedule.from_decisions(layers, ratios, depth, action, label=name)

@@ -13,8 +13,8 @@ from reroute_jax.routing.plan import Schedule
 def prior_scores(schedule: Schedule, grids: Sequence[tuple[int, int]], row_seed: int) -> np.ndarray:
     """float32 [decisions, visual]: scores of one row's visual tokens, all different, for a schedule with a prior.
 
-    grids: (rows, cols) of the row's images in order. "random": a fresh draw at each decision of a reroute, one draw for
-    all decisions of a deletion (so that what is kept is nested). It depends on the schedule's seed, `row_seed` and the
+    grids: (rows, cols) of the row's images in order. "random": a fresh draw after each decision that reroutes, the same
+    draw after others (so that what is kept is nested). It depends on the schedule's seed, `row_seed` and the
     decision only, never on batch or padding. "uniform": the same regular order over each image at every decision.
     Raises RerouteError for a schedule without a prior.
     """
@@ -27,7 +27,7 @@ def prior_scores(schedule: Schedule, grids: Sequence[tuple[int, int]], row_seed:
         order = np.empty(visual, np.int64)
         order[np.argsort(progress, kind="stable")] = np.arange(visual)
         return np.tile(-order.astype(np.float32), (decisions, 1))
-    draws = [d if schedule.recover else 0 for d in range(decisions)]
+    draws = np.cumsum([0, *(stage.action == "reroute" for stage in schedule.decisions)])[:-1].tolist()
     # Permutations instead of real numbers: float32 draws would tie now and then.
     scores = [np.random.default_rng([schedule.seed, row_seed, draw]).permutation(visual) for draw in draws]
     return np.array(scores, np.float32).reshape(decisions, visual)

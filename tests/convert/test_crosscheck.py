@@ -169,6 +169,8 @@ def test_not_a_number_never_passes():
         (["--budget", "64"], "--budget belongs to a --method"),
         (["--preset", "llava15_fastv_K3_avg64"], "for 32 decoder layers and the model has 4"),
         (["--preset", "llava15_fastv_K3_avg64", "--method", "fastv"], "--preset fixes the whole schedule"),
+        (["--schedule", "none.json"], "none.json is not a schedule file"),
+        (["--schedule", "none.json", "--budget", "64"], "--schedule fixes the whole schedule, leave out --budget"),
         (["--method", "fastv", "--budget", "0.01"], "leaves fewer than one"),
     ],
 )

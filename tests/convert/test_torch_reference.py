@@ -260,9 +260,9 @@ def test_vector_8_nuwa_positions():
         seen.append(rows.position[0].tolist())
         return rows.hidden, None
 
-    stages = (Stage(0, 1), Stage(1, 2, count=1, score="last_token"))
+    stages = (Stage(0, 1), Stage(1, 2, count=1, action="delete", score="last_token"))
     middle_best = lambda stage, number, rows, before: (rows.visual == 25).float()  # noqa: E731
-    _, walk = route(rows, Schedule(stages, recover=False), layer, middle_best, original=576, next_position=584)
+    _, walk = route(rows, Schedule(stages), layer, middle_best, original=576, next_position=584)
     assert seen == [position.tolist(), [0, 1, 2, 3, 4, 30, 581, 582, 583]]
     assert walk.next_position == [584, 584]
     assert walk.decisions[0].selected.tolist() == [25]
@@ -287,7 +287,7 @@ def test_selection_depends_on_the_prompt_and_recovers(model, pixels):
     assert any((a.selected != b.selected).any() for a, b in zip(ours.decisions, theirs.decisions, strict=True))
     chosen = [set(decision.selected.tolist()) for decision in ours.decisions]
     assert not all(later <= earlier for earlier, later in pairwise(chosen)), "nothing came back"
-    layout = run(model, first, pixels, _schedule((1, 3, 5, 6), (0.4, 0.4, 0.2, 0.1), "reroute", monotonic=True))
+    layout = run(model, first, pixels, _schedule((1, 3, 5, 6), (0.4, 0.4, 0.2, 0.1), "layout"))
     chosen = [set(decision.selected.tolist()) for decision in layout.decisions]
     assert all(later <= earlier for earlier, later in pairwise(chosen))
     assert [np.isfinite(decision.scores).sum() for decision in layout.decisions] == [36, 14, 14, 7]

@@ -54,8 +54,7 @@ def scores(schedule):
 def test_official_size(method, action, budget, where, keep):
     schedule = made(method, budget, action)
     assert (layers(schedule), counts(schedule)) == (where, keep)
-    assert schedule.recover == (action == "reroute")
-    assert schedule.monotonic == (method == "layout")
+    assert {stage.action for stage in schedule.decisions} == {"layout" if method == "layout" else action}
     assert schedule.label == (f"{method} {budget}" if method == "layout" else f"{method} {action} {budget}")
 
 
@@ -176,7 +175,7 @@ def test_decisions_at_every_layer(action):
     every = made("fastv", 192, action, decisions="every")
     assert layers(every) == list(range(3, 32))
     assert counts(every) == [152] * 29
-    assert every.recover == (action == "reroute")
+    assert {stage.action for stage in every.decisions} == {action}
     pairs = made("pdrop", 192, action, decisions="every:2")
     # Flat from layer 2 on: (192 * 32 / 576 - 2) / 30 of 576 tokens.
     assert layers(pairs) == list(range(2, 32, 2))

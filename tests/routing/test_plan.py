@@ -46,33 +46,39 @@ def test_from_decisions_tiles_the_decoder():
     schedule = routed()
     assert [(s.lo, s.hi) for s in schedule.stages] == [(0, 1), (1, 3), (3, 5), (5, 6), (6, 8)]
     assert [s.ratio for s in schedule.stages] == [None, 0.6, 0.36, 0.21, 0.13]
-    assert not schedule.recover and routed("reroute").recover
+    assert [s.action for s in schedule.stages] == [None, *["delete"] * 4]
     assert schedule.num_layers == 8
     assert hash(schedule) == hash(routed())
 
 
 def test_resolve_gives_the_static_plan():
     plan = routed("reroute", layers=(2, 5), keep=(0.5, 3)).resolve(10)
-    stages = (StagePlan(0, 2, None, None), StagePlan(2, 5, 5, "last_token"), StagePlan(5, 8, 3, "last_token"))
-    assert plan == RoutingPlan(stages, recover=True, monotonic=False, position_mode="original")
+    one, two = StagePlan(2, 5, 5, "reroute", "last_token"), StagePlan(5, 8, 3, "delete", "last_token")
+    assert plan == RoutingPlan((StagePlan(0, 2, None, None, None), one, two), position_mode="original")
 
 
 def test_static_plan_holds_nothing_that_would_compile_twice():
-    one = routed("delete", monotonic=True, label="a", keep=(0.6, 0.36, 0.21, 0.13))
-    two = routed("delete", monotonic=False, label="b", keep=(0.61, 0.361, 0.211, 0.131))
+    one = routed("delete", label="a", keep=(0.6, 0.36, 0.21, 0.13))
+    two = routed("delete", label="b", keep=(0.61, 0.361, 0.211, 0.131))
     assert one.resolve(10) == two.resolve(10)
-    assert routed("reroute", monotonic=True).resolve(10).monotonic
+
+
+def test_what_the_last_decision_leaves_out_has_nowhere_to_return_to():
+    actions = ("layout", "reroute", "delete")
+    one, two, three = (routed(action, layers=(3,), keep=(4,)).resolve(10) for action in actions)
+    assert one == two == three
+    assert [stage.action for stage in routed("layout").resolve(10).stages] == [None, *["layout"] * 3, "delete"]
 
 
 def test_decision_at_layer_zero_and_at_the_last_layer():
     plan = routed(layers=(0, 7), keep=(4, 2)).resolve(10)
-    assert plan.stages == (StagePlan(0, 7, 4, "last_token"), StagePlan(7, 8, 2, "last_token"))
+    assert plan.stages == (StagePlan(0, 7, 4, "delete", "last_token"), StagePlan(7, 8, 2, "delete", "last_token"))
 
 
 def test_schedule_without_decisions():
     schedule = Schedule.from_decisions((), (), 3)
     assert schedule.resolve(9) == Schedule.from_decisions((), (), 3, "reroute").resolve(9)
-    assert schedule.resolve(9).stages == (StagePlan(0, 3, None, None),)
+    assert schedule.resolve(9).stages == (StagePlan(0, 3, None, None, None),)
     assert schedule.keep_counts([9, 4]).shape == (0, 2)
 
 
@@ -87,7 +93,18 @@ def test_counts_are_limited_to_the_candidates():
     mixed = {"layers": (1, 3), "keep": (0.25, 5)}
     assert routed("delete", **mixed).keep_counts([24, 8, 3]).T.tolist() == [[6, 5], [2, 2], [1, 1]]
     assert routed("reroute", **mixed).keep_counts([24, 8, 3]).T.tolist() == [[6, 5], [2, 5], [1, 3]]
-    assert routed("reroute", monotonic=True, **mixed).keep_counts([8]).T.tolist() == [[2, 2]]
+    assert routed("layout", **mixed).keep_counts([8]).T.tolist() == [[2, 2]]
+
+
+def test_each_decision_has_its_own_action():
+    schedule = routed(("delete", "reroute", "reroute", "delete"), keep=(6, 2, 4, 6))
+    assert [stage.action for stage in schedule.decisions] == ["delete", "reroute", "reroute", "delete"]
+    # Six tokens outlive the first decision; what the others left out returned.
+    assert schedule.keep_counts([24, 5]).T.tolist() == [[6, 2, 4, 6], [5, 2, 4, 5]]
+    with pytest.raises(RerouteError, match="count rises from 6 to 7"):
+        routed(("delete", "reroute", "reroute", "delete"), keep=(6, 2, 7, 6))
+    last = routed(("reroute", "delete", "delete", "delete"), score=["last_token"] * 2 + ["previous_layer"] * 2)
+    assert last.decisions[2].score == "previous_layer"
 
 
 def test_numpy_numbers_are_taken():
@@ -138,41 +155,46 @@ def test_nuwa_candidates_of_an_odd_grid_are_real_patches():
 
 
 ERRORS = {
-    "gap": (lambda: Schedule((Stage(0, 2), Stage(3, 4, count=1, score="last_token")), False), r"\[3, 4\).*layer 2"),
-    "late start": (lambda: Schedule((Stage(1, 2, count=1, score="last_token"),), False), "start at layer 0"),
-    "no stages": (lambda: Schedule((), False), "no stages"),
+    "gap": (
+        lambda: Schedule((Stage(0, 2), Stage(3, 4, count=1, action="delete", score="prior"))), r"\[3, 4\).*layer 2"),
+    "late start": (lambda: Schedule((Stage(1, 2, count=1, action="delete", score="prior"),)), "start at layer 0"),
+    "no stages": (lambda: Schedule(()), "no stages"),
     "empty stage": (lambda: Stage(2, 2), "0 <= lo < hi"),
     "negative layer": (lambda: Stage(-1, 2), "0 <= lo < hi"),
     "late stage without decision": (
-        lambda: Schedule((Stage(0, 2, count=1, score="last_token"), Stage(2, 4)), True), "only the first"),
+        lambda: Schedule((Stage(0, 2, count=1, action="reroute", score="last_token"), Stage(2, 4))), "only the first"),
     "ratio and count": (lambda: Stage(0, 2, ratio=0.5, count=3, score="last_token"), "both a ratio and a count"),
     "ratio 0": (lambda: routed(keep=(0.0, 0.1, 0.1, 0.1)), r"ratio of 0, expected a value in \(0, 1\]"),
     "ratio above 1": (lambda: routed(keep=(1.01, 0.1, 0.1, 0.1)), r"1.01, expected a value in \(0, 1\]"),
     "count 0": (lambda: routed(keep=(3, 2, 1, 0)), "at least 1"),
     "score without decision": (lambda: Stage(0, 2, score="last_token"), "score but no ratio"),
-    "decision without score": (lambda: Stage(0, 2, count=2), "expected one of: last_token, previous_layer, .*prior"),
+    "action without decision": (lambda: Stage(0, 2, action="delete"), "action but no ratio"),
+    "decision without action": (lambda: Stage(0, 2, count=2), "None, expected one of: delete, reroute, layout"),
+    "decision without score": (
+        lambda: Stage(0, 2, count=2, action="delete"), "expected one of: last_token, previous_layer, .*prior"),
     "unknown score": (lambda: routed(score="norm"), "'norm', expected one of: last_token, previous_layer, .*prior"),
-    "unknown action": (lambda: routed(action="drop"), "'drop', expected one of: delete, reroute"),
+    "unknown action": (lambda: routed(action="drop"), "'drop', expected one of: delete, reroute, layout"),
     "unknown mode": (lambda: routed(position_mode="shift"), "'shift', expected one of: original, renumber"),
     "unknown prior": (lambda: routed(score="prior", prior="blue"), "'blue', expected one of: random, uniform"),
     "score prior without prior": (lambda: routed(score="prior"), "expected one of: random, uniform"),
     "prior without use": (lambda: routed(prior="random"), "no stage has score='prior'"),
     "rising ratios": (lambda: routed(keep=(0.1, 0.2, 0.1, 0.1)), "ratio rises from 0.1 to 0.2"),
     "rising counts": (lambda: routed(keep=(4, 5, 5, 5)), "count rises from 4 to 5"),
-    "rising counts of a monotonic reroute": (
-        lambda: routed("reroute", monotonic=True, keep=(4, 5, 5, 5)), "count rises from 4 to 5"),
+    "rising counts of a layout": (
+        lambda: routed("layout", keep=(4, 5, 5, 5)), "count rises from 4 to 5"),
     "rising mixture": (lambda: routed(layers=(1, 3), keep=(0.25, 5)).resolve(8), "8 visual tokens rises from 2 to 5"),
     "unsorted layers": (lambda: routed(layers=(1, 5, 3, 6)), r"ascending layers in 0\.\.7"),
     "doubled layer": (lambda: routed(layers=(1, 3, 3, 6)), r"ascending layers in 0\.\.7"),
     "layer past the end": (lambda: routed(layers=(1, 3, 5, 8)), r"ascending layers in 0\.\.7"),
     "missing keep": (lambda: routed(keep=(0.5, 0.4)), "4 decision layers with 2 keep values"),
     "missing score": (lambda: routed(score=("last_token",)), "and 1 scores"),
+    "missing action": (lambda: routed(("delete",)), "4 keep values, 1 actions"),
     "previous layer of layer 0": (
         lambda: routed(layers=(0, 3, 5, 6), score="previous_layer"), "layer 0 has no previous layer"),
     "previous layer of a later reroute": (
-        lambda: routed("reroute", score="previous_layer"), "layer 3: under reroute"),
-    "previous layer of a monotonic reroute": (
-        lambda: routed("reroute", monotonic=True, score="previous_layer"), "layer 3: under reroute"),
+        lambda: routed("reroute", score="previous_layer"), "layer 3: after a decision that reroutes"),
+    "previous layer of a layout": (
+        lambda: routed("layout", score="previous_layer"), "layer 3: after a decision that layouts"),
     "negative seed": (lambda: routed(score="prior", prior="random", seed=-1), "seed is -1"),
     "negative visual": (lambda: routed().resolve(-1), "-1 visual tokens"),
     "other depth": (lambda: routed().check_depth(12), "covers 8 layers and the model has 12"),

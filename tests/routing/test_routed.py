@@ -39,6 +39,14 @@ ROUTES = {
 EDGES = {
     "layer-0": Schedule.from_decisions((0, 3), (0.5, 0.25), 8, "reroute"),
     "last-layer": Schedule.from_decisions((2, 7), (9, 4), 8, "delete"),
+    "mixed": Schedule.from_decisions((1, 2, 4, 6), (20, 5, 12, 4), 8, ("delete", "reroute", "layout", "delete")),
+    "mixed-previous": Schedule.from_decisions(
+        (1, 3, 5),
+        (10, 16, 6),
+        8,
+        ("reroute", "delete", "reroute"),
+        score=("last_token", "last_token", "previous_layer"),
+    ),
     "keep-all": Schedule.from_decisions((2, 4), (1.0, 1.0), 8, "reroute"),
 }
 
