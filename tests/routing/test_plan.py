@@ -17,7 +17,7 @@ KEEP_576 = {
 
 
 def keep(ratio, visual):
-    return Stage(0, 1, ratio=ratio, score="last_token").keep(visual)
+    return Stage(0, 1, ratio=ratio, action="delete", score="last_token").keep(visual)
 
 
 @pytest.mark.parametrize(("ratio", "count"), KEEP_576.items())

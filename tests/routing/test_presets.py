@@ -71,7 +71,7 @@ def test_row_of_the_table(name, depth, layers, counts, nominal, realised, kv_vis
     schedule = preset(name, depth)
     assert [stage.lo for stage in schedule.decisions] == layers
     assert schedule.keep_counts([576])[:, 0].tolist() == counts
-    assert {stage.action for stage in schedule.decisions} == {"reroute" if "ours" in name else "delete"}
+    assert {stage.action for stage in schedule.decisions} <= {"reroute" if "ours" in name else "delete"}
     assert {stage.score for stage in schedule.decisions} <= {"last_token"}
     cost = account(schedule, decoder(depth), visual=576, text=10, grid=(24, 24))
     assert cost.label == name
