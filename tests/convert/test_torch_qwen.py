@@ -170,7 +170,7 @@ def test_nuwa_reads_the_tower_where_the_specification_says(model, maps, order):
     """5.2 of transformers' own maps and states: their tower works in window order, `merged[rev]` is raster order."""
     tower, grid = model.model.visual, GRIDS[0]
     ids = random_ids(60, GRIDS[:1])
-    schedule = Schedule((Stage(0, 8),), False, merge=NuwaMerge(Fraction(3, 5), 3, sim_order=order, **NUWA))
+    schedule = Schedule((Stage(0, 8),), merge=NuwaMerge(Fraction(3, 5), 3, sim_order=order, **NUWA))
     outputs, hooks = [], []
     for block in tower.blocks:
         hooks.append(block.register_forward_hook(lambda module, inputs, output: outputs.append(output)))
@@ -206,7 +206,7 @@ def test_orders_of_similarity_differ_in_the_merged_features_only(model):
             model,
             PROMPT,
             PIXELS,
-            Schedule((Stage(0, 8),), False, merge=NuwaMerge(Fraction(3, 5), 3, sim_order=order, **NUWA)),
+            Schedule((Stage(0, 8),), merge=NuwaMerge(Fraction(3, 5), 3, sim_order=order, **NUWA)),
             image_grid_thw=THW,
         )
         for order in ("raster", "window")
@@ -299,9 +299,7 @@ def test_decode_equals_a_longer_prefill(model, action):
 
 
 def test_every_image_is_pooled_by_itself(model):
-    result = run(
-        model, PROMPT, PIXELS, Schedule((Stage(0, 8),), False, merge=PoolMerge(Fraction(1, 3))), image_grid_thw=THW
-    )
+    result = run(model, PROMPT, PIXELS, Schedule((Stage(0, 8),), merge=PoolMerge(Fraction(1, 3))), image_grid_thw=THW)
     plain = run(model, PROMPT, PIXELS, image_grid_thw=THW)
     assert len(result.ran[0]) == 47 + len(result.features)
     # 6 x 3 tokens to at most 6: 3 x 2 cells of 2 x 2 tokens, columns overlapping.

@@ -114,10 +114,10 @@ def test_image_tokens_must_match_the_image(model, pixels):
 
 def test_vector_1_keep_counts():
     for ratio, count in [(0.2644, 152), (0.01916, 11), (0.4502, 259), (0.1266, 72), (0.0106, 6)]:
-        assert keep_count(Stage(1, 2, ratio=ratio, score="last_token"), 576) == count
-    assert keep_count(Stage(1, 2, ratio=0.01, score="last_token"), 10) == 1
-    assert keep_count(Stage(1, 2, ratio=0.142857, score="last_token"), 112) == 15
-    assert keep_count(Stage(1, 2, ratio=16 / 112, score="last_token"), 112) == 16
+        assert keep_count(Stage(1, 2, ratio=ratio, action="delete", score="last_token"), 576) == count
+    assert keep_count(Stage(1, 2, ratio=0.01, action="delete", score="last_token"), 10) == 1
+    assert keep_count(Stage(1, 2, ratio=0.142857, action="delete", score="last_token"), 112) == 15
+    assert keep_count(Stage(1, 2, ratio=16 / 112, action="delete", score="last_token"), 112) == 16
 
 
 def test_vector_2_score():
@@ -129,21 +129,20 @@ def test_vector_2_score():
 
 
 @pytest.mark.parametrize(
-    "recover, second, final, third_cache",
+    "action, second, final, third_cache",
     [
-        (True, [0, 2], [6, 4, 3, 4, 3, 3, 1, 6], [0, 1, 3, 7]),
-        (False, [3, 4], [6, None, None, None, 6, 6, None, 6], [0, 4, 5, 7]),
+        ("reroute", [0, 2], [6, 4, 3, 4, 3, 3, 1, 6], [0, 1, 3, 7]),
+        ("delete", [3, 4], [6, None, None, None, 6, 6, None, 6], [0, 4, 5, 7]),
     ],
-    ids=["reroute", "delete"],
 )
-def test_vector_3_routing_semantics(recover, second, final, third_cache):
+def test_vector_3_routing_semantics(action, second, final, third_cache):
     injected = {1: [0.1, 0.6, 0.2, 0.5, 0.4, 0.3], 3: [0.9, 0.1, 0.8, 0.2, 0.3, 0.0]}
     origin = torch.arange(8)
     rows = RaggedRows(torch.zeros(8, 1), origin[None], origin, torch.tensor([-1, 0, 1, 2, 3, 4, 5, -1]))
-    stages = (Stage(0, 1), Stage(1, 3, count=3, score="last_token"), Stage(3, 6, count=2, score="last_token"))
+    schedule = Schedule.from_decisions((1, 3), (3, 2), 6, action)
     left, walk = route(
         rows,
-        Schedule(stages, recover),
+        schedule,
         lambda layer, rows: (rows.hidden + 1, None),
         lambda stage, number, rows, before: torch.tensor(injected[stage.lo])[rows.visual],
         original=6,
@@ -156,7 +155,7 @@ def test_vector_3_routing_semantics(recover, second, final, third_cache):
     assert walk.ran[1].tolist() == [0, 2, 4, 5, 7]
     assert walk.ran[3].tolist() == third_cache
     candidates = np.isfinite(walk.decisions[1].scores).nonzero()[0].tolist()
-    assert candidates == (list(range(6)) if recover else [1, 3, 4])
+    assert candidates == (list(range(6)) if action == "reroute" else [1, 3, 4])
 
 
 def test_vector_4_one_decision_deletes_as_it_reroutes(model, pixels):
@@ -338,7 +337,7 @@ def test_nuwa_places_anchors_at_their_patches(model, pixels):
 def test_nuwa_reads_the_tower_where_the_specification_says(model, pixels):
     """4.2, 4.7: attention of the second-to-last block, similarity from two thirds of the depth on, in units of 24."""
     merge = NuwaMerge(Fraction(7, 18), top_n=2)
-    result = run(model, random_ids(60), pixels, Schedule((Stage(0, 8),), False, merge=merge))
+    result = run(model, random_ids(60), pixels, Schedule((Stage(0, 8),), merge=merge))
     model.set_attn_implementation("eager")
     with torch.no_grad():
         tower = model.model.vision_tower(torch.tensor(pixels), output_hidden_states=True, output_attentions=True)
@@ -362,9 +361,7 @@ def test_pool_averages_cells(model, pixels):
     cells, index = pool(features, (6, 6), (2, 3))
     np.testing.assert_allclose(cells[:, 0], [6.5, 8.5, 10.5, 24.5, 26.5, 28.5])
     assert index.tolist() == [6, 8, 10, 24, 26, 28]
-    result = run(
-        model, random_ids(60, start=5), pixels, Schedule((Stage(0, 8),), False, merge=PoolMerge(Fraction(1, 6)))
-    )
+    result = run(model, random_ids(60, start=5), pixels, Schedule((Stage(0, 8),), merge=PoolMerge(Fraction(1, 6))))
     assert [len(ran) for ran in result.ran] == [30] * 8 and result.anchors is None
 
 

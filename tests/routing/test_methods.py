@@ -237,7 +237,7 @@ ERRORS = {
     "first decision of nuwa": (dict(method="nuwa", budget=64, first_decision=1), "no use for first_decision=1"),
     "official nuwa": (dict(method="nuwa", budget=64, ratios="official"), "ratios='official', it is for 'fastv'"),
     "source": (dict(method="fastv", budget=64, score_source="last"), "expected one of: own_layer, previous_layer"),
-    "source of reroute": (dict(method="fastv", budget=64, score_source="previous_layer"), "layer 7: after a decision that reroutes"),
+    "source of reroute": (dict(method="fastv", budget=64, score_source="previous_layer"), "layer 7: after a decision"),
     "source of nuwa reroute": (dict(method="nuwa", budget=64, score_source="own_layer"), "belongs to action='delete'"),
     "source of control": (dict(method="random", budget=64, score_source="own_layer"), "no use for score_source"),
     "position mode": (dict(method="fastv", budget=64, position_mode="gap"), "expected one of: original, renumber"),
