@@ -1,6 +1,6 @@
 """From questions to the padded arrays of a `Prompt`, on the host.
 
-A question is tokenised and its images are packed once, whatever schedules it is asked under. A schedule lays it out:
+A question is tokenised and its images are resized once, whatever schedules it is asked under. A schedule lays it out:
 which slots it needs, at which positions. A batch holds questions whose layouts have one shape: a bucket for text, and
 one for visual tokens. Shapes then come from short ladders, and a program is compiled once for each.
 """
@@ -8,25 +8,22 @@ one for visual tokens. Shapes then come from short ladders, and a program is com
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt8
 
 from reroute_jax.buckets import TEXT_BUCKETS, bucket
 from reroute_jax.config import ModelConfig
 from reroute_jax.decoder import Prompt
-from reroute_jax.errors import RerouteError
 from reroute_jax.models import FAMILIES
 from reroute_jax.routing.merge import MergeArrays, merge_arrays
 from reroute_jax.routing.plan import NuwaMerge, PoolMerge, RoutingPlan, Schedule
 from reroute_jax.routing.prior import prior_scores
 from reroute_jax.types import AnyArray, Grid
-
-Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -34,12 +31,13 @@ class Question:
     """A prompt that can be asked under any schedule.
 
     ids: `[S]`, every image as its full number of placeholder tokens. grids: (rows, columns) of its images in order.
-    pixels: of each image what the family's `preprocess` gives for it alone; empty where a batch gets them apart.
+    images: as the family's `fit` gives them, 8 bits a value, since many questions may wait; empty where a batch gets
+    its pixels apart.
     """
 
     ids: np.ndarray
     grids: tuple[Grid, ...] = ()
-    pixels: tuple[np.ndarray, ...] = ()
+    images: tuple[UInt8[np.ndarray, "_ _ 3"], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -98,14 +96,12 @@ class Images:
 @dataclass(frozen=True)
 class Batch:
     """schedule: that the rows are laid out for; plan: what is static of it, for these shapes. images: None where no row
-    has one; pixels: of them all as the image processor gives them. seen: tokens of each row's prompt. live: rows that
-    hold a question; the others fill the batch up."""
+    has one. seen: tokens of each row's prompt. live: rows that hold a question; the others fill the batch up."""
 
     layouts: tuple[Layout, ...]
     schedule: Schedule
     prompt: Prompt
     plan: RoutingPlan
-    pixels: np.ndarray | None
     images: Images | None
     seen: Bool[np.ndarray, "B vocab"]
     live: Bool[np.ndarray, " B"]
@@ -169,7 +165,7 @@ def make_batch(
     size: int | None = None,
     pixels: np.ndarray | None = None,
 ) -> Batch:
-    """The arrays of a batch, filled up to `size` rows. pixels: of all images, where the questions do not hold them.
+    """The arrays of a batch, filled up to `size` rows. pixels: of all images as the image processor gives them.
 
     Raises RerouteError for a schedule of another depth.
     """
@@ -179,14 +175,11 @@ def make_batch(
     shape = largest([one.shape for one in layouts])
     scheduled = schedule if shape.routed else Schedule.from_decisions((), (), config.num_layers)
     rows = [*layouts, *[filler] * filled]
-    if pixels is None and shape.images:
-        pixels = np.concatenate([array for one in layouts for array in one.question.pixels])
     return Batch(
         layouts=tuple(layouts),
         schedule=schedule,
         prompt=_prompt(rows, shape, scheduled),
         plan=scheduled.resolve(shape.routed),
-        pixels=pixels,
         images=_images(layouts, shape.images * len(rows), config, schedule, pixels) if shape.images else None,
         seen=_seen(rows, config.decoder.vocab_size),
         live=np.arange(len(rows)) < len(layouts),
@@ -251,43 +244,3 @@ def _seen(rows: Sequence[Layout], vocab: int) -> Bool[np.ndarray, "B vocab"]:
     for of_row, row in zip(seen, rows, strict=True):
         of_row[row.question.ids] = True
     return seen
-
-
-def most_rows(shape: BatchShape, batch_size: int, token_budget: int | None) -> int:
-    """Rows of this shape that run together. Raises RerouteError where the budget does not hold a single one."""
-    rows = _rows_within(shape, batch_size, token_budget)
-    if not rows:
-        raise RerouteError(
-            f"a prompt takes {shape.slots} slots and token_budget is {token_budget}: raise it, or leave it out"
-        )
-    return rows
-
-
-def _rows_within(shape: BatchShape, batch_size: int, token_budget: int | None) -> int:
-    return batch_size if token_budget is None else min(batch_size, token_budget // shape.slots)
-
-
-def padded_rows(rows: int, most: int) -> int:
-    """Rows that a batch of `rows` is filled up to: a power of two, so that few sizes are compiled, or `most`."""
-    return min(most, 1 << (rows - 1).bit_length())
-
-
-def similar(
-    items: Sequence[Item], shape: Callable[[Item], BatchShape], batch_size: int, token_budget: int | None
-) -> Iterator[list[Item]]:
-    """Items that did not fill a batch of their own shape, together with others that have as many images, as far as no
-    row gets more than twice the slots it needs."""
-    group: list[Item] = []
-    for item in sorted(items, key=lambda one: (shape(one).images, -shape(one).slots)):
-        joined = largest([shape(one) for one in (*group, item)])
-        fits = (
-            shape(item).images == joined.images
-            and joined.slots <= 2 * shape(item).slots
-            and len(group) < _rows_within(joined, batch_size, token_budget)
-        )
-        if group and not fits:
-            yield group
-            group = []
-        group.append(item)
-    if group:
-        yield group

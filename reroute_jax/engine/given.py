@@ -7,9 +7,38 @@ from collections.abc import Sequence
 import numpy as np
 
 from reroute_jax.config import ModelConfig
-from reroute_jax.engine.batching import Question
-from reroute_jax.errors import RerouteError
+from reroute_jax.engine.batching import Batch, Question, lay_out, make_batch
+from reroute_jax.engine.side_files import SideFiles
+from reroute_jax.errors import RerouteError, named
+from reroute_jax.models import FAMILIES
+from reroute_jax.routing.plan import Schedule
 from reroute_jax.types import Grid
+
+
+def batch_given(
+    config: ModelConfig, schedule: Schedule, input_ids, attention_mask, pixel_values, image_grid_thw
+) -> Batch:
+    """The batch of `Model.inputs`, which explains the arguments."""
+    grids = FAMILIES[config.family].image_grids(pixel_values, image_grid_thw, config)
+    layouts = []
+    for number, row in enumerate(questions(valid_rows(input_ids, attention_mask), grids, config)):
+        with named(f"row {number}"):
+            layouts.append(lay_out(row, config, schedule))
+    return make_batch(layouts, config, schedule, pixels=pixel_values)
+
+
+def images_given(batch: Batch, pixel_values, files: SideFiles) -> list[np.ndarray]:
+    """uint8 `[h, w, 3]` of every image whose normalised pixels a batch was made of.
+
+    Raises RerouteError where the checkpoint lacks its image processor.
+    """
+    grids = [grid for layout in batch.layouts for grid in layout.question.grids]
+    if not grids:
+        return []
+    processor = files.image_processor
+    mean, deviation = np.array(processor.image_mean), np.array(processor.image_std)
+    images = files.family.unpack(pixel_values, grids, files.config)
+    return [np.rint(255 * np.clip(image * deviation + mean, 0, 1)).astype(np.uint8) for image in images]
 
 
 def valid_rows(input_ids, attention_mask) -> list[np.ndarray]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
@@ -15,7 +14,6 @@ from reroute_jax.errors import RerouteError
 from reroute_jax.figure.card import Figure, Routed, routed_figure
 from reroute_jax.figure.maps import View
 from reroute_jax.figure.tokens import StageTokens, stage_tokens
-from reroute_jax.models import FAMILIES
 from reroute_jax.routing.cost import kv_width
 from reroute_jax.routing.plan import Schedule
 from reroute_jax.types import FLOATS, Grid
@@ -25,32 +23,26 @@ from reroute_jax.types import FLOATS, Grid
 class Seen:
     """What a prefill was given, for pictures of it.
 
-    grids: of every row's images. pixel_values: of all images, as `prefill` takes them. dtype: of the cache.
-    open_processor: gives the image processor, whose mean and deviation the pixels were normalised with.
+    grids: of every row's images. open_images: gives all of them as the model sees them, uint8 `[h, w, 3]`. dtype: of
+    the cache.
     """
 
     schedule: Schedule
     grids: tuple[tuple[Grid, ...], ...]
-    pixel_values: Any
+    open_images: Callable[[], list[np.ndarray]]
     config: ModelConfig
     dtype: str
-    open_processor: Callable[[], Any]
 
     def views(self, row: int) -> list[View]:
         """The images of a row as the model sees them."""
-        before = sum(map(len, self.grids[:row]))
-        flat = [grid for grids in self.grids for grid in grids]
-        if not self.grids[row]:
-            return []
-        processor = self.open_processor()
-        mean, deviation = np.array(processor.image_mean), np.array(processor.image_std)
-        images = FAMILIES[self.config.family].unpack(self.pixel_values, flat, self.config)
-        views = []
-        of_row = images[before : before + len(self.grids[row])]
-        for pixels, grid in zip(of_row, self.grids[row], strict=True):
-            levels = np.rint(255 * np.clip(pixels * deviation + mean, 0, 1))
-            views.append(View(levels.astype(np.uint8), grid))
-        return views
+        before, grids = sum(map(len, self.grids[:row])), self.grids[row]
+        images = self.open_images()[before : before + len(grids)] if grids else []
+        return [View(image, grid) for image, grid in zip(images, grids, strict=True)]
+
+    def of_row(self, row: int) -> Seen:
+        """The same for one row alone; it holds no other's images."""
+        images = [view.pixels for view in self.views(row)]
+        return replace(self, grids=(self.grids[row],), open_images=lambda: images)
 
 
 @dataclass(frozen=True)
@@ -69,8 +61,8 @@ class Trace:
     seen: Seen
 
     @classmethod
-    def of(cls, batch: Batch, found: Prefilled, anchors, config: ModelConfig, dtype: str, open_processor) -> Trace:
-        """Of the live rows of a batch. anchors: as of `programs.encode`. dtype, open_processor: as of `Seen`."""
+    def of(cls, batch: Batch, found: Prefilled, anchors, config: ModelConfig, dtype: str, open_images) -> Trace:
+        """Of the live rows of a batch. anchors: as of `programs.encode`. dtype, open_images: as of `Seen`."""
         live = len(batch.layouts)
         grids = tuple(layout.question.grids for layout in batch.layouts)
         return cls(
@@ -78,18 +70,17 @@ class Trace:
             scores=tuple(np.asarray(decision.scores)[:live] for decision in found.decisions),
             anchors=None if batch.schedule.merge is None else _kept(batch, np.asarray(anchors))[:live],
             kv_tokens=np.asarray(found.cache.tokens_per_layer())[:live],
-            seen=Seen(batch.schedule, grids, batch.pixels, config, dtype, open_processor),
+            seen=Seen(batch.schedule, grids, open_images, config, dtype),
         )
 
-    def of_row(self, row: int, pixels: Sequence[np.ndarray]) -> Trace:
-        """The same for one row alone. pixels: of each of its images."""
-        own = np.concatenate(pixels) if pixels else None
+    def of_row(self, row: int) -> Trace:
+        """The same for one row alone."""
         return Trace(
             selected=tuple(_trimmed(found[row]) for found in self.selected),
             scores=tuple(found[row : row + 1] for found in self.scores),
             anchors=None if self.anchors is None else _trimmed(self.anchors[row]),
             kv_tokens=self.kv_tokens[row : row + 1],
-            seen=replace(self.seen, grids=(self.seen.grids[row],), pixel_values=own),
+            seen=self.seen.of_row(row),
         )
 
     def stages(self, row: int = 0) -> list[StageTokens]:
@@ -108,7 +99,7 @@ class Trace:
         """A picture of one row, which a notebook displays: its images with the tokens of every stage shaded by what
         they did, the scores on hover, tokens a layer and KV bytes.
 
-        Raises RerouteError for a row that is not there, and where the checkpoint lacks its image processor.
+        Raises RerouteError for a row that is not there, and for arrays of a checkpoint without its image processor.
         """
         if not 0 <= row < len(self.seen.grids):
             raise RerouteError(f"there is no row {row}: expected 0 to {len(self.seen.grids) - 1}")

@@ -64,7 +64,7 @@ class Family:
     token_bucket(tokens): the number of visual tokens that a program is compiled for.
     image_processor(folder, config), preprocess(images, processor): what makes (pixel_values, image_grid_thw) of opened
         images; in two steps, `pixels([fit(image, processor), ...], processor)`. What `fit` gives is RGB in the size
-        that the model sees; it raises RerouteError for a size that the model does not take.
+        that the model sees, uint8 `[h, w, 3]`; it raises RerouteError for a size that the model does not take.
     visual_grid(image, config, processor), model_size(size, processor): of an image, or one of this size.
     typical_grid(config, open_processor): that a method is planned for; the processor only where it takes one.
     settings(config, open_processor): what else a run's answers depend on, for its record.
@@ -88,8 +88,8 @@ class Family:
     token_bucket: Callable[[int], int]
     image_processor: Callable[[Path, ModelConfig], Any]
     preprocess: Callable[[Sequence[Image.Image], Any], tuple[np.ndarray, np.ndarray | None]]
-    fit: Callable[[Image.Image, Any], Image.Image]
-    pixels: Callable[[Sequence[Image.Image], Any], tuple[np.ndarray, np.ndarray | None]]
+    fit: Callable[[Image.Image, Any], np.ndarray]
+    pixels: Callable[[Sequence[np.ndarray], Any], tuple[np.ndarray, np.ndarray | None]]
     visual_grid: Callable[[Image.Image, ModelConfig, Any], Grid]
     model_size: Callable[[Size, Any], Size]
     typical_grid: Callable[[ModelConfig, Callable[[], Any]], Grid]

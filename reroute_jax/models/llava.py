@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt8
 from PIL import Image
 from transformers import AutoImageProcessor, LlavaConfig
 
@@ -143,14 +143,15 @@ def _seen_part(size: Size, processor) -> tuple[float, float, float, float]:
     return x / width, y / height, (x + crop[0]) / width, (y + crop[1]) / height
 
 
-def _fit(image: Image.Image, processor) -> Image.Image:
-    """The RGB image resized and cropped, in 8 bits."""
+def _fit(image: Image.Image, processor) -> UInt8[np.ndarray, "height width 3"]:
+    """The RGB image resized and cropped."""
     seen = processor(images=image, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"]
-    return Image.fromarray(seen[0].astype(np.uint8).transpose(1, 2, 0))
+    return np.ascontiguousarray(seen[0].astype(np.uint8).transpose(1, 2, 0))
 
 
-def _pixels(fitted: Sequence[Image.Image], processor) -> tuple[Float[np.ndarray, "I 3 height width"], None]:
-    made = processor(images=list(fitted), do_resize=False, do_center_crop=False, return_tensors="np")
+def _pixels(fitted: Sequence[np.ndarray], processor) -> tuple[Float[np.ndarray, "I 3 height width"], None]:
+    images = [Image.fromarray(image) for image in fitted]
+    made = processor(images=images, do_resize=False, do_center_crop=False, return_tensors="np")
     return made["pixel_values"], None
 
 

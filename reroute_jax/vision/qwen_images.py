@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
 from reroute_jax.errors import RerouteError
@@ -66,18 +66,19 @@ def resize_like_reference(image: Image.Image, factor: int) -> Image.Image:
     return image.resize(first_size(image.size, factor), Image.Resampling.BICUBIC)
 
 
-def fit(image: Image.Image, processor, name: str = "an image") -> Image.Image:
+def fit(image: Image.Image, processor, name: str = "an image") -> UInt8[np.ndarray, "height width 3"]:
     """The RGB image in the size that the model sees, after both resizes: all that `patches` needs of it.
 
-    8 bits a value; `patches` makes 8 times as many bytes of it. Raises RerouteError as `final_size`.
+    `patches` makes 8 times as many bytes of it. Raises RerouteError as `final_size`.
     """
     factor = processor.patch_size * processor.merge_size
     final = final_size(image.size, processor, name)
-    return resize_like_reference(image, factor).resize(final, Image.Resampling(processor.resample))
+    resized = resize_like_reference(image, factor).resize(final, Image.Resampling(processor.resample))
+    return np.asarray(resized)
 
 
 def patches(
-    fitted: Sequence[Image.Image], processor
+    fitted: Sequence[np.ndarray], processor
 ) -> tuple[Float[np.ndarray, "patches values"], Int[np.ndarray, "images 3"]]:
     """Pixels of at least one image that `fit` made, as the checkpoint's PIL image processor gives them.
 
@@ -85,7 +86,8 @@ def patches(
     merge patches; a patch's values are by channel, frame (one image, repeated), y and x. image_grid_thw: (1, rows,
     columns) of each image in patches.
     """
-    found = processor(images=list(fitted), do_resize=False, return_tensors="np")
+    images = [Image.fromarray(image) for image in fitted]
+    found = processor(images=images, do_resize=False, return_tensors="np")
     return found["pixel_values"], found["image_grid_thw"]
 
 

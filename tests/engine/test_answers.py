@@ -1,6 +1,9 @@
 """What comes back of a call: answers, their costs, errors beside them, pieces of text."""
 
+import io
+from base64 import b64decode
 from dataclasses import replace
+from xml.etree import ElementTree
 
 import jax
 import numpy as np
@@ -19,6 +22,13 @@ BY_HAND = Schedule.from_decisions((1, 3), (0.5, 0.25), 4, "reroute", label="by h
 
 def picture(seed=0):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (70, 70, 3), dtype=np.uint8))
+
+
+def arrays(model, item) -> dict:
+    """A question as the HF processor returns it."""
+    question = model.question(item)
+    pixels, _ = model.family.pixels(question.images, model.image_processor)
+    return {"input_ids": question.ids[None], "pixel_values": pixels}
 
 
 def test_an_answer_says_why_it_ended_and_what_it_cost():
@@ -51,15 +61,47 @@ def test_a_trace_of_an_answer_is_that_of_its_prompt_alone():
     schedule = model.plan("nuwa", budget=128)
     pairs = [(picture(seed), f"question number {seed} " * (1 + 3 * seed)) for seed in range(3)]
     for found, one in zip(model.answer(pairs, schedule=schedule, trace=True, max_new_tokens=2), pairs, strict=True):
-        question = model.question(one)
-        alone = model.prefill(
-            input_ids=question.ids[None], pixel_values=question.pixels[0], schedule=schedule, trace=True
-        ).trace
+        alone = model.prefill(**arrays(model, one), schedule=schedule, trace=True).trace
         np.testing.assert_array_equal(found.trace.anchors, alone.anchors)
         for mine, its in zip(found.trace.selected, alone.selected, strict=True):
             np.testing.assert_array_equal(mine, its)
         np.testing.assert_array_equal(found.trace.kv_tokens, alone.kv_tokens)
-        assert "<svg" in found.trace.show()._repr_html_() or "<figure" in found.trace.show()._repr_html_()
+        assert running(figure(found.trace))[0] == found.trace.anchors[0].tolist()
+
+
+def figure(trace) -> ElementTree.Element:
+    return ElementTree.fromstring(f"<div>{trace.show()._repr_html_()}</div>")
+
+
+def running(root: ElementTree.Element) -> list[list[int]]:
+    """The tokens that a picture shows as run or returned, by stage."""
+    states = [svg.get("data-states") for svg in root.iter("svg") if svg.get("class") == "rj-map"]
+    return [[token for token, state in enumerate(of_stage) if state in "01"] for of_stage in states]
+
+
+def test_the_picture_of_a_trace_shows_what_ran_where():
+    """Of the second of two questions: its image, the tokens of every stage, and how many each layer had."""
+    model = small()
+    pairs = [(picture(1), "where is it ?"), (picture(2), "where is it ?")]
+    found = model.answer(pairs, schedule=BY_HAND, trace=True, max_new_tokens=2)[1]
+    root, kept = figure(found.trace), [selected[0].tolist() for selected in found.trace.selected]
+    assert running(root) == [list(range(36)), *kept] and [len(tokens) for tokens in kept] == [18, 9]
+    captions = ["".join(caption.itertext()) for caption in root.iter("figcaption")]
+    assert captions == ["layer 0 36 of 36 run", "layers 1 to 2 18 of 36 run", "layer 3 9 of 36 run"]
+    text = found.usage.prompt_tokens - 36
+    bars = [title.text for title in root.iter("title")]
+    visual = enumerate([36, 18, 18, 9])
+    assert bars == [f"layer {layer}: {count} visual and {text} text tokens" for layer, count in visual]
+    (shown,) = {image.get("href") for image in root.iter("image")}
+    stored = Image.open(io.BytesIO(b64decode(shown.partition(",")[2])))
+    np.testing.assert_array_equal(np.asarray(stored), model.question(pairs[1]).images[0])
+
+
+def test_the_picture_of_given_pixels_is_the_image_that_they_were_made_of():
+    model = small()
+    one = picture(3), "where is it ?"
+    trace = model.prefill(**arrays(model, one), schedule=BY_HAND, trace=True).trace
+    np.testing.assert_array_equal(trace.seen.views(0)[0].pixels, model.question(one).images[0])
 
 
 def test_one_bad_question_takes_no_other_down(tmp_path):
@@ -99,9 +141,8 @@ def test_numbers_that_overflow_are_told_with_dtype_row_and_layers():
         assert f"question {number}: hidden states are not finite in float16" in str(one.error)
         assert "use bfloat16 or float32" in str(one.error)
     assert f"layers {hit.lo} to {hit.hi - 1}" in str(found[0].error)
-    question = model.question((picture(), "one"))
     with pytest.raises(RerouteError, match=r"row 0: .*float16"):
-        model.prefill(input_ids=question.ids[None], pixel_values=question.pixels[0])
+        model.prefill(**arrays(model, (picture(), "one")))
     jax.clear_caches()
 
 

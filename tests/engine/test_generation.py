@@ -10,6 +10,7 @@ from reroute_jax.engine import segments
 from reroute_jax.engine.batching import Question, lay_out, make_batch
 from reroute_jax.engine.compilation import compilations
 from reroute_jax.engine.generation import SEGMENT
+from reroute_jax.engine.running import run_prefill
 from reroute_jax.engine.sampling import Sampling, row_sampling
 from reroute_jax.errors import RerouteError
 from reroute_jax.nn.cache import ROOM, grown
@@ -45,7 +46,7 @@ def test_a_long_answer_crosses_segments_and_room_unchanged(action):
         np.testing.assert_array_equal(tokens, found[: len(tokens)])
     layout = lay_out(Question(given()["input_ids"][0], ((6, 6),)), model.config, schedule)
     batch = make_batch([layout], model.config, schedule, pixels=given()["pixel_values"])
-    _, prefilled = model._prefill(batch)
+    _, prefilled = run_prefill(model.module, batch)
     logits, cache, stepwise = prefilled.logits, grown(prefilled.cache, limit), []
     step = jax.jit(lambda token, cache: decode_step(model.module.decoder, token, cache, jnp.ones(1, bool)))
     for _ in range(limit):
@@ -67,6 +68,14 @@ def test_no_limit_and_no_value_of_sampling_compiles_anything():
     with compilations() as compiled:
         for one in values:
             model.generate_ids(**given(), **one)
+    assert compiled == []
+
+
+def test_warm_up_compiles_what_drawn_answers_take(unchecked_annotations):
+    model, items = small(), [(None, "how many cups")]
+    model.warm_up(items, batch_size=1, temperature=1.0)
+    with compilations() as compiled:
+        model.answer(items, temperature=0.4, top_p=0.8, max_new_tokens=4, seed=7)
     assert compiled == []
 
 
@@ -94,7 +103,7 @@ def test_rows_that_are_done_leave_the_batch_where_it_grows():
     batch = make_batch(layouts, model.config, unrouted(model), pixels=pixels)
     sampling = row_sampling(Sampling(limit=limit), [0, 1, 2, 3])
     sampling.limit[:3] = (2, 5, 9)
-    _, prefilled = model._prefill(batch)
+    _, prefilled = run_prefill(model.module, batch)
     tokens, sizes = [[] for _ in ids], []
     for one in segments.decode_segments(model.module.decoder, prefilled, batch.seen, batch.live, sampling):
         sizes.append(len(one.rows))
@@ -115,7 +124,7 @@ def test_filler_rows_are_done_from_the_start():
     layout = lay_out(Question(random_ids(60), ((6, 6),)), model.config, schedule)
     batch = make_batch([layout], model.config, schedule, size=4, pixels=random_pixels(1))
     assert batch.live.tolist() == [True, False, False, False]
-    _, prefilled = model._prefill(batch)
+    _, prefilled = run_prefill(model.module, batch)
     found = list(
         segments.decode_segments(
             model.module.decoder, prefilled, batch.seen, batch.live, row_sampling(Sampling(limit=6), [0] * 4)
@@ -133,7 +142,7 @@ def test_each_row_writes_at_its_own_slot_and_a_done_row_stands_still():
     rows = [random_ids(60), random_ids(50, seed=1)]
     layouts = [lay_out(Question(row, ((6, 6),)), model.config, schedule) for row in rows]
     batch = make_batch(layouts, model.config, schedule, pixels=random_pixels(2))
-    _, prefilled = model._prefill(batch)
+    _, prefilled = run_prefill(model.module, batch)
     before = prefilled.cache.stages[0]
     token = jnp.array([5, 6], jnp.int32)
     _, cache = jax.jit(decode_step)(decoder, token, prefilled.cache, jnp.array([True, False]))

@@ -525,7 +525,8 @@ def test_an_image_waits_in_the_size_that_the_model_sees(family: str) -> None:
     sizes = [(500, 375), (300, 2000), (90, 9), (1000, 1000)]
     images = [Image.fromarray(RNG.integers(0, 256, (height, width, 3)).astype(np.uint8)) for width, height in sizes]
     fitted = [brought.fit(image, processor) for image in images]
-    assert [one.size for one in fitted] == [brought.model_size(image.size, processor) for image in images]
+    assert [one.shape[1::-1] for one in fitted] == [brought.model_size(image.size, processor) for image in images]
+    assert all(one.dtype == np.uint8 and one.shape[2] == 3 for one in fitted)
     found, grids = brought.pixels(fitted, processor)
     whole, whole_grids = brought.preprocess(images, processor)
     np.testing.assert_array_equal(found, whole)

@@ -19,8 +19,6 @@ from reroute_jax.models import FAMILIES
 from reroute_jax.routing.cost import kv_width
 from tests.evals.stub import StubModel
 
-MEAN = DEVIATION = [0.5, 0.5, 0.5]
-
 
 class TracedStub(StubModel):
     """Keeps the first tokens of each decision. Its image processor is a LLaVA one of the embedded model's size."""
@@ -31,9 +29,7 @@ class TracedStub(StubModel):
         super().__init__()
         side = self.config.vision.image_size
         crop = {"width": side, "height": side}
-        self.image_processor = SimpleNamespace(
-            image_mean=MEAN, image_std=DEVIATION, size={"shortest_edge": side}, crop_size=crop
-        )
+        self.image_processor = SimpleNamespace(size={"shortest_edge": side}, crop_size=crop)
 
     def answer(self, questions, *, schedule, trace=False, **how):
         found = super().answer(questions, schedule=schedule, **how)
@@ -42,8 +38,7 @@ class TracedStub(StubModel):
 
     def _trace(self, image, schedule):
         grid, side = self.config.vision.grid, self.config.vision.image_size
-        pixels = (np.asarray(image.resize((side, side)), np.float32) / 255 - MEAN) / DEVIATION
-        pixels = pixels.transpose(2, 0, 1)[None].astype(np.float32)
+        pixels = np.asarray(image.resize((side, side)))
         count = grid[0] * grid[1]
         kept = schedule.keep_counts([count])[:, 0]
         selected = tuple(np.arange(keep)[None] for keep in kept)
@@ -51,7 +46,7 @@ class TracedStub(StubModel):
         tokens = [5] * self.config.num_layers
         for stage, keep in zip(schedule.decisions, kept, strict=True):
             tokens[stage.lo : stage.hi] = [keep + 5] * (stage.hi - stage.lo)
-        seen = Seen(schedule, ((grid,),), pixels, self.config, "float32", lambda: self.image_processor)
+        seen = Seen(schedule, ((grid,),), lambda: [pixels], self.config, "float32")
         return Trace(selected, scores, None, np.array([tokens]), seen)
 
 

@@ -1,0 +1,87 @@
+"""From a batch of questions to answers: as wholes with their costs, or token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from reroute_jax.decoder import Prefilled
+from reroute_jax.engine.answers import Answer, Chosen, Usage
+from reroute_jax.engine.batching import Batch
+from reroute_jax.engine.groups import Group
+from reroute_jax.engine.running import checked_segments, dtype_of, overflow, run_decode, run_prefill
+from reroute_jax.engine.sampling import Sampling
+from reroute_jax.engine.trace import Trace
+from reroute_jax.routing.cost import kv_width
+from reroute_jax.types import FLOATS
+
+STREAM_STEPS = 4  # tokens between two looks at a stream
+
+
+def answer_group(module: nnx.Module, tokenizer: Any, group: Group, sampling: Sampling, trace: bool) -> list[Answer]:
+    """In the order of the group. A question whose numbers overflow has an `error`."""
+    batch, dtype = group.batch, dtype_of(module)
+    anchors, prefilled = run_prefill(module, batch)
+    images = [image for layout in group.layouts for image in layout.question.images]
+    traces = Trace.of(batch, prefilled, anchors, module.config, dtype, lambda: images) if trace else None
+    rows, finite = _chosen(module, group, prefilled, sampling)
+    stages, answers = np.asarray(prefilled.finite), []
+    for row, (number, chosen) in enumerate(zip(group.numbers, rows, strict=True)):
+        problem = overflow(batch, stages[:, row], finite[row], dtype, f"question {number}")
+        if problem is not None:
+            answers.append(Answer(error=problem))
+            continue
+        answers.append(
+            Answer(
+                text=tokenizer.decode(chosen.tokens, skip_special_tokens=True),
+                token_ids=tuple(chosen.tokens),
+                finish_reason="stop" if chosen.stopped else "length",
+                logprobs=tuple(chosen.logprobs),
+                trace=None if traces is None else traces.of_row(row),
+                usage=_usage(module, group, row, len(chosen.tokens) + chosen.stopped),
+            )
+        )
+    return answers
+
+
+def stream_tokens(module: nnx.Module, batch: Batch, sampling: Sampling) -> Iterator[int]:
+    """The answer of a batch of one row as it comes, without the id that ends it. Raises RerouteError where numbers
+    overflow."""
+    chosen = Chosen(frozenset(sampling.stop))
+    for segment in checked_segments(module, batch, sampling, STREAM_STEPS):
+        shown = len(chosen.tokens)
+        chosen.add(segment.tokens[0], segment.logprobs[0])
+        yield from chosen.tokens[shown:]
+
+
+def _chosen(
+    module: nnx.Module, group: Group, prefilled: Prefilled, sampling: Sampling
+) -> tuple[list[Chosen], np.ndarray]:
+    """What each question chose, and of each row whether all its logits were finite."""
+    rows = [Chosen(frozenset(sampling.stop)) for _ in group.numbers]
+    finite = np.ones(len(group.batch.live), bool)
+    numbers = (*group.numbers, *[0] * (len(finite) - len(rows)))
+    for segment in run_decode(module, group.batch, prefilled, numbers, sampling):
+        finite[segment.rows] &= segment.finite
+        for row, tokens, logprobs in zip(segment.rows, segment.tokens, segment.logprobs, strict=True):
+            if row < len(rows):
+                rows[row].add(tokens, logprobs)
+    return rows, finite
+
+
+def _usage(module: nnx.Module, group: Group, row: int, new_tokens: int) -> Usage:
+    layout, batch, decoder = group.layouts[row], group.batch, module.config.decoder
+    keep, layers = iter(batch.prompt.keep[:, row].tolist()), []
+    fixed = layout.visual - int(layout.routed.sum())
+    for stage in batch.plan.stages:
+        visual = layout.visual if stage.cap is None else fixed + next(keep)
+        layers += [visual] * (stage.hi - stage.lo)
+    text = len(layout.ids) - layout.visual
+    # The last token is chosen and not fed.
+    tokens = sum(layers) + len(layers) * (text + new_tokens - 1)
+    each = 2 * kv_width(decoder) * FLOATS[dtype_of(module)].itemsize
+    visual = sum(rows * cols for rows, cols in layout.question.grids)
+    return Usage(len(layout.question.ids), visual, tuple(layers), new_tokens, tokens * each)

@@ -1,0 +1,142 @@
+"""Which questions are answered together, and the batches that they make."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from reroute_jax.engine.batching import Batch, BatchShape, Layout, largest, lay_out, make_batch
+from reroute_jax.engine.pipeline import full_groups
+from reroute_jax.engine.questions import question_of
+from reroute_jax.engine.side_files import SideFiles
+from reroute_jax.errors import RerouteError, named
+from reroute_jax.routing.plan import Schedule
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Questions that are answered together. numbers: theirs in the call."""
+
+    numbers: tuple[int, ...]
+    layouts: tuple[Layout, ...]
+    batch: Batch
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A question that cannot be asked. number: its in the call."""
+
+    number: int
+    error: RerouteError
+
+
+def groups(
+    items: Sequence[Any],
+    files: SideFiles,
+    schedule: Schedule,
+    batch_size: int,
+    token_budget: int | None = None,
+    text_special_tokens: bool = True,
+) -> Iterator[Group | Failed]:
+    """The batches of `Model.answer`, ready to run: those of a shape in the order of their numbers, what did not fill
+    one of its own at the end, and behind it what cannot be asked.
+
+    Raises RerouteError for a batch size below 1 and for a schedule of another depth.
+    """
+    if batch_size < 1:
+        raise RerouteError(f"batch_size is {batch_size}, expected at least 1")
+    schedule.check_depth(files.config.num_layers)
+    failed: list[Failed] = []
+
+    def most(shape: BatchShape) -> int:
+        return most_rows(shape, batch_size, token_budget)
+
+    def laid_out() -> Iterator[tuple[int, Layout]]:
+        for number, item in enumerate(items):
+            try:
+                with named(f"question {number}"):
+                    question = question_of(item, files, text_special_tokens=text_special_tokens)
+                    layout = lay_out(question, files.config, schedule)
+                    most(layout.shape)
+            except RerouteError as error:
+                failed.append(Failed(number, error))
+            else:
+                yield number, layout
+
+    def group(members: Sequence[tuple[int, Layout]]) -> Group:
+        numbers, layouts = zip(*members, strict=True)
+        size = padded_rows(len(layouts), most(largest([one.shape for one in layouts])))
+        return Group(numbers, layouts, batch_of(layouts, files, schedule, size))
+
+    left = []
+    for shape, members in full_groups(laid_out(), lambda one: one[1].shape, most):
+        if len(members) == most(shape):
+            yield group(members)
+        else:
+            left += members
+    yield from map(group, similar(left, lambda one: one[1].shape, batch_size, token_budget))
+    yield from failed
+
+
+def batch_of(layouts: Sequence[Layout], files: SideFiles, schedule: Schedule, size: int) -> Batch:
+    """The arrays of questions that hold their images, filled up to `size` rows."""
+    images = [image for one in layouts for image in one.question.images]
+    pixels = files.family.pixels(images, files.image_processor)[0] if images else None
+    return make_batch(layouts, files.config, schedule, size=size, pixels=pixels)
+
+
+def batches_of_shapes(
+    items: Sequence[Any], files: SideFiles, schedule: Schedule, batch_size: int, token_budget: int | None
+) -> Iterator[list[Batch]]:
+    """For each shape that the items have, a batch of every number of rows that one is filled up to, ascending."""
+    layouts: dict[BatchShape, Layout] = {}
+    for item in items:
+        layout = lay_out(question_of(item, files), files.config, schedule)
+        layouts.setdefault(layout.shape, layout)
+    for shape, layout in layouts.items():
+        most = most_rows(shape, batch_size, token_budget)
+        sizes = sorted({padded_rows(rows, most) for rows in range(1, most + 1)})
+        yield [batch_of([layout] * size, files, schedule, size) for size in sizes]
+
+
+def most_rows(shape: BatchShape, batch_size: int, token_budget: int | None) -> int:
+    """Rows of this shape that run together. Raises RerouteError where the budget does not hold a single one."""
+    rows = _rows_within(shape, batch_size, token_budget)
+    if not rows:
+        raise RerouteError(
+            f"a prompt takes {shape.slots} slots and token_budget is {token_budget}: raise it, or leave it out"
+        )
+    return rows
+
+
+def _rows_within(shape: BatchShape, batch_size: int, token_budget: int | None) -> int:
+    return batch_size if token_budget is None else min(batch_size, token_budget // shape.slots)
+
+
+def padded_rows(rows: int, most: int) -> int:
+    """Rows that a batch of `rows` is filled up to: a power of two, so that few sizes are compiled, or `most`."""
+    return min(most, 1 << (rows - 1).bit_length())
+
+
+def similar(
+    items: Sequence[Item], shape: Callable[[Item], BatchShape], batch_size: int, token_budget: int | None
+) -> Iterator[list[Item]]:
+    """Items that did not fill a batch of their own shape, together with others that have as many images, as far as no
+    row gets more than twice the slots it needs."""
+    group: list[Item] = []
+    for item in sorted(items, key=lambda one: (shape(one).images, -shape(one).slots)):
+        joined = largest([shape(one) for one in (*group, item)])
+        fits = (
+            shape(item).images == joined.images
+            and joined.slots <= 2 * shape(item).slots
+            and len(group) < _rows_within(joined, batch_size, token_budget)
+        )
+        if group and not fits:
+            yield group
+            group = []
+        group.append(item)
+    if group:
+        yield group

@@ -1,0 +1,86 @@
+"""A batch on the device: its prefill, the segments of its answers, and whether its numbers are finite."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Int
+
+from reroute_jax.decoder import Prefilled
+from reroute_jax.engine import programs
+from reroute_jax.engine.batching import Batch
+from reroute_jax.engine.sampling import Sampling, row_sampling
+from reroute_jax.engine.segments import Segment, decode_segments
+from reroute_jax.errors import RerouteError
+
+
+def dtype_of(module: nnx.Module) -> str:
+    """Of the parameters, the activations and the KV cache."""
+    return module.decoder.embed.table.dtype.name
+
+
+def run_prefill(module: nnx.Module, batch: Batch) -> tuple[jax.Array, Prefilled]:
+    """The prefill, and the index of each feature among the batch's original visual tokens."""
+    if batch.images is None:
+        features, anchors = jnp.zeros((1, module.config.decoder.hidden_size)), jnp.zeros(1, jnp.int32)
+    else:
+        features, anchors = programs.encode(module, batch.images)
+    return anchors, programs.prefill(module.decoder, batch.prompt, features, anchors, batch.plan)
+
+
+def run_decode(
+    module: nnx.Module, batch: Batch, prefilled: Prefilled, numbers: Sequence[int], sampling: Sampling, *steps: int
+) -> Iterator[Segment]:
+    """The segments of a prefilled batch. numbers: of its questions in the call. steps: as of `decode_segments`."""
+    rows = row_sampling(sampling, numbers)
+    return decode_segments(module.decoder, prefilled, batch.seen, batch.live, rows, *steps)
+
+
+def checked_segments(module: nnx.Module, batch: Batch, sampling: Sampling, *steps: int) -> Iterator[Segment]:
+    """Prefill and segments of a batch all of whose rows are live. Raises RerouteError where numbers overflow."""
+    _, prefilled = run_prefill(module, batch)
+    for segment in run_decode(module, batch, prefilled, range(len(batch.live)), sampling, *steps):
+        finite = np.ones(len(batch.live), bool)
+        finite[segment.rows] = segment.finite
+        if not finite.all():
+            check_finite(batch, prefilled, finite, dtype_of(module))
+        yield segment
+
+
+def answered_ids(module: nnx.Module, batch: Batch, sampling: Sampling, pad: int) -> Int[np.ndarray, "B limit"]:
+    """What each row of a batch of live rows answers, its stop id included, padded behind. Raises as
+    `checked_segments`."""
+    padded, count = np.full((len(batch.live), sampling.limit), pad, np.int32), np.zeros(len(batch.live), int)
+    for segment in checked_segments(module, batch, sampling):
+        for row, tokens in zip(segment.rows, segment.tokens, strict=True):
+            tokens = tokens[tokens >= 0]
+            padded[row, count[row] : count[row] + len(tokens)] = tokens
+            count[row] += len(tokens)
+    return padded
+
+
+def check_finite(batch: Batch, prefilled: Prefilled, finite: np.ndarray, dtype: str) -> None:
+    """Raises RerouteError for the first live row that `overflow` tells of. finite: `[B]`, whether its logits are."""
+    stages = np.asarray(prefilled.finite)
+    for row in np.flatnonzero(batch.live):
+        if problem := overflow(batch, stages[:, row], finite[row], dtype, f"row {row}"):
+            raise problem
+
+
+def overflow(batch: Batch, stages: np.ndarray, finite: bool | np.bool_, dtype: str, where: str) -> RerouteError | None:
+    """What to say of a row whose numbers are not finite. stages, finite: whether its last token left each stage, and
+    its logits were, finite numbers. where: the row, for the message."""
+    if stages.all() and finite:
+        return None
+    advice = "use bfloat16 or float32" if dtype == "float16" else "check the checkpoint's weights"
+    if stages.all():
+        return RerouteError(f"{where}: logits are not finite in {dtype}: {advice}")
+    stage = batch.plan.stages[int(np.argmin(stages))]
+    return RerouteError(
+        f"{where}: hidden states are not finite in {dtype} behind decoder layers {stage.lo} to {stage.hi - 1}, and so "
+        f"the logits: {advice}"
+    )

@@ -1,0 +1,49 @@
+"""Questions that wait for their batch: what they hold, and that nothing is lost by it. No model runs."""
+
+import pickle
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from reroute_jax.engine.batching import lay_out
+from reroute_jax.engine.groups import batch_of
+from reroute_jax.engine.images import open_image
+from reroute_jax.routing.plan import Schedule
+from tests.checkpoints import qwen_pair, small
+
+MODELS = {"llava": small, "qwen2_5_vl": lambda: qwen_pair()[1]}
+
+
+def photo(width: int, height: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(width).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("size", [(1200, 900), (64, 64)])
+def test_a_question_holds_three_bytes_a_pixel_of_the_models_size(family, size, tmp_path):
+    """Whatever the size of the file. Ids are 8 bytes each."""
+    model = MODELS[family]()
+    photo(*size).save(tmp_path / "photo.png")
+    question = model.question((tmp_path / "photo.png", "what is this ?"))
+    width, height = model.model_size(photo(*size))
+    assert len(pickle.dumps(question)) <= 3 * width * height + 8 * len(question.ids) + 1000
+    buffers = [image if image.base is None else image.base for image in question.images]
+    assert all(memoryview(buffer).nbytes == 3 * width * height for buffer in buffers)
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_a_batch_gets_the_image_processors_own_numbers(family):
+    model = MODELS[family]()
+    pictures = [photo(150, 90), photo(97, 140), photo(64, 64)]
+    unrouted = Schedule.from_decisions((), (), model.config.num_layers)
+    questions = [model.question((pictures[:2], "what differs ?")), model.question((pictures[2], "what is this ?"))]
+    layouts = [lay_out(question, model.config, unrouted) for question in questions]
+    batch = batch_of(layouts, model.files, unrouted, size=2)
+    pixels, _ = model.family.preprocess([open_image(one) for one in pictures], model.image_processor)
+    grids = [grid for question in questions for grid in question.grids]
+    expected = model.family.pack(pixels, grids, model.config, 4)
+    if family == "llava":
+        np.testing.assert_array_equal(batch.images.pixels, expected)
+    else:
+        np.testing.assert_array_equal(batch.images.pixels.patches, expected.patches)
