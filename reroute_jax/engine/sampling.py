@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +50,8 @@ def _check(name: str, value: float | int, right: bool, expected: str) -> None:
 @jax.tree_util.register_dataclass
 @dataclass
 class RowSampling:
-    """`Sampling` of every row as arrays, so that no value of it compiles anything. stop: padded with -1.
+    """`Sampling` of every row as arrays, so that no value of it compiles anything. stop: padded with -1. draws: static,
+    whether any row has a temperature above 0; greedy answers need not wait until the code that draws is compiled.
 
     seed, number: make the row's own key; number is that of its question in the call. What is drawn then depends neither
     on the batch nor on its size.
@@ -63,6 +64,7 @@ class RowSampling:
     limit: Int[AnyArray, " B"]
     seed: UInt32[AnyArray, " B"]
     number: Int[AnyArray, " B"]
+    draws: bool = field(metadata={"static": True})
 
 
 _STOP_SLOTS = 8
@@ -84,6 +86,7 @@ def row_sampling(sampling: Sampling, numbers: Sequence[int]) -> RowSampling:
         np.full(rows, sampling.limit, np.int32),
         np.full(rows, sampling.seed, np.uint32),
         np.array(numbers, np.int32),
+        draws=temperature > 0,
     )
 
 
@@ -95,16 +98,19 @@ def choose(
     penalised = jnp.where(logits < 0, logits * penalty, logits / penalty)
     logits = jnp.where(seen & (penalty != 1), penalised, logits)
     greedy = logits.argmax(axis=-1).astype(jnp.int32)
+    return _drawn(logits, greedy, produced, sampling) if sampling.draws else greedy
 
-    def drawn() -> Int[Array, " B"]:
-        # From the largest logit down: the quotient then overflows to minus infinity at most.
-        scaled = (logits - logits.max(axis=-1, keepdims=True)) / jnp.where(hot, sampling.temperature, 1)[:, None]
-        scaled = jax.lax.cond((sampling.top_p < 1).any(), lambda: _nucleus(scaled, sampling.top_p), lambda: scaled)
-        draw = jax.vmap(_draw)(sampling.seed, sampling.number, produced, scaled)
-        return jnp.where(hot, draw, greedy)
 
+def _drawn(
+    logits: Float[Array, "B vocab"], greedy: Int[Array, " B"], produced: Int[Array, " B"], sampling: RowSampling
+) -> Int[Array, " B"]:
+    """Drawn in the rows with a temperature above 0."""
     hot = sampling.temperature > 0
-    return jax.lax.cond(hot.any(), drawn, lambda: greedy)
+    # From the largest logit down: the quotient then overflows to minus infinity at most.
+    scaled = (logits - logits.max(axis=-1, keepdims=True)) / jnp.where(hot, sampling.temperature, 1)[:, None]
+    scaled = jax.lax.cond((sampling.top_p < 1).any(), lambda: _nucleus(scaled, sampling.top_p), lambda: scaled)
+    draw = jax.vmap(_draw)(sampling.seed, sampling.number, produced, scaled)
+    return jnp.where(hot, draw, greedy)
 
 
 def _draw(seed, number, count, logits: Float[Array, " vocab"]) -> Int[Array, ""]:

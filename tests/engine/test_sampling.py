@@ -1,5 +1,6 @@
 """How a token follows from logits."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -53,3 +54,13 @@ def test_greedy_and_sampled_rows_share_a_batch():
     columns = np.array(found)
     assert set(columns[:, 1]) == {int(logits[1].argmax())}
     assert len(set(columns[:, 0])) > 5 and len(set(columns[:, 2])) > 5
+
+
+def test_greedy_answers_compile_nothing_that_draws():
+    logits, seen, produced = jnp.zeros((2, 50)), jnp.zeros((2, 50), bool), jnp.zeros(2, jnp.int32)
+    greedy, drawn = (
+        str(jax.make_jaxpr(choose)(logits, seen, produced, row_sampling(Sampling(temperature=one, top_p=0.9), [0, 1])))
+        for one in (0.0, 0.5)
+    )
+    for operation in ("sort", "random_bits", "cumsum"):
+        assert operation in drawn and operation not in greedy
