@@ -17,13 +17,13 @@ from tqdm import tqdm
 
 from evals import scenes_vqa, table
 from evals.harness.boxes import NULL_BOX, Box, normalise_box
-from evals.harness.cli import exit_code_of, load_model
+from evals.harness.cli import load_model
 from evals.harness.data import Doc
 from evals.harness.finished_runs import Finished, read_finished
 from evals.harness.pages import RIGHT, UNKNOWN, WRONG, Asked, Board, Point, board, is_right, page, shown_truth
 from evals.harness.routes import FULL, check_routes, plan_routes
 from evals.harness.runner import Record, Run, Task
-from reroute_jax.commandline.parsing import DATA, RUN, Parser
+from reroute_jax.commandline.parsing import DATA, RUN, Parser, exit_code
 from reroute_jax.engine.compilation import keep_programs
 from reroute_jax.engine.model import Model
 from reroute_jax.engine.trace import Trace
@@ -33,6 +33,8 @@ from reroute_jax.routing.plan import Schedule
 
 COMMANDS = table.COMMANDS | {"scenes_vqa": table.answering(scenes_vqa.BENCHMARK, "exact_match")}
 SHOWN = 8  # questions, where nothing else is said
+# Arguments of the tasks' own commands that nothing here uses.
+UNUSED = {"batch_size": "asks one question at a time", "fresh": "keeps no answers"}
 OWN = ("task", "run", "index", "limit", "out", "compilation_cache", "debug")
 SETTINGS = ("prompt_style", "coord_format", "jpeg_roundtrips", "llava_image_mode", "vicuna_system", "mrope_compat")
 FRAME_NOTE = (
@@ -48,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = task.parse_known_args(argv)[0].task
     parser = _parser(name if name in COMMANDS else "refcoco")
     args = parser.parse_args(argv)
-    return exit_code_of(lambda: _run(args, parser), args)
+    return exit_code(lambda: _run(args, parser), args.debug, "stopped: no page was written")
 
 
 def _parser(task: str) -> Parser:
@@ -69,10 +71,10 @@ def _parser(task: str) -> Parser:
     meanings = {
         "limit": f"how many questions, with --run those that tell most (default: {SHOWN})",
         "out": "folder of the page (default: %(default)s)",
-        "batch_size": "of other commands; here questions are asked one at a time (default: %(default)s)",
     }
+    parser.set_defaults(**dict.fromkeys(UNUSED))
     for action in parser._actions:
-        action.help = meanings.get(action.dest, action.help)
+        action.help = argparse.SUPPRESS if action.dest in UNUSED else meanings.get(action.dest, action.help)
     return parser
 
 
@@ -84,6 +86,9 @@ def _indices(text: str) -> tuple[int, ...]:
 
 
 def _run(args: argparse.Namespace, parser: Parser) -> None:
+    for name, why in UNUSED.items():
+        if getattr(args, name) is not None:
+            raise RerouteError(f"evals.show {why}: leave out --{name.replace('_', '-')}")
     if args.index is not None and args.limit is not None:
         raise RerouteError("--index names the questions and --limit counts them: give one of them")
     if args.compilation_cache is not None:

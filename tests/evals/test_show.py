@@ -105,6 +105,8 @@ def test_a_folder_whose_data_changed_is_refused(stub, tmp_path, capsys):
         (["--index", "999999", "--limit-less"], "unrecognized arguments"),
         (["--run", "nowhere"], "nowhere is no folder of one finished run"),
         (["--run", "nowhere", "--budget", "64"], "leave out --budget"),
+        (["--run", "nowhere", "--fresh"], "evals.show keeps no answers: leave out --fresh"),
+        (["--batch-size", "8"], "evals.show asks one question at a time: leave out --batch-size"),
     ],
 )
 def test_what_cannot_be_shown_is_refused(stub, arguments, message, capsys, tmp_path):
