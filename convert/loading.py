@@ -55,18 +55,23 @@ def load(
 
 def with_pixel_limits(config: ModelConfig, limits: tuple[int, int]) -> ModelConfig:
     """Raises RerouteError for limits that no image can keep, and for a family without them."""
-    config = _with_option(config, "pixel_limits", tuple(limits))
+    _check_option(config, "pixel_limits")
     smallest = (config.vision.patch_size * config.vision.merge) ** 2
-    if len(limits) != 2 or not all(type(edge) is int for edge in limits) or not smallest <= limits[1] >= limits[0] > 0:
+    whole = isinstance(limits, tuple | list) and [type(edge) for edge in limits] == [int, int]
+    if not whole or not smallest <= limits[1] >= limits[0] > 0:
         raise RerouteError(
             f"pixel_limits are {limits!r}, expected two whole numbers (fewest, most), the second at least {smallest}"
         )
-    return config
+    return replace(config, pixel_limits=tuple(limits))
 
 
 def _with_option(config: ModelConfig, name: str, value: object) -> ModelConfig:
+    _check_option(config, name)
+    return replace(config, **{name: value})
+
+
+def _check_option(config: ModelConfig, name: str) -> None:
     """Raises RerouteError where the model's family has no such option."""
     if name not in FAMILIES[config.family].options:
         users = " and ".join(family.name for family in FAMILIES.values() if name in family.options)
         raise RerouteError(f"{name} is for {users}, this model is {config.family}: leave it out")
-    return replace(config, **{name: value})

@@ -86,11 +86,29 @@ def decoder_config(text, *, qkv_bias: bool, rope_sections: tuple[int, ...], tied
     )
 
 
+# What a generation_config.json may hold that changes which token is the most likely: nothing, or 1 in the first ones.
+_FACTORS = ("num_beams", "num_beam_groups", "encoder_repetition_penalty", "guidance_scale")
+_UNFOLLOWED = (
+    *_FACTORS,
+    *("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "min_length", "min_new_tokens", "suppress_tokens"),
+    *("begin_suppress_tokens", "bad_words_ids", "force_words_ids", "forced_bos_token_id", "forced_eos_token_id"),
+    *("sequence_bias", "exponential_decay_length_penalty", "constraints", "penalty_alpha", "dola_layers"),
+    *("watermarking_config", "stop_strings"),
+)
+
+
 def with_generation(config: ModelConfig, generation: Mapping) -> ModelConfig:
     """Stop tokens, pad token and repetition penalty of a generation_config.json; null says as little as a missing key.
 
-    Raises RerouteError for values that cannot be, and where neither file names a stop token.
+    Raises RerouteError for values that cannot be, for settings that would change greedy answers and are not
+    implemented, and where neither file names a stop token.
     """
+    for name in _UNFOLLOWED:
+        if generation.get(name) and not (name in _FACTORS and generation[name] == 1):
+            raise RerouteError(
+                f"generation_config.json: {name} = {generation[name]!r} is not implemented, and answers would differ: "
+                "take it out to do without it"
+            )
     penalty, pad = generation.get("repetition_penalty"), generation.get("pad_token_id")
     stops = token_ids(generation.get("eos_token_id")) or config.eos_tokens
     if not stops:

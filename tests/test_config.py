@@ -217,3 +217,19 @@ def test_every_parameter_names_its_axes():
     module = nnx.eval_shape(lambda: Llava(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16))
     for path, leaf in nnx.to_flat_state(nnx.state(module)):
         assert len(leaf.axes) == leaf.get_value().ndim, path
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"num_beams": 4}, {"no_repeat_ngram_size": 3}, {"suppress_tokens": [5]}, {"min_new_tokens": 2}],
+    ids=str,
+)
+def test_generation_settings_that_change_greedy_answers_are_refused(setting):
+    (name,) = setting
+    with pytest.raises(RerouteError, match=f"generation_config.json: {name} = .* is not implemented"):
+        read_config(HUB_7B, setting)
+
+
+def test_generation_settings_that_change_nothing_pass():
+    neutral = {"num_beams": 1, "guidance_scale": 1.0, "min_length": 0, "suppress_tokens": None, "temperature": 0.1}
+    assert read_config(HUB_7B, neutral | {"do_sample": True, "max_length": 20}) == read_config(HUB_7B)

@@ -107,7 +107,9 @@ def add_data_arguments(parser: Parser, hub: Hub) -> None:
     )
     group.add_argument("--split", help=f"(default: test of the scenes, {hub.split} of other data)")
     group.add_argument(
-        "--skip-bad", action="store_true", help="count and report images that cannot be decoded instead of stopping"
+        "--skip-bad",
+        action="store_true",
+        help="count and report questions that cannot be asked, for their image or their text, instead of stopping",
     )
 
 

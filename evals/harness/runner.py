@@ -26,7 +26,7 @@ from reroute_jax.routing.plan import Schedule
 
 Record = dict[str, Any]
 
-BAD_IMAGE, INCOMPLETE = "bad image", "incomplete"  # why a question counts for nothing
+BAD_IMAGE, BAD_QUESTION, INCOMPLETE = "bad image", "bad question", "incomplete"  # why a question counts for nothing
 WINDOW = 4  # batches whose questions are sorted by size
 LOOKAHEAD = WINDOW  # batches made ready while one is answered: a window's images are decoded in one go
 
@@ -66,7 +66,8 @@ class Task:
         resample. A name that starts with "_" exists for `derived` alone.
     finish: all records of a run in order -> the same with metrics that need several of them filled in. One with
         "left_out", a reason, and no metrics is counted under that reason.
-    skip_bad: whether a question whose image has a form that the model does not take is counted instead of stopping.
+    skip_bad: whether a question that the model cannot be asked, for its image or its text, is counted instead of
+        stopping.
     difference_scale: what tables multiply differences by, 100 for metrics that are fractions.
     """
 
@@ -192,11 +193,16 @@ def _taken(model: Answerer, task: Task, doc: Doc) -> Doc:
     try:
         model.visual_grid(doc.image)
     except RerouteError as error:
-        why = f"{task.name}, question_id {doc.question_id}: {error}; repair it or give --skip-bad"
-        if not task.skip_bad:
-            raise BadImage(why) from error
-        return replace(doc, image=None, size=None, truth=None, bad=why)
+        return _refused(task, doc, error)
     return doc
+
+
+def _refused(task: Task, doc: Doc, error: RerouteError) -> Doc:
+    """A question that cannot be asked, as a bad one. Raises BadImage naming it where these are not to be skipped."""
+    why = f"{task.name}, question_id {doc.question_id}: {error}; repair it or give --skip-bad"
+    if not task.skip_bad:
+        raise BadImage(why) from error
+    return replace(doc, image=None, size=None, truth=None, bad=why)
 
 
 def _whole_lines(file: Path) -> int:
@@ -213,24 +219,37 @@ def _whole_lines(file: Path) -> int:
 
 
 def _ready(model: Answerer, task: Task, docs: list[Doc]) -> Ready:
-    records = [_record(model, task, doc) for doc in docs]
-    pairs = [(doc.image, record["prompt"]) for doc, record in zip(docs, records, strict=True) if not doc.bad]
-    return Ready(docs, records, [model.question(pair) for pair in pairs])
+    rows = [_prepared(model, task, doc) for doc in docs]
+    asked = [question for doc, _, question in rows if not doc.bad]
+    return Ready([doc for doc, _, _ in rows], [record for _, record, _ in rows], asked)
 
 
-def _record(model: Answerer, task: Task, doc: Doc) -> Record:
-    identity = {
+def _prepared(model: Answerer, task: Task, doc: Doc) -> tuple[Doc, Record, Any]:
+    """The question with its record so far and what `Answerer.question` made of it, None where it cannot be asked."""
+    reason = BAD_IMAGE
+    if not doc.bad:
+        try:
+            record = _record(model, task, doc)
+            return doc, record, model.question((doc.image, record["prompt"]))
+        except RerouteError as error:
+            doc, reason = _refused(task, doc, error), BAD_QUESTION
+    return doc, _identity(task, doc) | {"left_out": reason, "why": doc.bad, "metrics": {}}, None
+
+
+def _identity(task: Task, doc: Doc) -> Record:
+    return {
         "task": task.name,
         "doc_id": doc.doc_id,
         "question_id": doc.question_id,
         "cluster": doc.cluster or doc.question_id,
     }
-    if doc.bad:
-        return identity | {"left_out": BAD_IMAGE, "why": doc.bad, "metrics": {}}
+
+
+def _record(model: Answerer, task: Task, doc: Doc) -> Record:
     prompt, (rows, cols) = task.prompt(doc), model.visual_grid(doc.image)
     text_tokens = len(model.prompt_ids(prompt, [(rows, cols)])) - rows * cols
     bucket(text_tokens, TEXT_BUCKETS, f"question {doc.question_id} (document {doc.doc_id}), in text tokens,")
-    return identity | {
+    return _identity(task, doc) | {
         "image_backend": IMAGE_BACKEND,
         "image_size": list(doc.size),
         "model_size": list(model.model_size(doc.image)),

@@ -121,12 +121,14 @@ class ChatLayout:
         grids: (rows, columns) of the visual tokens of every image, in order of appearance. text_special_tokens: True
         reads special tokens inside the messages' text as transformers does; False takes all of it for plain text, so
         that it can hold no special token and no placeholder.
-        Raises RerouteError for a placeholder in the text that no image belongs to, for a chat that the template
-        refuses, and for text that it leaves out or (False only) changes.
+        Raises RerouteError for a placeholder in the text that no image belongs to, for half of a surrogate pair in it,
+        for a chat that the template refuses, and for text that it leaves out or (False only) changes.
         """
         asked = sum(part is None for turn in turns for part in turn.parts)
         if asked != len(grids):
             raise RerouteError(f"a chat has {asked} images and {len(grids)} grids: give one grid an image")
+        for part in (part for turn in turns for part in turn.parts if part is not None):
+            _check_characters(part)
         marks = _Marks()
         marked = [_with_texts(turn, marks.put) for turn in turns]
         form, layout = self._fitting_form(marked, marks, asked)
@@ -202,6 +204,17 @@ class ChatLayout:
             f"the text {guilty[max(0, place - 20) : place + 40]!r} holds the image placeholder {self._placeholder!r}, "
             "which no image belongs to: take it out, images are placed without it"
         )
+
+
+def _check_characters(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as problem:
+        place = problem.start
+        raise RerouteError(
+            f"the text {text[max(0, place - 20) : place + 20]!r} holds half of a surrogate pair, which is no "
+            "character: take it out"
+        ) from None
 
 
 class _Marks:

@@ -19,6 +19,8 @@ def batch_given(
     config: ModelConfig, schedule: Schedule, input_ids, attention_mask, pixel_values, image_grid_thw
 ) -> Batch:
     """The batch of `Model.inputs`, which explains the arguments."""
+    if pixel_values is not None and not np.isfinite(np.asarray(pixel_values, np.float32)).all():
+        raise RerouteError("pixel_values are not finite numbers: give them as the HF processor makes them")
     grids = FAMILIES[config.family].image_grids(pixel_values, image_grid_thw, config)
     layouts = []
     for number, row in enumerate(questions(valid_rows(input_ids, attention_mask), grids, config)):
@@ -44,14 +46,19 @@ def images_given(batch: Batch, pixel_values, files: SideFiles) -> list[np.ndarra
 def valid_rows(input_ids, attention_mask) -> list[np.ndarray]:
     """The ids of each row without padding, which may stand on either side.
 
-    Raises RerouteError for ids that are not `[B, S]`, a mask of another shape, and rows with nothing in them.
+    Raises RerouteError for ids that are not `[B, S]`, a mask of another shape or of other numbers than 0 and 1, and
+    rows with nothing in them.
     """
-    ids = np.asarray(input_ids)
-    mask = np.ones_like(ids) if attention_mask is None else np.asarray(attention_mask)
+    ids = _array("input_ids", input_ids)
+    mask = np.ones(ids.shape, bool) if attention_mask is None else _array("attention_mask", attention_mask)
     if ids.ndim != 2 or mask.shape != ids.shape:
         raise RerouteError(
             f"input_ids have shape {list(ids.shape)} and attention_mask {list(mask.shape)}: expected the same [B, S]"
         )
+    if not len(ids):
+        raise RerouteError("input_ids have no row: expected at least one prompt")
+    if not np.isin(mask, (0, 1)).all():
+        raise RerouteError("attention_mask is not all 1 (a token) and 0 (padding): give that of the HF tokenizer")
     rows = [row[keep.astype(bool)] for row, keep in zip(ids, mask, strict=True)]
     for number, row in enumerate(rows):
         if not len(row):
@@ -59,13 +66,23 @@ def valid_rows(input_ids, attention_mask) -> list[np.ndarray]:
     return rows
 
 
+def _array(name: str, given) -> np.ndarray:
+    try:
+        return np.asarray(given)
+    except ValueError:
+        raise RerouteError(f"{name} has rows of several lengths: pad them, and give attention_mask") from None
+
+
 def check_ids(ids: np.ndarray, config: ModelConfig, where: str) -> None:
-    """Raises RerouteError for an id that the embedding table lacks. where: the prompt, for the message."""
+    """Raises RerouteError for an id that the embedding table lacks, and for a video's. where: the prompt, for the
+    message."""
     if not np.issubdtype(ids.dtype, np.integer):
         raise RerouteError(f"{where} has ids of dtype {ids.dtype}, expected integers")
     outside = ids[(ids < 0) | (ids >= config.decoder.vocab_size)]
     if len(outside):
         raise RerouteError(f"{where} has id {outside[0]}, expected 0 to {config.decoder.vocab_size - 1}")
+    if config.video_token is not None and config.video_token in ids:
+        raise RerouteError(f"{where} has video tokens: videos are not supported, give still images")
 
 
 def questions(ids: Sequence[np.ndarray], grids: Sequence[Grid], config: ModelConfig) -> list[Question]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, TypeVar
 
 from reroute_jax.engine.batching import Batch, BatchShape, Layout, largest, lay_out, make_batch
@@ -44,10 +45,12 @@ def groups(
     """The batches of `Model.answer`, ready to run: those of a shape in the order of their numbers, what did not fill
     one of its own at the end, and behind it what cannot be asked.
 
-    Raises RerouteError for a batch size below 1 and for a schedule of another depth.
+    Raises RerouteError for a batch size or a budget that is no whole number from 1 on, and for a schedule of another
+    depth.
     """
-    if batch_size < 1:
-        raise RerouteError(f"batch_size is {batch_size}, expected at least 1")
+    _check_whole("batch_size", batch_size)
+    if token_budget is not None:
+        _check_whole("token_budget", token_budget)
     schedule.check_depth(files.config.num_layers)
     failed: list[Failed] = []
 
@@ -79,6 +82,11 @@ def groups(
             left += members
     yield from map(group, similar(left, lambda one: one[1].shape, batch_size, token_budget))
     yield from failed
+
+
+def _check_whole(name: str, value: Any) -> None:
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+        raise RerouteError(f"{name} is {value!r}, expected a whole number of at least 1")
 
 
 def batch_of(layouts: Sequence[Layout], files: SideFiles, schedule: Schedule, size: int) -> Batch:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,17 +36,20 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check("temperature", self.temperature, 0 <= self.temperature < math.inf, "a finite number from 0 on")
-        _check("top_p", self.top_p, 0 < self.top_p <= 1, "a number above 0 and up to 1")
+        _check("temperature", self.temperature, Real, lambda given: 0 <= given < math.inf, "a finite number from 0 on")
+        _check("top_p", self.top_p, Real, lambda given: 0 < given <= 1, "a number above 0 and up to 1")
         penalty = self.repetition_penalty
-        _check("repetition_penalty", penalty, 0 < penalty < math.inf, "a finite number above 0")
-        _check("max_new_tokens", self.limit, 1 <= self.limit <= MOST_NEW_TOKENS, f"1 to {MOST_NEW_TOKENS}")
-        _check("seed", self.seed, 0 <= self.seed < 2**32, "a whole number from 0 to 4294967295")
+        _check("repetition_penalty", penalty, Real, lambda given: 0 < given < math.inf, "a finite number above 0")
+        limits = f"a whole number from 1 to {MOST_NEW_TOKENS}"
+        _check("max_new_tokens", self.limit, Integral, lambda given: 1 <= given <= MOST_NEW_TOKENS, limits)
+        _check("seed", self.seed, Integral, lambda given: 0 <= given < 2**32, "a whole number from 0 to 4294967295")
+        for token in self.stop:
+            _check("a stop id", token, Integral, lambda given: given >= 0, "ids of tokens")
 
 
-def _check(name: str, value: float | int, right: bool, expected: str) -> None:
-    if not right:
-        raise RerouteError(f"{name} is {value}, expected {expected}")
+def _check(name: str, value: Any, kind: type, right: Callable[[Any], bool], expected: str) -> None:
+    if not isinstance(value, kind) or isinstance(value, bool) or not right(value):
+        raise RerouteError(f"{name} is {value!r}, expected {expected}")
 
 
 @jax.tree_util.register_dataclass

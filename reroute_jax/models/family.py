@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from flax import nnx
 from PIL import Image
 
 from reroute_jax.config import ModelConfig
+from reroute_jax.errors import RerouteError
 from reroute_jax.routing.nuwa_rules import NuwaRules
 from reroute_jax.types import Grid, Size
 
@@ -20,6 +22,26 @@ def expand_image_tokens(ids: Sequence[int], image_token: int, counts: Sequence[i
     """Each image placeholder becomes as many of them as its image has visual tokens."""
     left = iter(counts)
     return [token for old in ids for token in ([old] * next(left) if old == image_token else [old])]
+
+
+def check_processor(processor: Any, settings: Mapping[str, tuple[Any, Any]]) -> None:
+    """Raises RerouteError for an image processor that makes other pixels than the model is for.
+
+    settings: by name, what it has, and what it has to be for `config.json`.
+    """
+    for name, (found, needed) in settings.items():
+        if found != needed:
+            raise RerouteError(
+                f"the image processor's {name} is {found}, and config.json needs {needed}: restore "
+                "preprocessor_config.json or processor_config.json from the original checkpoint"
+            )
+    for name in ("image_mean", "image_std"):
+        values = getattr(processor, name)
+        finite = isinstance(values, list | tuple) and len(values) == 3 and all(map(math.isfinite, values))
+        if not finite or (name == "image_std" and min(values) <= 0):
+            raise RerouteError(
+                f"the image processor's {name} is {values}, expected three numbers, for red, green and blue"
+            )
 
 
 @dataclass(frozen=True)
@@ -65,6 +87,7 @@ class Family:
     image_processor(folder, config), preprocess(images, processor): what makes (pixel_values, image_grid_thw) of opened
         images; in two steps, `pixels([fit(image, processor), ...], processor)`. What `fit` gives is RGB in the size
         that the model sees, uint8 `[h, w, 3]`; it raises RerouteError for a size that the model does not take.
+        The processor is refused likewise where it does not fit `config`.
     visual_grid(image, config, processor), model_size(size, processor): of an image, or one of this size.
     typical_grid(config, open_processor): that a method is planned for; the processor only where it takes one.
     settings(config, open_processor): what else a run's answers depend on, for its record.

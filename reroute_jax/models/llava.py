@@ -18,7 +18,7 @@ from transformers import AutoImageProcessor, LlavaConfig
 from reroute_jax.config import ModelConfig, decoder_config, require, token_ids
 from reroute_jax.decoder import Decoder
 from reroute_jax.errors import RerouteError
-from reroute_jax.models.family import Evaluation, Family, Released
+from reroute_jax.models.family import Evaluation, Family, Released, check_processor
 from reroute_jax.routing.merge import MergeArrays, nuwa, pooled
 from reroute_jax.routing.nuwa_rules import NuwaRules
 from reroute_jax.routing.plan import NuwaMerge, PoolMerge
@@ -119,8 +119,8 @@ def image_grids(pixel_values, image_grid_thw, config: ModelConfig) -> list[Grid]
     if pixel_values is None:
         return []
     shape, side = np.shape(pixel_values), config.vision.image_size
-    if shape[1:] != (3, side, side):
-        raise RerouteError(f"pixel_values are {list(shape)}: expected [{shape[0]}, 3, {side}, {side}]")
+    if len(shape) != 4 or shape[1:] != (3, side, side):
+        raise RerouteError(f"pixel_values are {list(shape)}: expected [images, 3, {side}, {side}]")
     return [config.vision.grid] * shape[0]
 
 
@@ -130,7 +130,16 @@ def _pack(pixel_values, grids: Sequence[Grid], config: ModelConfig, images: int)
 
 def _open_processor(folder: Path, config: ModelConfig):
     # Without a name transformers takes torchvision where it is installed, and pixels change with it.
-    return AutoImageProcessor.from_pretrained(folder, backend="pil")
+    processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    side, crop = config.vision.image_size, processor.crop_size
+    check_processor(
+        processor,
+        {
+            "do_center_crop": (processor.do_center_crop, True),
+            "crop_size": ((crop["height"], crop["width"]), (side, side)),
+        },
+    )
+    return processor
 
 
 def _seen_part(size: Size, processor) -> tuple[float, float, float, float]:

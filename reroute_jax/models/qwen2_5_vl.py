@@ -21,7 +21,7 @@ from reroute_jax.buckets import VISUAL_BUCKETS, bucket
 from reroute_jax.config import ModelConfig, decoder_config, require, token_ids
 from reroute_jax.decoder import Decoder
 from reroute_jax.errors import RerouteError
-from reroute_jax.models.family import Evaluation, Family, Released
+from reroute_jax.models.family import Evaluation, Family, Released, check_processor
 from reroute_jax.nn.mrope import mrope_positions
 from reroute_jax.routing.merge import MergeArrays, nuwa, pooled
 from reroute_jax.routing.nuwa_rules import NuwaRules
@@ -134,8 +134,6 @@ def _pack(pixel_values, grids: Sequence[Grid], config: ModelConfig, images: int)
 
 
 def _positions(ids: Int[np.ndarray, " S"], grids: Sequence[Grid], config: ModelConfig):
-    if config.video_token in ids:
-        raise RerouteError("a prompt has video tokens: videos are not supported, give still images")
     return mrope_positions(ids, config.image_token, grids, config.mrope_compat, config.temporal_rate)
 
 
@@ -150,8 +148,21 @@ def _open_processor(folder: Path, config: ModelConfig):
     if processor.size["longest_edge"] is None and getattr(processor.size, "max_pixels", None) is not None:
         # A spelling that transformers reads and does not follow.
         processor = read((processor.size["min_pixels"], processor.size["max_pixels"]))
-    if processor.size["shortest_edge"] is None or processor.size["longest_edge"] is None:
+    fewest, most = processor.size["shortest_edge"], processor.size["longest_edge"]
+    if fewest is None or most is None:
         raise RerouteError(f"the image processor of {folder} has no pixel limits: set min_pixels and max_pixels")
+    if fewest > most:
+        raise RerouteError(f"the image processor of {folder} has min_pixels {fewest} above max_pixels {most}: mend one")
+    vision = config.vision
+    check_processor(
+        processor,
+        {
+            "do_resize": (processor.do_resize, True),
+            "patch_size": (processor.patch_size, vision.patch_size),
+            "merge_size": (processor.merge_size, vision.merge),
+            "temporal_patch_size": (processor.temporal_patch_size, vision.temporal_patch_size),
+        },
+    )
     return processor
 
 

@@ -108,12 +108,14 @@ def test_one_bad_question_takes_no_other_down(tmp_path):
     model = small()
     (tmp_path / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n nothing more")
     items = [(picture(), "one"), (tmp_path / "cut.png", "two"), (None, "<image>"), (None, "four"), "no pair"]
+    items.append((None, "half \ud800"))
     found = model.answer(items, max_new_tokens=3, on_error="return")
-    assert [one.error is None for one in found] == [True, False, False, True, False]
+    assert [one.error is None for one in found] == [True, False, False, True, False, False]
     assert "question 1: " in str(found[1].error) and "cut.png" in str(found[1].error)
     assert "question 2: " in str(found[2].error) and "question 4: " in str(found[4].error)
+    assert "half of a surrogate pair" in str(found[5].error)
     assert [found[0].text, found[3].text] == model.generate([items[0], items[3]], max_new_tokens=3)
-    with pytest.raises(AnswerError, match=r"question 1: .*3 of 5 questions") as caught:
+    with pytest.raises(AnswerError, match=r"question 1: .*4 of 6 questions") as caught:
         model.answer(items, max_new_tokens=3)
     assert [one.text for one in caught.value.answers] == [one.text for one in found]
 

@@ -126,12 +126,23 @@ def refusals():
             {"input_ids": ids[None]},
             "row 0 has 36 image tokens and the images left for it fill 0",
         ),
-        "pixels of another size": ({"input_ids": ids[None], "pixel_values": pixels[:, :, :70, :70]}, "expected [1, 3,"),
+        "pixels of another size": (
+            {"input_ids": ids[None], "pixel_values": pixels[:, :, :70, :70]},
+            "expected [images, 3,",
+        ),
         "ids of one dimension": ({"input_ids": ids, "pixel_values": pixels}, "[B, S]"),
         "a mask of another shape": (
             {"input_ids": ids[None], "pixel_values": pixels, "attention_mask": np.ones((1, 4))},
             "[B, S]",
         ),
+        "a mask of other numbers": (
+            {"input_ids": random_ids(9, start=None)[None], "attention_mask": np.array([[0.0] * 8 + [-np.inf]])},
+            "attention_mask is not all 1 (a token) and 0 (padding)",
+        ),
+        "rows of several lengths": ({"input_ids": [[1, 2], [1, 2, 3]]}, "rows of several lengths: pad them"),
+        "no row": ({"input_ids": np.zeros((0, 4), int)}, "no row"),
+        "pixels that are no numbers": ({"input_ids": ids[None], "pixel_values": pixels * np.nan}, "not finite"),
+        "pixels without a shape": ({"input_ids": ids[None], "pixel_values": pixels[0, 0, 0]}, "expected [images, 3,"),
         "an empty row": ({"input_ids": ids[None], "attention_mask": np.zeros((1, 60))}, "all padding"),
         "another model's schedule": (
             {"input_ids": ids[None], "pixel_values": pixels, "schedule": Schedule.from_decisions((3,), (0.5,), 32)},
@@ -184,7 +195,9 @@ def test_a_prompt_beyond_the_token_budget_is_refused():
     _, model = pair(2)
     with pytest.raises(RerouteError, match=r"a prompt takes \d+ slots and token_budget is 10: raise it"):
         model.generate([(None, "how many")], token_budget=10)
-    with pytest.raises(RerouteError, match="batch_size is 0, expected at least 1"):
+    with pytest.raises(RerouteError, match="token_budget is -1, expected a whole number of at least 1"):
+        model.generate([(None, "how many")], token_budget=-1)
+    with pytest.raises(RerouteError, match="batch_size is 0, expected a whole number of at least 1"):
         model.generate([(None, "how many")], batch_size=0)
 
 

@@ -1,5 +1,8 @@
 """How a token follows from logits."""
 
+from dataclasses import asdict
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +11,7 @@ import torch
 from transformers import RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopPLogitsWarper
 
 from reroute_jax.engine.sampling import Sampling, _nucleus, choose, row_sampling
+from reroute_jax.errors import RerouteError
 
 
 def chosen(logits, seen=None, **how):
@@ -54,6 +58,18 @@ def test_greedy_and_sampled_rows_share_a_batch():
     columns = np.array(found)
     assert set(columns[:, 1]) == {int(logits[1].argmax())}
     assert len(set(columns[:, 0])) > 5 and len(set(columns[:, 2])) > 5
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"seed": 1.5}, {"seed": True}, {"limit": 2.5}, {"temperature": "0.5"}, {"top_p": None}, {"stop": (2.5,)}],
+    ids=str,
+)
+def test_what_is_no_number_of_its_kind_is_refused(wrong):
+    """Where annotations are not checked, as in tests they are."""
+    given = SimpleNamespace(**{**asdict(Sampling()), **wrong})
+    with pytest.raises(RerouteError, match="expected"):
+        Sampling.__post_init__(given)
 
 
 def test_greedy_answers_compile_nothing_that_draws():

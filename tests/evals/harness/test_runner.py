@@ -91,6 +91,28 @@ def test_an_image_of_a_form_that_the_model_does_not_take_is_a_bad_row(task: Task
     assert sum(model.batches) == TOTAL - len(bad)
 
 
+class TextRefused(StubModel):
+    """Refuses the text of one question, as a chat layout does where an image's placeholder stands in it."""
+
+    def question(self, item: tuple) -> tuple:
+        if "word <image>" in item[1]:
+            raise RerouteError("the text 'word <image>' holds the image placeholder '<image>'")
+        return item
+
+
+def test_a_text_that_the_model_does_not_take_is_a_bad_row(task: Task, tmp_path: Path) -> None:
+    odd = replace(task, prompt=lambda doc: "word <image>" if doc.doc_id == 6 else "word")
+    asked = list(task.docs(0))[6]
+    expected = rf"^refcoco, question_id {asked.question_id}: the text 'word <image>'.*--skip-bad"
+    with pytest.raises(RerouteError, match=expected):
+        answer(TextRefused(), odd, [(full(), tmp_path)], BATCH)
+    model, fresh = TextRefused(), tmp_path / "fresh"
+    fresh.mkdir()
+    records = answer(model, replace(odd, skip_bad=True), [(full(), fresh)], BATCH)["full"]
+    assert [record.get("left_out") for record in records] == [None] * 6 + ["bad question"] + [None] * (TOTAL - 7)
+    assert sum(model.batches) == TOTAL - 1
+
+
 def test_a_finished_run_asks_nothing(task: Task, tmp_path: Path) -> None:
     answer(StubModel(), task, [(full(), tmp_path)], BATCH)["full"]
     model = StubModel()

@@ -1,0 +1,36 @@
+"""Image processors whose files were changed: refused where they no longer fit config.json."""
+
+import json
+import shutil
+
+import pytest
+
+from reroute_jax.errors import RerouteError
+from reroute_jax.models import FAMILIES
+from tests.checkpoints import qwen_pair, small
+
+WRONG = [
+    ("llava", {"crop_size": {"height": 48, "width": 48}}, "crop_size"),
+    ("llava", {"do_center_crop": False}, "do_center_crop"),
+    ("llava", {"image_mean": [0.5, 0.5]}, "image_mean"),
+    ("qwen2_5_vl", {"merge_size": 1}, "merge_size"),
+    ("qwen2_5_vl", {"patch_size": 14}, "patch_size"),
+    ("qwen2_5_vl", {"temporal_patch_size": 1}, "temporal_patch_size"),
+    ("qwen2_5_vl", {"do_resize": False}, "do_resize"),
+    ("qwen2_5_vl", {"image_std": [0.5, 0.5, 0]}, "image_std"),
+    ("qwen2_5_vl", {"size": {"shortest_edge": 5000, "longest_edge": 500}}, "min_pixels 5000 above max_pixels 500"),
+]
+
+
+@pytest.mark.parametrize(("family", "changed", "message"), WRONG, ids=str)
+def test_a_processor_that_does_not_fit_is_refused(family, changed, message, tmp_path):
+    model = small() if family == "llava" else qwen_pair()[1]
+    shutil.copytree(model.folder, tmp_path / "copy")
+    nested = tmp_path / "copy" / "processor_config.json"
+    file = nested if nested.exists() else tmp_path / "copy" / "preprocessor_config.json"
+    stored = json.loads(file.read_text())
+    (stored["image_processor"] if file == nested else stored).update(changed)
+    file.write_text(json.dumps(stored))
+    with pytest.raises(RerouteError, match=message) as caught:
+        FAMILIES[family].image_processor(tmp_path / "copy", model.config)
+    assert "\n" not in str(caught.value)
