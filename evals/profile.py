@@ -95,14 +95,15 @@ def stage_costs(subject: Subject, schedule: Schedule, batch: int) -> list[StageC
     config, costs = subject.model.config.decoder, []
     entering = schedule.merged_count(subject.visual, subject.grid)
     plan = schedule.resolve(entering)
-    scored = iter((visual + subject.text, queries) for visual, queries in scored_rows(schedule, entering))
+    scored = iter(scored_rows(schedule, entering))
     cache = lowered(plan).compile().out_info.cache
     before = _flops(counted(replace(plan, stages=(_empty(plan.stages[0]),))))
     for number, (stage, cached) in enumerate(zip(plan.stages, cache.stages, strict=True)):
         rows = subject.text + (entering if stage.cap is None else stage.cap)
         total = _flops(counted(replace(plan, stages=plan.stages[: number + 1])))
-        scores = stage.score is not None and stage.score != "prior"
-        reuses = stage.score == "last_token" and plan.position_mode == "original"
+        visual, score = (0, None) if stage.cap is None else next(scored)
+        scoring = 0 if score is None else score.macs(config, visual, subject.text)
+        reuses = score is not None and score.reuses_keys and plan.position_mode == "original"
         buffers = [*cached.keys[:1], *cached.values[:1]]
         costs.append(
             StageCost(
@@ -110,7 +111,7 @@ def stage_costs(subject: Subject, schedule: Schedule, batch: int) -> list[StageC
                 hi=stage.hi,
                 rows=rows,
                 formula=2e-12 * batch * compute(config, [rows] * (stage.hi - stage.lo), []).gqa,
-                scoring=2e-12 * batch * compute(config, [], [next(scored)]).scoring if scores else 0.0,
+                scoring=2e-12 * batch * scoring,
                 reused=2e-12 * batch * rows * config.hidden_size * kv_width(config) if reuses else 0.0,
                 xla=1e-12 * (total - before),
                 kv_tokens=batch * (buffers[0].shape[2] - ROOM),

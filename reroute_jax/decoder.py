@@ -20,8 +20,20 @@ from reroute_jax.nn.cache import ROOM, KVCache, StageCache, with_room
 from reroute_jax.nn.layers import DecoderLayer, RMSNorm, Rope, parameter, take_rows
 from reroute_jax.nn.positions import rope_tables
 from reroute_jax.nn.products import matmul
-from reroute_jax.routing.ops import Rows, by_visual_index, compact_slots, gather, gather_keys, scatter, select
+from reroute_jax.routing.cuts import cut
+from reroute_jax.routing.ops import (
+    Rows,
+    by_visual_index,
+    choose,
+    compact_slots,
+    gather,
+    gather_keys,
+    put_rows,
+    scatter,
+    share_of,
+)
 from reroute_jax.routing.plan import RoutingPlan, StagePlan
+from reroute_jax.routing.scores import SCORES, LastLayer, Ranked, Sight, hidden_change
 from reroute_jax.types import AnyArray
 
 
@@ -65,7 +77,9 @@ class Prompt:
     first_feature: index of the row's first visual token among the original features of the batch.
     visual_positions: rotary positions of the row's original visual tokens.
     keep: per decision and row, how many visual tokens to select.
+    seeds: per decision and row, tokens that the second pass of a score looks from.
     prior: per decision and row, host-made scores by original visual index (controls); zero decisions when unused.
+    floor: per decision and row, tokens that must be kept, by original visual index; zero decisions when unused.
     next_position: position of the first generated token.
     text_slots: static; no row has more tokens that are not routed.
     """
@@ -78,7 +92,9 @@ class Prompt:
     first_feature: Int[AnyArray, " B"]
     visual_positions: Int[AnyArray, "*channels B n"]
     keep: Int[AnyArray, "J B"]
+    seeds: Int[AnyArray, "J B"]
     prior: Float[AnyArray, "P B n"]
+    floor: Bool[AnyArray, "W B n"]
     next_position: Int[AnyArray, " B"]
     text_slots: int = field(metadata={"static": True})
 
@@ -147,32 +163,44 @@ def walk(
     """
     with jax.named_scope("embedding"):
         rows = _prompt_rows(decoder, prompt, features, anchors)
-    stages, finite, decisions, before_last = [], [], [], rows.hidden
+    stages, finite, decisions, ran, last = [], [], [], [], None
     for stage in plan.stages:
         if stage.cap is None:
             active, slots, keys = rows, None, None
         else:
             number = len(decisions)
-            scores, keys = _scores(decoder, stage, rows, before_last, prompt.prior, number, plan)
+            ranked = SCORES[stage.score].rank(_sight(decoder, stage, rows, last, prompt, number, plan))
             with jax.named_scope("select"):
-                chosen = select(scores, rows.eligible, prompt.keep[number], stage.cap)
-                decisions.append(_decision(scores, chosen, rows, prompt))
+                keep = prompt.keep[number]
+                if stage.share is not None:
+                    keep = jnp.maximum(1, share_of(stage.share, decisions[-1].selected.sum(axis=1)))
+                chosen = _choose(ranked, rows, prompt, stage, number, keep)
+                decisions.append(_decision(ranked.scores, chosen, rows, prompt))
                 slots = compact_slots(chosen | (rows.valid & (rows.visual < 0)), prompt.text_slots + stage.cap)
             if stage.action == "layout":
                 rows = replace(rows, eligible=chosen)
             with jax.named_scope("gather"):
-                active = gather(rows, slots)
+                active, keys = gather(rows, slots), ranked.keys
                 if plan.position_mode == "renumber":
                     # The keys that scoring computed are rotated by the old positions.
                     active, keys = replace(active, rope=_consecutive(active.valid, decoder.config)), None
                 keys = None if keys is None else gather_keys(keys, slots)
-        active, before_last, cached = _run_stage(decoder, stage, active, keys, plan)
+        before = last
+        active, last, cached = _run_stage(decoder, stage, active, keys, plan)
         finite.append(jnp.isfinite(take_rows(active.hidden, active.last[:, None])).all(axis=(1, 2)))
         compacted = plan.position_mode == "renumber" and stage.cap is not None
         next_position = active.last + 1 if compacted else prompt.next_position
         stages.append(StageCache(*cached, length=active.last + 1, next_position=next_position))
+        ran.append(active.slot)
         with jax.named_scope("scatter"):
-            rows = active if stage.action in (None, "delete") else scatter(rows, slots, active)
+            if stage.action in (None, "delete"):
+                rows = active
+            else:
+                rows = scatter(rows, slots, active)
+                change = jnp.zeros(rows.valid.shape, jnp.float32) if before is None else before.change
+                last = replace(last, change=put_rows(change, slots, last.change))
+    if plan.cut_caches != "no" and decisions:
+        stages = cut(stages, ran, first_too=plan.cut_caches == "all")
     return Walked(active, jnp.stack(finite), KVCache(tuple(stages)), tuple(decisions))
 
 
@@ -214,45 +242,55 @@ def _prompt_rows(decoder: Decoder, prompt: Prompt, features, anchors) -> Rows:
     )
 
 
-def _scores(
-    decoder: Decoder,
-    stage: StagePlan,
-    rows: Rows,
-    before_last,
-    prior: Float[Array, "P B n"],
-    number: int,
-    plan: RoutingPlan,
-) -> tuple[Float[Array, "B T"], Float[Array, "B K T H"] | None]:
-    """Scores of all rows, and the keys of layer `stage.lo` where scoring computed them."""
-    if stage.score == "prior":
-        return take_rows(prior[number], jnp.where(rows.visual < 0, prior.shape[-1], rows.visual)), None
-    own = stage.score == "last_token"
-    layer, hidden = (stage.lo, rows.hidden) if own else (stage.lo - 1, before_last)
-    # Nuwa's Qwen release reads the last three tokens and the head that attends most (5.4).
-    three = stage.score == "previous_layer_last_three"
-    queries = jnp.maximum(rows.last[:, None] - (jnp.arange(2, -1, -1) if three else jnp.arange(1)), 0)
-    slots = jnp.arange(rows.valid.shape[1])
-    mask = rows.valid[:, None] if layer == plan.bidirectional_layer else slots <= queries[..., None]
-    mask = jnp.broadcast_to(mask, (*queries.shape, len(slots)))
-    probabilities, keys = decoder.layers[layer].probabilities(hidden, rows.rope, queries, mask)
-    scores = probabilities.mean(axis=2).max(axis=1) if three else probabilities.mean(axis=(1, 2))
-    return scores, keys if own else None
+def _sight(
+    decoder: Decoder, stage: StagePlan, rows: Rows, last: LastLayer | None, prompt: Prompt, number: int, plan
+) -> Sight:
+    slots = jnp.arange(prompt.routed.shape[1])
+    return Sight(
+        layers=decoder.layers,
+        lo=stage.lo,
+        rows=rows,
+        last=last,
+        prior=prompt.prior[number] if stage.score == "prior" else None,
+        behind=jnp.where(prompt.routed, slots + 1, 0).max(axis=1),
+        seeds=prompt.seeds[number],
+        seed_cap=stage.seed_cap,
+        text_slots=prompt.text_slots,
+        bidirectional_layer=plan.bidirectional_layer,
+    )
 
 
-def _run_stage(decoder: Decoder, stage: StagePlan, rows: Rows, keys, plan: RoutingPlan):
-    """Run layers [lo, hi); returns the rows, the input of the last layer, and cached (keys, values) per layer."""
-    x = before_last = rows.hidden
+def _choose(
+    ranked: Ranked, rows: Rows, prompt: Prompt, stage: StagePlan, number: int, keep: Int[Array, " B"]
+) -> Bool[Array, "B T"]:
+    """The best rows, and those of the floor: inside the count (14.3) or on top of it."""
+    floor = jnp.zeros(rows.valid.shape, bool)
+    if stage.floor:
+        count = prompt.floor.shape[-1]
+        floor |= take_rows(jnp.asarray(prompt.floor[number]), jnp.where(rows.visual < 0, count, rows.visual))
+    if stage.keeps_seeds:
+        floor |= ranked.seeds
+    return choose(ranked.scores, rows.eligible, keep, stage.cap, floor, stage.union)
+
+
+def _run_stage(
+    decoder: Decoder, stage: StagePlan, rows: Rows, keys, plan: RoutingPlan
+) -> tuple[Rows, LastLayer | None, tuple[tuple[Array, ...], tuple[Array, ...]]]:
+    """Run layers [lo, hi); returns the rows, what the next decision may read of the last layer (None without layers),
+    and what each layer caches: keys, and values."""
+    x = before = rows.hidden
     lengths = rows.valid.sum(axis=1)
     cached_keys, cached_values = [], []
     with jax.named_scope(f"layers_{stage.lo}_{stage.hi}"):
         for number in range(stage.lo, stage.hi):
-            before_last = x
+            before = x
             # Rows are right-padded, so that the plain triangle hides padding from every valid row.
             mask = rows.valid[:, None] if number == plan.bidirectional_layer else None
             x, k, v = decoder.layers[number].prefill(x, rows.rope, mask, keys if number == stage.lo else None, lengths)
             cached_keys.append(with_room(k, ROOM))
             cached_values.append(with_room(v, ROOM))
-    return replace(rows, hidden=x), before_last, (tuple(cached_keys), tuple(cached_values))
+    last = LastLayer(before, v, hidden_change(before, x)) if stage.lo < stage.hi else None
+    return replace(rows, hidden=x), last, (tuple(cached_keys), tuple(cached_values))
 
 
 def _consecutive(valid: Bool[Array, "B T"], config: DecoderConfig) -> Rope:

@@ -23,10 +23,11 @@ _BASH = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _HEADING = re.compile(r"^#{1,6} +(.+)$", re.MULTILINE)
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 # "section 8.3", "sections 4.3 and 5.3", "(4.6)", "(4.1 to 4.3, 4.7, 5.3)", "(8.2; ...)" and "(..., 5.4)".
-_NUMBER = r"(?:1[01]|[1-9])(?:\.\d{1,2})?"
+_NUMBER = r"(?:1\d|2[0-2]|[1-9])(?:\.\d{1,2})?"
 _NUMBERS = rf"{_NUMBER}(?:(?:, | and | to ){_NUMBER})*"
 _QUOTED = re.compile(
-    rf"\b[Ss]ections? ({_NUMBERS})|\(({_NUMBERS})(?=[);]|, [a-z])|[, ]((?:1[01]|[1-9])\.\d{{1,2}})(?=\))", re.DOTALL
+    rf"\b[Ss]ections? ({_NUMBERS})|\(({_NUMBERS})(?=[);]|, [a-z])|[, ]((?:1\d|2[0-2]|[1-9])\.\d{{1,2}})(?=\))",
+    re.DOTALL,
 )
 
 

@@ -38,6 +38,7 @@ from reroute_jax.errors import RerouteError
 from reroute_jax.models import FAMILIES
 from reroute_jax.routing.methods import METHODS, plan
 from reroute_jax.routing.plan import Schedule
+from reroute_jax.routing.switches import AMOUNTS
 from reroute_jax.types import Grid
 
 if TYPE_CHECKING:
@@ -93,7 +94,8 @@ def _schedule(args: argparse.Namespace, config: ModelConfig, grid: Grid) -> Sche
         if asked:
             raise RerouteError(f"{flag(asked[0])} belongs to a --method, name one")
         return None
-    default = DEFAULT_BUDGET if METHODS[args.method].has_budget and args.keep_ratio is None else None
+    switches = given_switches(args)
+    default = DEFAULT_BUDGET if METHODS[args.method].has_budget and not set(AMOUNTS) & set(switches) else None
     return plan(
         args.method,
         num_layers=config.num_layers,
@@ -102,7 +104,7 @@ def _schedule(args: argparse.Namespace, config: ModelConfig, grid: Grid) -> Sche
         family=config.family,
         budget=default if args.budget is None else args.budget,
         action=args.action or DEFAULT_ACTION,
-        **given_switches(args),
+        **switches,
     )
 
 

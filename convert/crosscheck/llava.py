@@ -37,13 +37,13 @@ def _image(model: LlavaForConditionalGeneration, pixels: Tensor, merge: NuwaMerg
     layers = [layers] if isinstance(layers, int) else layers
     features = torch.cat([states[layer][1:] for layer in layers], dim=-1)
     count, project = len(features), model.model.multi_modal_projector
+    grid = (math.isqrt(count), math.isqrt(count))
     if not isinstance(merge, NuwaMerge):
         features = project(features)
-        grid = (math.isqrt(count), math.isqrt(count))
         kept = (features, torch.arange(count)) if merge is None else pool(features, grid, merge.cells(count, grid))
-        return ImageTensors(*kept, count)
+        return ImageTensors(*kept, grid)
     merged, anchors = _nuwa(features, states, attention, merge)
-    return ImageTensors(project(merged), anchors, count)
+    return ImageTensors(project(merged), anchors, grid)
 
 
 def _nuwa(features: Tensor, states: list[Tensor], attention: list[Tensor], merge: NuwaMerge) -> tuple[Tensor, Tensor]:

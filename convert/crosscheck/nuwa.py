@@ -13,11 +13,15 @@ from torch import Tensor, nn
 @dataclass(frozen=True)
 class ImageTensors:
     """One image of a prompt. features [n, D] as the decoder gets them; index [n]: the original visual token that gives
-    each its position; count: visual tokens before any merge."""
+    each its position; grid: (rows, columns) of the visual tokens before any merge."""
 
     features: Tensor
     index: Tensor
-    count: int
+    grid: tuple[int, int]
+
+    @property
+    def count(self) -> int:
+        return math.prod(self.grid)
 
 
 def nuwa_stage_one(

@@ -53,9 +53,9 @@ def _image(
     features = tower.merger(states[-1])
     count = len(features)
     if isinstance(merge, NuwaMerge):
-        return ImageTensors(*_nuwa(tower, features, states, attention, grid, merge), count)
+        return ImageTensors(*_nuwa(tower, features, states, attention, grid, merge), grid)
     kept = (features, torch.arange(count)) if merge is None else pool(features, grid, merge.cells(count, grid))
-    return ImageTensors(*kept, count)
+    return ImageTensors(*kept, grid)
 
 
 def _nuwa(

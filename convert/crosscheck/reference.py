@@ -1,10 +1,9 @@
 """Routed models in PyTorch, the slow and obvious way: one sample, eager, ragged. The yardstick of the JAX code.
 
-Written from sections 2 to 6 of the method specification and from nothing else: deletion really removes rows,
-reroute really leaves deferred rows out of every layer, and each layer's cache holds just the rows that ran. Layers are
-built of the transformers model's own norms, projections, MLPs and rotary tables; the loop, the attention and the
-routing are this file's. What differs between the families, images and positions, is in the file of this folder that
-is called as the family.
+Written from the method specification and from nothing else: deletion really removes rows, reroute really leaves
+deferred rows out of every layer, and each layer's cache holds just the rows that ran. The loop and the routing are this
+file's; `layers.py` has the layers, `decisions.py` what decisions rank by. What differs between the families, images and
+positions, is in the file of this folder that is called as the family.
 """
 
 from __future__ import annotations
@@ -19,28 +18,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from convert.crosscheck.decisions import Decider, Given
+from convert.crosscheck.layers import RaggedRows, attend, finish_layer, head, project
 from convert.crosscheck.nuwa import ImageTensors
 from reroute_jax.routing.plan import NuwaMerge, Schedule, Stage
-
-
-@dataclass(frozen=True)
-class RaggedRows:
-    """Tokens in sequence order. hidden [T, D]; the rest int64.
-
-    position [C, T]: rotary positions, three channels with M-RoPE, else one; origin [T]: index in the unpruned prompt;
-    visual [T]: original visual index over the prompt's images, -1 for text and for images that are not routed.
-    """
-
-    hidden: Tensor
-    position: Tensor
-    origin: Tensor
-    visual: Tensor
-
-    def __len__(self) -> int:
-        return len(self.hidden)
-
-    def take(self, index: Tensor) -> RaggedRows:
-        return RaggedRows(self.hidden[index], self.position[:, index], self.origin[index], self.visual[index])
 
 
 @dataclass(frozen=True)
@@ -142,22 +123,12 @@ def prefill(
     positions, next_position = _family_of(model).positions(model, ids, image_grid_thw)
     rows = _decoder_input(model, ids, positions, images, runs, schedule.first_image_only)
 
-    def layer(number: int, rows: RaggedRows) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        return run_layer(model, number, rows, _unseen(len(rows), number == schedule.bidirectional_layer))
-
-    def score(stage: Stage, number: int, rows: RaggedRows, before: RaggedRows | None) -> Tensor:
-        if stage.score == "prior":
-            return torch.from_numpy(np.asarray(prior))[number][rows.visual.clamp(min=0)]
-        if stage.score == "previous_layer_last_three":
-            unseen = _unseen(len(before), stage.lo - 1 == schedule.bidirectional_layer)
-            return last_three(attention_weights(model, stage.lo - 1, before, unseen))
-        if stage.score == "previous_layer":
-            return last_token_score(model, stage.lo - 1, before)
-        return last_token_score(model, stage.lo, rows)
-
+    grids = [image.grid for image in images]
+    decider = Decider(model, schedule, rows, grids[:1] if schedule.first_image_only else grids, prior)
     visual = sum(image.count for image in images)
-    rows, walk = route(rows, schedule, layer, score, visual, next_position)
-    return walk, _head(model, rows.hidden[-1])
+    rows, walk = route(rows, schedule, decider.layer, decider.score, visual, next_position, decider.floor)
+    cut(walk, schedule.cut_caches)
+    return walk, head(model, rows.hidden[-1])
 
 
 def decode(
@@ -180,10 +151,10 @@ def decode(
         x = model.model.language_model.embed_tokens(torch.tensor([token]))
         for layer, start in enumerate(walk.next_position):
             position = torch.tensor([start + len(tokens) - 1])
-            q, *new = _project(model, layer, RaggedRows(x, position[None], position, position))
+            q, *new = project(model, layer, RaggedRows(x, position[None], position, position))
             keys, values = cache[layer] = tuple(torch.cat(pair, dim=1) for pair in zip(cache[layer], new, strict=True))
-            x = _finish_layer(model, layer, x, attend(q, keys, values))
-        logits = _head(model, x[0])
+            x = finish_layer(model, layer, x, attend(q, keys, values))
+        logits = head(model, x[0])
     return tokens
 
 
@@ -199,23 +170,28 @@ def route(
     rows: RaggedRows,
     schedule: Schedule,
     layer_fn: Callable[[int, RaggedRows], tuple[Tensor, object]],
-    score_fn: Callable[[Stage, int, RaggedRows, RaggedRows | None], Tensor],
+    score_fn: Callable[[Given], Tensor],
     original: int,
     next_position: int,
+    floor_fn: Callable[[Given], Tensor] | None = None,
 ) -> tuple[RaggedRows, Walk]:
     """Walk the layers; returns the rows that are left (for reroute all of them) and the record.
 
-    `layer_fn(layer, rows)` gives outputs and a cache entry; `score_fn(stage, number, rows, before)` a score for every
-    row, `before` being what the previous layer was given. original: visual tokens before any merge.
-    next_position: of the first generated token, until renumbering changes it.
+    `layer_fn(layer, rows)` gives outputs and a cache entry; `score_fn(given)` a score for every row; `floor_fn(given)`
+    the rows that must be kept, asked after the score. original: visual tokens before any merge. next_position: of the
+    first generated token, until renumbering changes it.
     """
     allowed, active, before = rows.visual >= 0, torch.arange(len(rows)), None
     count, walk = int(allowed.sum()), Walk()
     for stage in schedule.stages:
         decides = stage.decides and count > 0
         if decides:
-            scores = score_fn(stage, len(walk.decisions), rows, before).float().masked_fill(~allowed, -torch.inf)
-            chosen = select(scores, min(keep_count(stage, count), int(allowed.sum())))
+            kept = len(walk.decisions[-1].selected) if stage.of_kept and walk.decisions else count
+            keep = min(keep_count(stage, kept), int(allowed.sum()))
+            given = Given(stage, len(walk.decisions), keep, rows, allowed, before)
+            scores = score_fn(given).float().masked_fill(~allowed, -torch.inf)
+            held = torch.zeros(len(rows), dtype=torch.bool) if floor_fn is None else floor_fn(given) & allowed
+            chosen = choose(scores, held, keep, stage.union)
             walk.decisions.append(_decision(stage, rows, scores, chosen, original))
             runs = rows.visual < 0
             runs[chosen] = True
@@ -242,6 +218,16 @@ def route(
     return rows, walk
 
 
+def cut(walk: Walk, which: str) -> None:
+    """Leave of earlier layers' caches the rows that the last layer ran (15.1)."""
+    if which == "no" or not walk.decisions:
+        return
+    for layer in range(int(which == "all_but_first"), len(walk.ran)):
+        stays = torch.from_numpy(np.isin(walk.ran[layer], walk.ran[-1]))
+        walk.cache[layer] = tuple(array[:, stays] for array in walk.cache[layer])
+        walk.ran[layer] = walk.ran[layer][stays.numpy()]
+
+
 def keep_count(stage: Stage, visual: int) -> int:
     """Tokens that a decision keeps of a row with `visual` tokens at the decoder input (2.2)."""
     return stage.count if stage.count is not None else max(1, int(visual * stage.ratio))
@@ -253,14 +239,14 @@ def select(scores: Tensor, count: int) -> Tensor:
     return best.sort().values
 
 
-def head_mean(logits: Tensor) -> Tensor:
-    """[T] fp32: softmax of `[N, T]` over all keys, then the plain mean over heads (2.1)."""
-    return torch.softmax(logits.float(), dim=-1).mean(dim=0)
-
-
-def last_three(weights: Tensor) -> Tensor:
-    """[T] fp32: of `[N, T, T]` the mean over the last three query rows, then the maximum over heads (5.4)."""
-    return weights[:, -3:].float().mean(dim=1).max(dim=0).values
+def choose(scores: Tensor, held: Tensor, count: int, union: bool) -> Tensor:
+    """Indices, ascending: rows that are `held` and the best others, `count` in all; with `union` the best `count` and
+    those that are held (14.3)."""
+    if union:
+        chosen = held.clone()
+        chosen[select(scores, count)] = True
+        return chosen.nonzero()[:, 0]
+    return select(scores.masked_fill(held, torch.inf), count)
 
 
 def _decision(stage: Stage, rows: RaggedRows, scores: Tensor, chosen: Tensor, original: int) -> EagerDecision:
@@ -268,77 +254,6 @@ def _decision(stage: Stage, rows: RaggedRows, scores: Tensor, chosen: Tensor, or
     by_index, visual = np.full(original, -np.inf, np.float32), rows.visual >= 0
     by_index[rows.visual[visual].numpy()] = scores[visual].numpy()
     return EagerDecision(stage.lo, by_index, rows.visual[chosen].numpy())
-
-
-# --- The decoder (transformers' modules, own loop) --------------------------------------------------------------------
-
-
-def last_token_score(model: PreTrainedModel, layer: int, rows: RaggedRows) -> Tensor:
-    """[T] fp32: attention of the last row to every row, by layer `layer`'s own norm and projections (2.1)."""
-    q, k, _ = _project(model, layer, rows)
-    scale = q.shape[-1] ** -0.5
-    return head_mean((k.float() @ q[:, -1, :, None].float())[..., 0] * scale)
-
-
-def attention_weights(model: PreTrainedModel, layer: int, rows: RaggedRows, unseen: Tensor) -> Tensor:
-    """[N, T, T] fp32: the whole attention map of one layer."""
-    q, k, _ = _project(model, layer, rows)
-    logits = (q.float() @ k.float().transpose(-1, -2)) * q.shape[-1] ** -0.5
-    return torch.softmax(logits.masked_fill(unseen, -torch.inf), dim=-1)
-
-
-def run_layer(
-    model: PreTrainedModel, layer: int, rows: RaggedRows, unseen: Tensor
-) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Outputs [T, D] of one layer, and its keys and values [N, T, H]. `unseen [T, T]`: what a row may not attend to."""
-    q, k, v = _project(model, layer, rows)
-    return _finish_layer(model, layer, rows.hidden, attend(q, k, v, unseen)), (k, v)
-
-
-def _unseen(count: int, bidirectional: bool) -> Tensor:
-    """Causal in sequence order, unless the layer is one that Nuwa's release leaves without a mask (5.4)."""
-    return torch.ones(count, count, dtype=torch.bool).triu(count if bidirectional else 1)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, unseen: Tensor | None = None) -> Tensor:
-    """Explicit attention `[T, N * H]` of `q [N, T, H]` to `k, v [N, S, H]`; `unseen [T, S]` marks what to leave out."""
-    logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-    if unseen is not None:
-        logits = logits.masked_fill(unseen, -torch.inf)
-    weights = torch.softmax(logits.float(), dim=-1).to(v.dtype)
-    return (weights @ v).transpose(0, 1).flatten(1)
-
-
-def _project(model: PreTrainedModel, layer: int, rows: RaggedRows) -> tuple[Tensor, Tensor, Tensor]:
-    """Rotated q, rotated k and v, each [N, T, H]; key and value heads repeated to the query heads."""
-    decoder = model.model.language_model
-    attention, x = decoder.layers[layer].self_attn, decoder.layers[layer].input_layernorm(rows.hidden)
-    heads = [
-        projection(x).unflatten(-1, (-1, attention.head_dim)).transpose(0, 1)
-        for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
-    ]
-    # Transformers' tables want [B, T], with M-RoPE [3, B, T].
-    has_channels = "mrope_section" in decoder.config.rope_parameters
-    position = rows.position.expand(3, -1)[:, None] if has_channels else rows.position
-    cos, sin = (table[0] for table in decoder.rotary_emb(x, position))
-    q, k, v = _rotate(heads[0], cos, sin), _rotate(heads[1], cos, sin), heads[2]
-    repeats = len(q) // len(k)
-    return q, k.repeat_interleave(repeats, dim=0), v.repeat_interleave(repeats, dim=0)
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
-
-
-def _finish_layer(model: PreTrainedModel, layer: int, x: Tensor, attended: Tensor) -> Tensor:
-    module = model.model.language_model.layers[layer]
-    x = x + module.self_attn.o_proj(attended)
-    return x + module.mlp(module.post_attention_layernorm(x))
-
-
-def _head(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    return model.lm_head(model.model.language_model.norm(hidden)).float()
 
 
 def penalised(logits: Tensor, seen: set[int], penalty: float) -> Tensor:

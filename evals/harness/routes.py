@@ -20,7 +20,7 @@ from reroute_jax.commandline.routes import (
 from reroute_jax.errors import RerouteError
 from reroute_jax.routing.methods import METHODS
 from reroute_jax.routing.plan import Schedule
-from reroute_jax.routing.switches import SWITCHES
+from reroute_jax.routing.switches import AMOUNTS, SWITCHES
 
 FULL = "full"
 CONTROLS = ("random", "uniform", "pool", "layout")
@@ -91,7 +91,7 @@ def _planned(
     if method in SWITCHES["seed"].methods:
         switches["seed"] = args.seed
     share = args.budget
-    if share is None and "keep_ratio" not in switches:
+    if share is None and not set(AMOUNTS) & set(switches):
         share = DEFAULT_BUDGET
     return named_run(model.plan(method, budget=share, action=action, **switches))
 

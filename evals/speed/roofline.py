@@ -81,7 +81,7 @@ def prefill_bound(
     """Seconds: of each layer, each scoring pass and the head the larger bound, added up.
 
     visual: at the decoder input. A layer moves its weights once, its rows in and out, and the keys and values it
-    caches; scoring moves the key and query projections and its rows; the head its weights.
+    caches; a score that projects moves the key and query projections and its rows; the head its weights.
     """
     d, kv = config.hidden_size, kv_width(config)
     weights = layer_weights(config)
@@ -90,10 +90,10 @@ def prefill_bound(
         rows = batch * (present + text)
         macs = batch * compute(config, [present + text], []).gqa
         total += machine.seconds(macs, itemsize * (weights + rows * 2 * (d + kv)))
-    for present, queries in scored_rows(schedule, visual):
-        rows = batch * (present + text)
-        macs = batch * compute(config, [], [(present + text, queries)]).scoring
-        total += machine.seconds(macs, itemsize * (d * (d + kv) + rows * (d + kv)))
+    for present, score in scored_rows(schedule, visual):
+        macs, rows = batch * score.macs(config, present, text), batch * (present + text)
+        moved = d * (d + kv) + rows * (d + kv) if score.projects else 0
+        total += machine.seconds(macs, itemsize * moved)
     return total + machine.seconds(batch * d * config.vocab_size, itemsize * d * config.vocab_size)
 
 

@@ -21,7 +21,7 @@ from reroute_jax.config import ModelConfig
 from reroute_jax.decoder import Prompt
 from reroute_jax.models import FAMILIES
 from reroute_jax.routing.merge import MergeArrays, merge_arrays
-from reroute_jax.routing.plan import NuwaMerge, PoolMerge, RoutingPlan, Schedule
+from reroute_jax.routing.plan import NuwaMerge, PoolMerge, RoutingPlan, Schedule, floors
 from reroute_jax.routing.prior import prior_scores
 from reroute_jax.types import AnyArray, Grid
 
@@ -63,7 +63,8 @@ class BatchShape:
 @dataclass(frozen=True)
 class Layout:
     """A question's slots after a merge. image, within: of which image, and which of its tokens, -1 and 0 for text.
-    routed: the tokens that decisions choose among. visual_positions: of all original visual tokens."""
+    routed: the tokens that decisions choose among. visual_positions: of all original visual tokens. floor: by decision,
+    of the original tokens of the images that are routed, those that must be kept."""
 
     question: Question
     ids: Int[np.ndarray, " S"]
@@ -73,6 +74,7 @@ class Layout:
     routed: Bool[np.ndarray, " S"]
     visual_positions: Int[np.ndarray, "*channels n"]
     next_position: int
+    floor: Bool[np.ndarray, "W routable"]
     shape: BatchShape
 
     @property
@@ -110,7 +112,7 @@ class Batch:
 def lay_out(question: Question, config: ModelConfig, schedule: Schedule) -> Layout:
     """Each image's run of placeholder tokens shrinks to as many slots as the schedule's merge leaves of it.
 
-    Raises RerouteError for a prompt that is too long.
+    Raises RerouteError for a prompt that is too long, and for a floor that holds more tokens than a decision keeps.
     """
     is_image = question.ids == config.image_token
     positions, next_position = FAMILIES[config.family].positions(question.ids, question.grids, config)
@@ -131,8 +133,15 @@ def lay_out(question: Question, config: ModelConfig, schedule: Schedule) -> Layo
         routed[keep],
         positions[..., is_image],
         next_position,
+        _floor(question, positions[..., is_image], config, schedule),
         _shape(routed[keep], sizes, config, schedule),
     )
+
+
+def _floor(question: Question, positions: np.ndarray, config: ModelConfig, schedule: Schedule) -> np.ndarray:
+    grids = question.grids[:1] if schedule.first_image_only else question.grids
+    visual = sum(rows * cols for rows, cols in grids)
+    return floors(schedule, grids, np.atleast_2d(positions[..., :visual]), config.decoder)
 
 
 def _shape(routed: Bool[np.ndarray, " S"], sizes: np.ndarray, config: ModelConfig, schedule: Schedule) -> BatchShape:
@@ -194,6 +203,7 @@ def _prompt(rows: Sequence[Layout], shape: BatchShape, schedule: Schedule) -> Pr
     visual_positions = np.zeros((*channels, batch, shape.visual), np.int32)
     first_image = np.cumsum([0, *(len(row.question.grids) for row in rows)])
     first_feature = np.cumsum([0, *(row.visual_positions.shape[-1] for row in rows)])
+    routed_counts = [int(row.routed.sum()) for row in rows]
     for b, row in enumerate(rows):
         filled = slice(0, len(row.ids))
         ids[b, filled], positions[..., b, filled], routed[b, filled] = row.ids, row.positions, row.routed
@@ -208,8 +218,10 @@ def _prompt(rows: Sequence[Layout], shape: BatchShape, schedule: Schedule) -> Pr
         routed=routed,
         first_feature=first_feature[:-1].astype(np.int32),
         visual_positions=visual_positions,
-        keep=schedule.keep_counts([int(row.routed.sum()) for row in rows]),
+        keep=schedule.keep_counts(routed_counts),
+        seeds=schedule.seed_counts(routed_counts),
         prior=priors(schedule, rows, shape.visual),
+        floor=_floors(rows, schedule, shape.visual),
         next_position=np.array([row.next_position for row in rows], np.int32),
         text_slots=shape.text,
     )
@@ -227,6 +239,15 @@ def priors(schedule: Schedule, rows: Sequence[Layout], visual: int) -> Float[np.
             row_seed = zlib.crc32(np.ascontiguousarray(row.question.ids, dtype=np.int64).tobytes())
             prior[:, b, : sum(r * c for r, c in grids)] = prior_scores(schedule, grids, row_seed)
     return prior
+
+
+def _floors(rows: Sequence[Layout], schedule: Schedule, visual: int) -> Bool[np.ndarray, "W B visual"]:
+    decisions = len(schedule.decisions) if schedule.has_floor else 0
+    floor = np.zeros((decisions, len(rows), visual), bool)
+    for b, row in enumerate(rows):
+        if decisions:
+            floor[:, b, : row.floor.shape[1]] = row.floor
+    return floor
 
 
 def _images(layouts: Sequence[Layout], images: int, config: ModelConfig, schedule: Schedule, pixels) -> Images:

@@ -166,15 +166,22 @@ class DecoderLayer(nnx.Module):
         return self._mlp_residual(x), keys, values
 
     def probabilities(
-        self, x: Float[Array, "B T D"], rope: Rope, queries: Int[Array, "B Q"], mask: Bool[Array, "B Q T"]
+        self,
+        x: Float[Array, "B T D"],
+        rope: Rope,
+        queries: Int[Array, "B Q"],
+        mask: Bool[Array, "B Q T"],
+        rotated: bool = True,
     ) -> tuple[Float[Array, "B N Q T"], Float[Array, "B K T H"]]:
-        """Attention of the rows at slots `queries` over all rows, fp32 from its product on, and the keys this took."""
+        """Attention of the rows at slots `queries` over all rows, fp32 from its product on, and the keys this took, at
+        their positions. rotated: whether the attention sees positions."""
         with jax.named_scope("scoring"):
             normed = self.attn_norm(x)
-            k = rotate(self.attn.k(normed), rope)
-            at_queries = Rope(*(take_rows(table, queries) for table in rope))
-            q = rotate(self.attn.q(take_rows(normed, queries)), at_queries)
-            return query_probabilities(q, k, mask), k
+            plain = self.attn.k(normed)
+            k, q = rotate(plain, rope), self.attn.q(take_rows(normed, queries))
+            if rotated:
+                q = rotate(q, Rope(*(take_rows(table, queries) for table in rope)))
+            return query_probabilities(q, k if rotated else plain, mask), k
 
     def _mlp_residual(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         with jax.named_scope("mlp"):

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 
 from reroute_jax.config import DecoderConfig
-from reroute_jax.routing.plan import SCORING_QUERIES, Schedule, Stage
+from reroute_jax.routing.plan import Schedule
+from reroute_jax.routing.scores import SCORES, Score
 
 FORMS = ("fastv", "swiglu", "gqa")
 
@@ -18,8 +19,7 @@ class Compute:
     """Multiply-accumulates of one row's prefill through the decoder layers, the papers' "FLOPs" (8.1).
 
     fastv: two-matrix MLP; swiglu: three; gqa: three, and keys and values at their own width. scoring: of the decisions,
-    in the least form, the key projection of all rows and one query (8.2; three with Nuwa's Qwen score); in none of the
-    three.
+    each by its score's own formula (8.2, 20); in none of the three.
     """
 
     fastv: int
@@ -36,7 +36,8 @@ class Compute:
 class Account:
     """Cost of one row with one image.
 
-    visual: image tokens before any merge. average: visual tokens per decoder layer as they really run; nominal: before
+    visual: image tokens before any merge. average: visual tokens per decoder layer as they really run, of a count that
+    each image decides the limit (14.3); nominal: before
     keep counts are cut to whole numbers. visual_only, prompt: compute of the visual tokens alone, and with the text.
     kv_visual, kv_tokens: cached tokens after prefill summed over the layers, visual and all; kv_bytes: of keys and
     values of all.
@@ -83,44 +84,62 @@ def account(
     schedule.check_depth(config.num_layers)
     entering = schedule.merged_count(visual, grid)
     per_layer = visual_per_layer(schedule, entering)
-    nominal = sum((s.hi - s.lo) * _nominal(s, entering) for s in schedule.stages) / config.num_layers
     scored = scored_rows(schedule, entering)
-    kv_tokens = sum(per_layer) + config.num_layers * text
+    cached = cached_per_layer(schedule, per_layer)
+    kv_tokens = sum(cached) + config.num_layers * text
     return Account(
         label=schedule.label,
         visual=visual,
         average=sum(per_layer) / config.num_layers,
-        nominal=nominal,
-        visual_only=compute(config, per_layer, scored),
-        prompt=compute(config, [v + text for v in per_layer], [(v + text, queries) for v, queries in scored]),
-        kv_visual=sum(per_layer),
+        nominal=_nominal(schedule, entering),
+        visual_only=compute(config, per_layer, [score.macs(config, rows, 0) for rows, score in scored]),
+        prompt=compute(
+            config, [v + text for v in per_layer], [score.macs(config, rows, text) for rows, score in scored]
+        ),
+        kv_visual=sum(cached),
         kv_tokens=kv_tokens,
         kv_bytes=2 * kv_tokens * kv_width(config) * jnp.dtype(dtype).itemsize,
     )
 
 
-def _nominal(stage: Stage, visual: int) -> float:
-    if stage.ratio is not None:
-        return float(visual * stage.ratio)
-    return float(visual if stage.count is None else min(stage.count, visual))
+def _nominal(schedule: Schedule, visual: int) -> float:
+    """Visual tokens per layer, before counts are cut to whole numbers."""
+    total, kept = 0.0, visual
+    for stage in schedule.stages:
+        if stage.ratio is not None:
+            kept = float((kept if stage.of_kept else visual) * stage.ratio)
+        elif stage.count is not None:
+            kept = min(stage.count, visual)
+        total += (stage.hi - stage.lo) * kept
+    return total / schedule.num_layers
 
 
-def scored_rows(schedule: Schedule, visual: int) -> list[tuple[int, int]]:
-    """(visual rows, queries) of each attention score: all of a reroute's layout, a deletion's survivors (8.2)."""
+def scored_rows(schedule: Schedule, visual: int) -> list[tuple[int, Score]]:
+    """(visual rows, score) of each decision: all of a reroute's layout, a deletion's survivors (8.2)."""
     rows, present = [], visual
     for stage in schedule.resolve(visual).stages:
-        if stage.score in SCORING_QUERIES:
-            rows.append((present, SCORING_QUERIES[stage.score]))
+        if stage.cap is not None:
+            rows.append((present, SCORES[stage.score]))
         if stage.action == "delete":
             present = stage.cap
     return rows
+
+
+def cached_per_layer(schedule: Schedule, per_layer: Sequence[int]) -> list[int]:
+    """Visual tokens that each layer caches for decoding: what it ran, or less where caches are cut (15.1). Of a reroute
+    the most: how many tokens of two selections are the same depends on the image."""
+    if schedule.cut_caches == "no":
+        return list(per_layer)
+    spared = int(schedule.cut_caches == "all_but_first")
+    return [ran if layer < spared else min(ran, per_layer[-1]) for layer, ran in enumerate(per_layer)]
 
 
 def kv_width(config: DecoderConfig) -> int:
     return config.num_kv_heads * config.head_dim
 
 
-def compute(config: DecoderConfig, layers: Sequence[int], scored: Sequence[tuple[int, int]]) -> Compute:
+def compute(config: DecoderConfig, layers: Sequence[int], scoring: Sequence[int]) -> Compute:
+    """Of layers with so many tokens, and decisions with so many multiply-accumulates."""
     d, m, kv = config.hidden_size, config.mlp_dim, kv_width(config)
     attention = sum(2 * t * t * d for t in layers)
     tokens = sum(layers)
@@ -128,5 +147,5 @@ def compute(config: DecoderConfig, layers: Sequence[int], scored: Sequence[tuple
         fastv=attention + tokens * (4 * d * d + 2 * d * m),
         swiglu=attention + tokens * (4 * d * d + 3 * d * m),
         gqa=attention + tokens * (2 * d * d + 2 * d * kv + 3 * d * m),
-        scoring=sum(t * d * kv + queries * (d * d + t * d) for t, queries in scored),
+        scoring=sum(scoring),
     )

@@ -6,15 +6,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from numbers import Real
 
 from reroute_jax.errors import RerouteError, one_of
 from reroute_jax.models import FAMILIES
 from reroute_jax.routing.budget import TIERS, parsed_budget, share_of
+from reroute_jax.routing.decoder_methods import feather, ivc, v2drop
 from reroute_jax.routing.nuwa_schedule import nuwa
 from reroute_jax.routing.plan import ACTIONS, PoolMerge, Schedule
 from reroute_jax.routing.request import Request
 from reroute_jax.routing.solver import OFFICIAL_RATIOS, decision_layers, solve
-from reroute_jax.routing.switches import SWITCHES, Switches
+from reroute_jax.routing.switches import SWITCHES, Switches, shown
 
 _SCORES = {None: "last_token", "own_layer": "last_token", "previous_layer": "previous_layer"}
 
@@ -38,7 +40,7 @@ def plan(
     number or a string such as "2/9". action: "delete", "reroute", or "layout" (reroute where
     a token once deferred may not return). "none"
     uses neither and "pool" only the budget. switches: fields of `Switches`, each explained there and refused where the
-    method has no use for it.
+    method has no use for it; of `keep` a single number will do.
 
     Raises RerouteError for unknown names, switches that do not apply, and budgets out of reach.
     """
@@ -49,16 +51,18 @@ def plan(
     one_of("family", family, tuple(FAMILIES))
     for name in switches:
         one_of("switch", name, tuple(SWITCHES))
+    if isinstance(switches.get("keep"), Real):
+        switches["keep"] = (switches["keep"],)
     given, known = Switches(**switches), METHODS[method]
     given.check(method, family)
-    if given.keep_ratio is not None and budget is not None:
-        raise RerouteError("budget and keep_ratio both set how much method 'nuwa' keeps, give one of them")
-    needs_budget = known.has_budget and given.keep_ratio is None
+    if given.amount is not None and budget is not None:
+        raise RerouteError(f"budget and {given.amount} both set how much method {method!r} keeps, give one of them")
+    needs_budget = known.has_budget and given.amount is None
     budget = parsed_budget(budget) if isinstance(budget, str) else budget
     share = share_of(budget, visual) if needs_budget else Fraction(1)
     tier = int(budget) if budget in TIERS else None
-    shown = str(tier or f"{float(share):.4g}") if needs_budget else None
-    label = _label(method, action if known.has_actions else None, shown, given)
+    asked = str(tier or f"{float(share):.4g}") if needs_budget else None
+    label = _label(method, action if known.has_actions else None, asked, given)
     rules = FAMILIES[family].nuwa
     return known.build(Request(method, family, rules, num_layers, visual, grid, share, tier, action, given, label))
 
@@ -69,7 +73,7 @@ def _label(method: str, action: str | None, budget: str | None, switches: Switch
     for name in switches.changed:
         value = getattr(switches, name)
         telling = name in ("decisions", "ratios", "position_mode", "variant")
-        parts.append(value if telling else f"{name}={value}")
+        parts.append(value if telling else f"{name}={shown(value)}")
     return " ".join(parts)
 
 
@@ -147,4 +151,7 @@ METHODS: dict[str, Method] = {
     "uniform": Method(_uniform),
     "pool": Method(_pool, has_actions=False),
     "layout": Method(_layout, has_actions=False),
+    "feather": Method(feather),
+    "v2drop": Method(v2drop),
+    "ivc": Method(ivc),
 }

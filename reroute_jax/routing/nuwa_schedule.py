@@ -10,7 +10,6 @@ from reroute_jax.routing.nuwa_rules import NuwaRules
 from reroute_jax.routing.plan import NuwaMerge, Schedule
 from reroute_jax.routing.request import Request
 from reroute_jax.routing.solver import Ratio, decision_layers, scaled_layer, solve
-from reroute_jax.routing.switches import SWITCHES
 
 
 def nuwa(request: Request) -> Schedule:
@@ -49,10 +48,7 @@ def _check(request: Request) -> None:
     switches = request.switches
     if switches.keep_ratio is None and request.budget > Fraction(4, 7):
         raise RerouteError(f"method 'nuwa' averages at most 4/7 of the visual tokens, not {float(request.budget):.4g}")
-    for name in switches.changed:
-        action = SWITCHES[name].action
-        if action not in (None, request.action):
-            raise RerouteError(f"{name} of method 'nuwa' belongs to action={action!r}, leave it out here")
+    switches.check_action("nuwa", request.action)
     if switches.variant is not None and switches.decisions is not None:
         raise RerouteError("variant and decisions both set the decision layers of method 'nuwa', give one of them")
     if switches.keep_ratio is not None and (switches.variant is not None or switches.decisions is not None):

@@ -7,6 +7,7 @@ compact layer is an ordinary triangle.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import partial
 
 import jax
@@ -51,6 +52,21 @@ def select(
     value = jnp.where(eligible, scores, -jnp.inf)
     ways = {"cpu": partial(_best_by_top_k, cap=cap), "default": _best_by_counting}
     return eligible & jax.lax.platform_dependent(value, keep, **ways)
+
+
+def choose(
+    scores: Float[Array, "B T"],
+    eligible: Bool[Array, "B T"],
+    keep: Int[Array, " B"],
+    cap: int,
+    floor: Bool[Array, "B T"],
+    union: bool,
+) -> Bool[Array, "B T"]:
+    """`select`, with the eligible slots of a floor inside the count, or with `union` on top of it (14.3). A floor that
+    is larger than the count gives its lowest slots."""
+    if union:
+        return select(scores, eligible, keep, cap) | (floor & eligible)
+    return select(jnp.where(floor, jnp.inf, scores), eligible, keep, cap)
 
 
 def _best_by_top_k(value: Float[Array, "B T"], keep: Int[Array, " B"], cap: int) -> Bool[Array, "B T"]:
@@ -103,11 +119,20 @@ def gather_keys(keys: Float[Array, "B K T H"], slots: Int[Array, "B C"]) -> Floa
     return jax.vmap(lambda row, index: row.at[:, index].get(mode="fill", fill_value=0))(keys, slots)
 
 
+def put_rows(old: Array, slots: Int[Array, "B C"], new: Array) -> Array:
+    """`old` with `new[b, c]` at `slots[b, c]`; slots out of range are dropped. slots: of `compact_slots`."""
+    promised = {"mode": "drop", "indices_are_sorted": True, "unique_indices": True}
+    return jax.vmap(lambda row, index, values: row.at[index].set(values, **promised))(old, slots, new)
+
+
 def scatter(rows: Rows, slots: Int[Array, "B C"], processed: Rows) -> Rows:
     """Write processed hidden states back; rows that were deferred keep theirs. slots: of `compact_slots`."""
-    promised = {"mode": "drop", "indices_are_sorted": True, "unique_indices": True}
-    hidden = jax.vmap(lambda row, index, new: row.at[index].set(new, **promised))(rows.hidden, slots, processed.hidden)
-    return replace(rows, hidden=hidden)
+    return replace(rows, hidden=put_rows(rows.hidden, slots, processed.hidden))
+
+
+def share_of(share: Fraction, counts: Int[Array, " B"]) -> Int[Array, " B"]:
+    """`int(share * count)` in whole numbers: a float product could fall short of one."""
+    return counts * share.numerator // share.denominator
 
 
 def by_visual_index(values: Array, visual: Int[Array, "B T"], count: int) -> Array:

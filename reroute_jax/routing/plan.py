@@ -16,16 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool, Int
 
+from reroute_jax.config import DecoderConfig
 from reroute_jax.errors import RerouteError, one_of
 from reroute_jax.routing import records
+from reroute_jax.routing.floors import FLOORS, Floor
+from reroute_jax.routing.scores import SCORES, default_seeds
 from reroute_jax.routing.solver import pool_grid
+from reroute_jax.types import Grid
 
-SCORING_QUERIES = {"last_token": 1, "previous_layer": 1, "previous_layer_last_three": 3}
-SCORES = (*SCORING_QUERIES, "prior")
-_PREVIOUS = ("previous_layer", "previous_layer_last_three")
 SIM_ORDERS = ("raster", "window")
 POSITION_MODES = ("original", "renumber")
+CUTS = ("no", "all", "all_but_first")
 PRIORS = ("random", "uniform")
 ACTIONS = ("delete", "reroute", "layout")
 
@@ -36,11 +39,11 @@ class Stage:
 
     ratio: keep ratio of the row's visual count at the decoder input; a Fraction multiplies exactly, a float in float64.
     count: or an absolute count. Neither: no decision, every visual token runs.
+    of_kept: the ratio is of what the decision before kept, and not of the decoder input.
     action: what becomes of the visual tokens that a decision leaves out: gone ("delete"), candidates of the next
     decision ("reroute"), or in the layout without ever returning ("layout", which isolates what recovery is worth).
-    score: how a decision ranks: "last_token" (layer lo on its own input), "previous_layer" (layer lo - 1 on that
-    layer's input), "previous_layer_last_three" (the same from the last three tokens, 5.4) or "prior" (host-made
-    scores). Both are None without a decision.
+    score: how a decision ranks, a name in `scores.SCORES`. Both are None without a decision.
+    floor: tokens that are kept whatever their scores (14), inside the count, or with `union` on top of it (14.3).
     """
 
     lo: int
@@ -49,6 +52,9 @@ class Stage:
     count: int | None = None
     action: str | None = None
     score: str | None = None
+    of_kept: bool = False
+    floor: Floor | None = None
+    union: bool = False
 
     def __post_init__(self) -> None:
         where = f"stage [{self.lo}, {self.hi})"
@@ -61,14 +67,23 @@ class Stage:
         if self.count is not None and self.count < 1:
             raise RerouteError(f"{where} keeps {self.count} visual tokens, expected at least 1")
         if not self.decides:
-            for what in ("action", "score"):
+            for what in ("action", "score", "floor"):
                 if getattr(self, what) is not None:
                     raise RerouteError(f"{where} has a {what} but no ratio or count, give one or drop the {what}")
             return
         one_of(f"the action of {where}", self.action, ACTIONS)
-        one_of(f"the score of {where}", self.score, SCORES)
-        if self.score in _PREVIOUS and self.lo == 0:
+        one_of(f"the score of {where}", self.score, tuple(SCORES))
+        if SCORES[self.score].previous and self.lo == 0:
             raise RerouteError("a decision at layer 0 has no previous layer, use score='last_token' or a later layer")
+        if self.of_kept and self.ratio is None:
+            raise RerouteError(f"{where} keeps a count, of_kept belongs to a ratio: leave it out")
+        if self.union and self.floor is None:
+            raise RerouteError(f"{where} has no floor to unite its count with, give one or leave out union")
+        if self.floor is not None and not self.floor.fixed and not SCORES[self.score].has_seeds:
+            raise RerouteError(
+                f"{where} keeps the seeds of a score in two passes, and score={self.score!r} has one: use "
+                "'value_similarity' or a floor without seeds"
+            )
 
     @property
     def narrows(self) -> bool:
@@ -79,11 +94,20 @@ class Stage:
     def decides(self) -> bool:
         return self.ratio is not None or self.count is not None
 
-    def keep(self, visual: int) -> int:
-        """Keep count for a row of `visual` tokens before the limit to the current candidates (2.2); 0 without any."""
+    def keep(self, visual: int, kept: int | None = None) -> int:
+        """Keep count for a row of `visual` tokens before the limit to the current candidates (2.2); 0 without any.
+        kept: what the decision before kept, None for the first."""
         if visual == 0:
             return 0
-        return self.count if self.count is not None else max(1, int(visual * self.ratio))
+        base = visual if kept is None or not self.of_kept else kept
+        return self.count if self.count is not None else max(1, int(base * self.ratio))
+
+    def seeds(self, visual: int, keep: int) -> int:
+        """How many tokens the second pass of a score looks from (13.3)."""
+        if not SCORES[self.score].has_seeds:
+            return 0
+        own = 0 if self.floor is None else self.floor.seeds(visual, keep)
+        return own or default_seeds(visual)
 
 
 @dataclass(frozen=True)
@@ -155,7 +179,9 @@ class PoolMerge:
 class StagePlan:
     """Layers [lo, hi) with a static limit on selected visual tokens; cap None: no decision, all of them run.
 
-    The last decision's action is "delete" whatever was asked: nothing comes after it.
+    The last decision's action is "delete" whatever was asked: nothing comes after it. seed_cap: limit on the seeds of a
+    score in two passes. floor: whether the host made one, keeps_seeds: whether the seeds are one; union: on top of the
+    count. share: of what the decision before kept, where only the device knows that.
     """
 
     lo: int
@@ -163,6 +189,11 @@ class StagePlan:
     cap: int | None
     action: str | None
     score: str | None
+    seed_cap: int = 0
+    floor: bool = False
+    keeps_seeds: bool = False
+    union: bool = False
+    share: Fraction | None = None
 
 
 @dataclass(frozen=True)
@@ -172,6 +203,7 @@ class RoutingPlan:
     stages: tuple[StagePlan, ...]
     position_mode: str
     bidirectional_layer: int | None = None
+    cut_caches: str = "no"
 
 
 @dataclass(frozen=True)
@@ -182,6 +214,8 @@ class Schedule:
     prior, seed: where scores of stages with score="prior" come from ("random" from the seed, or "uniform").
     first_image_only: of a row with several images, route the first and run the others like text, as the releases do.
     bidirectional_layer: a layer that runs without the causal mask in prefill (a defect of Nuwa's Qwen release, 5.4).
+    cut_caches: "all" leaves of earlier layers' caches too only what the last decision kept; "all_but_first" spares
+    layer 0, as IVC-Prune's LLaVA release does (15.1).
     """
 
     stages: tuple[Stage, ...]
@@ -191,6 +225,7 @@ class Schedule:
     merge: NuwaMerge | PoolMerge | None = None
     first_image_only: bool = False
     bidirectional_layer: int | None = None
+    cut_caches: str = "no"
     label: str = ""
 
     def __post_init__(self) -> None:
@@ -210,11 +245,14 @@ class Schedule:
                     "to run all tokens again use ratio=1.0"
                 )
         one_of("position_mode", self.position_mode, POSITION_MODES)
+        one_of("cut_caches", self.cut_caches, CUTS)
         if self.seed < 0:
             raise RerouteError(f"the seed is {self.seed}, expected a whole number from 0 on")
         self._check_scores()
+        self._check_floors()
         for what in ("ratio", "count"):
-            _check_falling(what, self.decisions, [getattr(stage, what) for stage in self.decisions])
+            of_input = [None if stage.of_kept else getattr(stage, what) for stage in self.decisions]
+            _check_falling(what, self.decisions, of_input)
 
     def _check_scores(self) -> None:
         uses_prior = any(stage.score == "prior" for stage in self.decisions)
@@ -223,15 +261,34 @@ class Schedule:
         elif self.prior is not None:
             raise RerouteError(f"prior={self.prior!r} is given but no stage has score='prior'")
         for before, stage in pairwise(self.decisions):
-            if before.action != "delete" and stage.score in _PREVIOUS:
+            if before.action != "delete" and SCORES[stage.score].all_rows:
                 raise RerouteError(
                     f"score={stage.score!r} at layer {stage.lo}: after a decision that {before.action}s, the layer "
                     "before has not seen every token, use 'last_token' there"
                 )
 
+    def _check_floors(self) -> None:
+        united = False
+        for stage in self.decisions:
+            if stage.floor is not None and self.merge is not None:
+                raise RerouteError(
+                    f"stage [{stage.lo}, {stage.hi}) has a floor, which is made for all tokens of an image, and the "
+                    "schedule has a merge: leave out one of them"
+                )
+            if united and stage.of_kept and not isinstance(stage.ratio, Fraction):
+                raise RerouteError(
+                    f"stage [{stage.lo}, {stage.hi}) keeps {stage.ratio} of a number that each image decides: give an "
+                    "exact Fraction"
+                )
+            united |= stage.union
+
     @property
     def decisions(self) -> tuple[Stage, ...]:
         return tuple(stage for stage in self.stages if stage.decides)
+
+    @property
+    def has_floor(self) -> bool:
+        return any(stage.floor is not None for stage in self.decisions)
 
     @property
     def num_layers(self) -> int:
@@ -246,48 +303,33 @@ class Schedule:
         action: str | Sequence[str] = "reroute",
         position_mode: str = "original",
         score: str | Sequence[str] = "last_token",
-        prior: str | None = None,
-        seed: int = 0,
-        merge: NuwaMerge | PoolMerge | None = None,
-        first_image_only: bool = False,
-        bidirectional_layer: int | None = None,
-        label: str = "",
+        floor: Floor | Sequence[Floor | None] | None = None,
+        union: bool | Sequence[bool] = False,
+        of_kept: bool | Sequence[bool] = False,
+        **more,
     ) -> Schedule:
         """Schedule that decides at the input of each of `layers` (0-based, ascending, below `num_layers`).
 
         keep: one entry a decision, a whole number is a count, any other a ratio in (0, 1]. action ("delete", "reroute"
-        or "layout"), score: one for all, or one a decision. Raises RerouteError on any inconsistency.
+        or "layout"), score, floor, union, of_kept: one for all decisions, or one for each, as of `Stage`. more: other
+        fields of the schedule. Raises RerouteError on any inconsistency.
         """
         layers = [int(layer) for layer in layers]
-        actions = [action] * len(layers) if isinstance(action, str) else list(action)
-        scores = [score] * len(layers) if isinstance(score, str) else list(score)
-        for name in [action] if isinstance(action, str) else actions:
+        given = {"action": action, "score": score, "floor": floor, "union": union, "of_kept": of_kept}
+        parts = {name: _for_each(value, len(layers)) for name, value in given.items()}
+        for name in parts["action"] or [action]:
             one_of("action", name, ACTIONS)
-        if not len(layers) == len(keep) == len(actions) == len(scores):
-            raise RerouteError(
-                f"{len(layers)} decision layers with {len(keep)} keep values, {len(actions)} actions and {len(scores)} "
-                "scores, expected one of each for every layer"
-            )
+        sizes = {"keep": len(keep), **{name: len(values) for name, values in parts.items()}}
+        if odd := [f"{size} of {name}" for name, size in sizes.items() if size != len(layers)]:
+            raise RerouteError(f"{len(layers)} decision layers with {', '.join(odd)}, expected one for every layer")
         if layers != sorted(set(layers)) or (layers and not 0 <= layers[0] <= layers[-1] < num_layers):
             raise RerouteError(f"decision layers are {layers}, expected ascending layers in 0..{num_layers - 1}")
         edges = [*layers, num_layers]
         stages = [] if edges[0] == 0 else [Stage(0, edges[0])]
-        for (lo, hi), value, what, how in zip(pairwise(edges), keep, actions, scores, strict=True):
-            if isinstance(value, Integral):
-                stages.append(Stage(lo, hi, count=int(value), action=what, score=how))
-            else:
-                ratio = value if isinstance(value, Fraction) else float(value)
-                stages.append(Stage(lo, hi, ratio=ratio, action=what, score=how))
-        return cls(
-            tuple(stages),
-            position_mode=position_mode,
-            prior=prior,
-            seed=seed,
-            merge=merge,
-            first_image_only=first_image_only,
-            bidirectional_layer=bidirectional_layer,
-            label=label,
-        )
+        for number, ((lo, hi), value) in enumerate(zip(pairwise(edges), keep, strict=True)):
+            amount = {"count": int(value)} if isinstance(value, Integral) else {"ratio": _ratio(value)}
+            stages.append(Stage(lo, hi, **amount, **{name: values[number] for name, values in parts.items()}))
+        return cls(tuple(stages), position_mode=position_mode, **more)
 
     def check_depth(self, num_layers: int) -> None:
         """Raises RerouteError unless the schedule is for a decoder of `num_layers` layers."""
@@ -305,23 +347,61 @@ class Schedule:
         if visual < 0:
             raise RerouteError(f"cannot plan for {visual} visual tokens, expected 0 or more")
         decisions = self.decisions
-        _check_falling(f"count for {visual} visual tokens", decisions, [stage.keep(visual) for stage in decisions])
-        caps = iter(self._counts(visual))
-        stages = [StagePlan(s.lo, s.hi, next(caps) if s.decides else None, s.action, s.score) for s in self.stages]
+        _check_falling(f"count for {visual} visual tokens", decisions, self._wanted(visual))
+        counts, stages, united = iter(self._counts(visual)), [], False
+        for s in self.stages:
+            if not s.decides:
+                stages.append(StagePlan(s.lo, s.hi, None, None, None))
+                continue
+            keep, most = next(counts)
+            stages.append(
+                StagePlan(
+                    s.lo,
+                    s.hi,
+                    most,
+                    s.action,
+                    s.score,
+                    seed_cap=s.seeds(visual, keep),
+                    floor=s.floor is not None,
+                    keeps_seeds=s.floor is not None and not s.floor.fixed,
+                    union=s.union,
+                    share=s.ratio if united and s.of_kept else None,
+                )
+            )
+            united |= s.union
         if decisions:
             stages[-1] = replace(stages[-1], action="delete")
-        return RoutingPlan(tuple(stages), self.position_mode, self.bidirectional_layer)
+        return RoutingPlan(tuple(stages), self.position_mode, self.bidirectional_layer, self.cut_caches)
 
     def keep_counts(self, visual_counts: Sequence[int] | np.ndarray) -> np.ndarray:
         """int32 [decisions, B]: how many visual tokens each row keeps; 0 for a row without any (2.2)."""
-        columns = [self._counts(int(visual)) for visual in visual_counts]
+        columns = [[keep for keep, _ in self._counts(int(visual))] for visual in visual_counts]
         return np.array(columns, np.int32).reshape(len(columns), len(self.decisions)).T
 
-    def _counts(self, visual: int) -> list[int]:
-        counts, candidates = [], visual
+    def seed_counts(self, visual_counts: Sequence[int] | np.ndarray) -> np.ndarray:
+        """int32 [decisions, B]: how many tokens of each row a second pass looks from (13.3)."""
+        keeps, decisions = self.keep_counts(visual_counts), self.decisions
+        seeds = [
+            [stage.seeds(int(visual), int(keep)) for visual, keep in zip(visual_counts, row, strict=True)]
+            for stage, row in zip(decisions, keeps, strict=True)
+        ]
+        return np.array(seeds, np.int32).reshape(len(decisions), len(visual_counts))
+
+    def _wanted(self, visual: int) -> list[int]:
+        """Keep counts before any limit."""
+        wanted = []
         for stage in self.decisions:
-            counts.append(min(stage.keep(visual), candidates))
-            candidates = counts[-1] if stage.narrows else candidates
+            wanted.append(stage.keep(visual, wanted[-1] if wanted else None))
+        return wanted
+
+    def _counts(self, visual: int) -> list[tuple[int, int]]:
+        """Of every decision how many win by their scores, or stand in its floor, and how many at most are kept."""
+        counts, candidates, most = [], visual, None
+        for stage in self.decisions:
+            keep = min(stage.keep(visual, most), candidates)
+            most = min(keep + stage.floor.most(visual, keep), candidates) if stage.union else keep
+            counts.append((keep, most))
+            candidates = most if stage.narrows else candidates
         return counts
 
     def to_record(self) -> dict[str, Any]:
@@ -333,7 +413,7 @@ class Schedule:
         """What `to_record` gave. Raises RerouteError for anything else."""
         try:
             fields = dict(record)
-            fields["stages"] = tuple(records.made(Stage, stage) for stage in fields["stages"])
+            fields["stages"] = tuple(_stage(stage) for stage in fields["stages"])
             if fields.get("merge") is not None:
                 fields["merge"] = records.made(MERGES[fields["merge"]["kind"]], fields["merge"])
             return cls(**fields)
@@ -357,6 +437,46 @@ class Schedule:
             return cls.from_record(record)
         except RerouteError as error:
             raise RerouteError(f"{path}: {error}") from error
+
+
+def floors(
+    schedule: Schedule, grids: Sequence[Grid], positions: Int[np.ndarray, "C n"], config: DecoderConfig
+) -> Bool[np.ndarray, "W n"]:
+    """By decision the tokens of a row that its floor holds, seeds aside; no decisions where none has a floor.
+
+    positions: of the row's original visual tokens. Raises RerouteError where a floor holds more than is kept.
+    """
+    visual = positions.shape[1]
+    if not schedule.has_floor:
+        return np.zeros((0, visual), bool)
+    found = np.zeros((len(schedule.decisions), visual), bool)
+    counts = schedule.keep_counts([visual])[:, 0].tolist()
+    for own, stage, keep in zip(found, schedule.decisions, counts, strict=True):
+        if stage.floor is None or not visual:
+            continue
+        own[:] = stage.floor.mask(grids, positions, keep, config)
+        held = int(own.sum()) + stage.floor.seeds(visual, keep)
+        most = stage.floor.most(visual, keep) if stage.union else keep
+        if held > most:
+            raise RerouteError(
+                f"the floor of the decision at layer {stage.lo} holds {held} of {visual} visual tokens, and there is "
+                f"room for {most}: raise the budget, or take a smaller floor"
+            )
+    return found
+
+
+def _for_each(value: Any, count: int) -> list:
+    return list(value) if isinstance(value, list | tuple) else [value] * count
+
+
+def _ratio(value: Real) -> float | Fraction:
+    return value if isinstance(value, Fraction) else float(value)
+
+
+def _stage(record: Mapping[str, Any]) -> Stage:
+    floor = record.get("floor")
+    made = None if floor is None else records.made(FLOORS[floor["kind"]], floor)
+    return records.made(Stage, {**record, "floor": made})
 
 
 MERGES = {merge.__name__: merge for merge in (NuwaMerge, PoolMerge)}

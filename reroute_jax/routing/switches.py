@@ -4,14 +4,21 @@ line's arguments, the checks of `plan` and the table of the documentation are ma
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from fractions import Fraction
 from typing import Any
 
 from reroute_jax.errors import RerouteError, one_of
 from reroute_jax.routing.plan import POSITION_MODES, SIM_ORDERS
 
+# Of the switches, those that take a budget's place.
+AMOUNTS = ("keep_ratio", "keep")
+
 _STAGED = ("fastv", "pdrop", "random", "uniform", "layout")
-_ROUTED = ("fastv", "pdrop", "nuwa", "random", "uniform", "layout")
+_INSIDE = ("feather", "v2drop", "ivc")
+_ROUTED = ("fastv", "pdrop", "nuwa", "random", "uniform", "layout", *_INSIDE)
+_EVERY = ("fastv", "pdrop", "nuwa", "random", "uniform", "layout")
 _POSITIONED = ("fastv", "pdrop", "nuwa", "random", "uniform", "pool", "layout")
 
 
@@ -23,11 +30,21 @@ class Switch:
     default: Any
     about: str
     methods: tuple[str, ...]
-    kind: type = str
+    kind: Callable[[str], Any] = str
     choices: tuple[str, ...] = ()
     action: str | None = None
     family: str | None = None
     defect: bool = False
+
+
+def numbers(text: str) -> tuple[int | Fraction, ...]:
+    """ "3,8" or "2/9,0.1". Raises ValueError for anything else."""
+    return tuple(int(part) if part.strip().isdigit() else Fraction(part) for part in text.split(","))
+
+
+def shown(value: Any) -> Any:
+    """As it is typed."""
+    return ",".join(map(str, value)) if isinstance(value, tuple | list) else value
 
 
 def _switch(default: Any, about: str, methods: tuple[str, ...], **more) -> Any:
@@ -42,7 +59,7 @@ class Switches:
         None,
         "'every' or 'every:K': decide at every layer, or every K-th, from the method's first one on, with one solved "
         "ratio",
-        _ROUTED,
+        _EVERY,
     )
     first_decision: int | None = _switch(
         None, "layer of the first decision (FastV's K), instead of the released 2 or 3", _STAGED, kind=int
@@ -56,7 +73,7 @@ class Switches:
     score_source: str | None = _switch(
         None,
         "attention that ranks the tokens of a deletion (3.5), instead of the one released with the method",
-        ("fastv", "pdrop", "nuwa"),
+        ("fastv", "pdrop", "nuwa", "feather"),
         choices=("own_layer", "previous_layer"),
         action="delete",
     )
@@ -103,6 +120,44 @@ class Switches:
         family="qwen2_5_vl",
         defect=True,
     )
+    layers: tuple[int, ...] | None = _switch(
+        None, "decision layers, instead of the method's own", _INSIDE, kind=numbers
+    )
+    keep: tuple[int | float | Fraction, ...] | None = _switch(
+        None, "visual tokens to keep, a number or a share for each decision, instead of a budget", _INSIDE, kind=numbers
+    )
+    stride: int = _switch(3, "FEATHER keeps every this many rows and columns (14.1)", ("feather",), kind=int)
+    floor_count: str = _switch(
+        "fill",
+        "the grid counts among the tokens kept, or comes on top of them as released (14.3)",
+        ("feather",),
+        choices=("fill", "union"),
+        family="llava",
+        action="delete",
+    )
+    budget_of: str = _switch(
+        "compute",
+        "what the budget averages: tokens that run, or tokens cached, which IVC-Prune's own numbers mean (17)",
+        ("ivc",),
+        choices=("compute", "kv"),
+    )
+    cut_caches: str | None = _switch(
+        None,
+        "caches of the layers before the decision: cut to what it keeps, but for layer 0 as released for LLaVA, or "
+        "left alone (15.1)",
+        ("ivc",),
+        choices=("all", "all_but_first", "no"),
+    )
+    ivc_llava_release: bool = _switch(
+        False,
+        "as released for LLaVA: similarity over all tokens, anchors and seeds as shares of the image and on top of the "
+        "count, layer 0 not cut",
+        ("ivc",),
+        kind=bool,
+        action="delete",
+        family="llava",
+        defect=True,
+    )
     seed: int = _switch(0, "of the random scores", ("random",), kind=int)
     first_image_only: bool = _switch(False, "of several images in a row, route the first one only", _ROUTED, kind=bool)
 
@@ -113,8 +168,15 @@ class Switches:
                 one_of(name, value, switch.choices)
         if self.decisions is not None and not re.fullmatch(r"every(:[1-9]\d*)?", self.decisions):
             raise RerouteError(f"decisions is {self.decisions!r}, expected 'every' or 'every:K' with K from 1 on")
+        if self.layers is not None and any(layer < 0 for layer in self.layers):
+            raise RerouteError(f"layers are {shown(self.layers)}, expected layers from 0 on")
         if self.ratios == "official" and (self.decisions is not None or self.first_decision is not None):
             raise RerouteError("ratios='official' belongs to a method's own decisions, use ratios='solved' here")
+
+    @property
+    def amount(self) -> str | None:
+        """The switch that says how much stays, so that a budget cannot."""
+        return next((name for name in AMOUNTS if getattr(self, name) is not None), None)
 
     @property
     def step(self) -> int:
@@ -135,6 +197,14 @@ class Switches:
                 raise RerouteError(f"method {method!r} has no use for {name}={value!r}, it is for {users}")
             if switch.family not in (None, family):
                 raise RerouteError(f"{name} of method {method!r} is for {switch.family}, this model is {family}")
+
+    def check_action(self, method: str, action: str) -> None:
+        """Raises RerouteError naming a changed switch that belongs to the other action."""
+        for name in self.changed:
+            if SWITCHES[name].action not in (None, action):
+                raise RerouteError(
+                    f"{name} of method {method!r} belongs to action={SWITCHES[name].action!r}, leave it out here"
+                )
 
 
 SWITCHES: dict[str, Switch] = {one.name: one.metadata["switch"] for one in fields(Switches)}

@@ -10,7 +10,8 @@ from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as hf
 
 from convert.crosscheck.nuwa import nuwa_stage_one
 from convert.crosscheck.qwen2_5_vl import vision_tower, window_of
-from convert.crosscheck.reference import last_three, run
+from convert.crosscheck.reference import run
+from convert.crosscheck.scores import last_three
 from reroute_jax.routing.plan import NuwaMerge, PoolMerge, Schedule, Stage
 from tests.tiny_qwen import IMAGE, PAD, VISION_START, load_torch, random_ids, random_patches, tiny_qwen
 

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+from convert.crosscheck.layers import RaggedRows
 from convert.crosscheck.llava import clip_tower
 from convert.crosscheck.nuwa import nuwa_stage_one, pool
-from convert.crosscheck.reference import RaggedRows, head_mean, keep_count, penalised, route, run, select
+from convert.crosscheck.reference import keep_count, penalised, route, run, select
+from convert.crosscheck.scores import head_mean
 from reroute_jax.routing.plan import NuwaMerge, PoolMerge, Schedule, Stage
 from tests.tiny import load_torch, random_ids, random_pixels, tiny_llava
 
@@ -144,7 +146,7 @@ def test_vector_3_routing_semantics(action, second, final, third_cache):
         rows,
         schedule,
         lambda layer, rows: (rows.hidden + 1, None),
-        lambda stage, number, rows, before: torch.tensor(injected[stage.lo])[rows.visual],
+        lambda given: torch.tensor(injected[given.stage.lo])[given.rows.visual],
         original=6,
         next_position=8,
     )
@@ -260,7 +262,7 @@ def test_vector_8_nuwa_positions():
         return rows.hidden, None
 
     stages = (Stage(0, 1), Stage(1, 2, count=1, action="delete", score="last_token"))
-    middle_best = lambda stage, number, rows, before: (rows.visual == 25).float()  # noqa: E731
+    middle_best = lambda given: (given.rows.visual == 25).float()  # noqa: E731
     _, walk = route(rows, Schedule(stages), layer, middle_best, original=576, next_position=584)
     assert seen == [position.tolist(), [0, 1, 2, 3, 4, 30, 581, 582, 583]]
     assert walk.next_position == [584, 584]
@@ -375,9 +377,9 @@ def test_renumbering_counts_what_runs(action):
         seen.append(rows.position[0].tolist())
         return rows.hidden, None
 
-    def score(stage, number, rows, before):
-        scored.append(rows.position[0].tolist())
-        return -rows.visual.float()
+    def score(given):
+        scored.append(given.rows.position[0].tolist())
+        return -given.rows.visual.float()
 
     schedule = Schedule.from_decisions((1, 2), (3, 2), 3, action, position_mode="renumber")
     _, walk = route(rows, schedule, layer, score, original=6, next_position=8)

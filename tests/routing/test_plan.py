@@ -171,8 +171,8 @@ ERRORS = {
     "action without decision": (lambda: Stage(0, 2, action="delete"), "action but no ratio"),
     "decision without action": (lambda: Stage(0, 2, count=2), "None, expected one of: delete, reroute, layout"),
     "decision without score": (
-        lambda: Stage(0, 2, count=2, action="delete"), "expected one of: last_token, previous_layer, .*prior"),
-    "unknown score": (lambda: routed(score="norm"), "'norm', expected one of: last_token, previous_layer, .*prior"),
+        lambda: Stage(0, 2, count=2, action="delete"), "expected one of: last_token, .*prior"),
+    "unknown score": (lambda: routed(score="norm"), "'norm', expected one of: last_token, .*prior"),
     "unknown action": (lambda: routed(action="drop"), "'drop', expected one of: delete, reroute, layout"),
     "unknown mode": (lambda: routed(position_mode="shift"), "'shift', expected one of: original, renumber"),
     "unknown prior": (lambda: routed(score="prior", prior="blue"), "'blue', expected one of: random, uniform"),
@@ -186,9 +186,9 @@ ERRORS = {
     "unsorted layers": (lambda: routed(layers=(1, 5, 3, 6)), r"ascending layers in 0\.\.7"),
     "doubled layer": (lambda: routed(layers=(1, 3, 3, 6)), r"ascending layers in 0\.\.7"),
     "layer past the end": (lambda: routed(layers=(1, 3, 5, 8)), r"ascending layers in 0\.\.7"),
-    "missing keep": (lambda: routed(keep=(0.5, 0.4)), "4 decision layers with 2 keep values"),
-    "missing score": (lambda: routed(score=("last_token",)), "and 1 scores"),
-    "missing action": (lambda: routed(("delete",)), "4 keep values, 1 actions"),
+    "missing keep": (lambda: routed(keep=(0.5, 0.4)), "4 decision layers with 2 of keep"),
+    "missing score": (lambda: routed(score=("last_token",)), "with 1 of score"),
+    "missing action": (lambda: routed(("delete",)), "4 decision layers with 1 of action"),
     "previous layer of layer 0": (
         lambda: routed(layers=(0, 3, 5, 6), score="previous_layer"), "layer 0 has no previous layer"),
     "previous layer of a later reroute": (

@@ -42,6 +42,10 @@ ROUTES = {
     "uniform": {"method": "uniform", "action": "delete"},
     "pool": {"method": "pool"},
     "layout": {"method": "layout"},
+    "feather": {"method": "feather", "action": "delete"},
+    "v2drop": {"method": "v2drop", "action": "delete"},
+    "ivc": {"method": "ivc", "action": "delete"},
+    "ivc-reroute": {"method": "ivc", "action": "reroute"},
 }
 EDGES = {
     "layer-0": Schedule.from_decisions((0, 3), (0.5, 0.25), 8, "reroute"),
@@ -49,8 +53,16 @@ EDGES = {
     "keep-all": Schedule.from_decisions((2, 4), (1.0, 1.0), 8, "reroute"),
 }
 # Generation compiles twice more; routes that differ in scores only are left out of it.
-GENERATED = {"fastv-delete", "pdrop-reroute", "pdrop-renumber", "pdrop-first-image", "nuwa-delete", "nuwa-0.5-reroute"}
-GENERATED |= {"random-reroute", "pool", "layer-0"}
+GENERATED = {
+    "fastv-delete",
+    "pdrop-reroute",
+    "pdrop-renumber",
+    "pdrop-first-image",
+    "nuwa-delete",
+    "nuwa-0.5-reroute",
+    "ivc",
+}
+GENERATED |= {"ivc", "random-reroute", "pool", "layer-0"}
 
 # A row with one image, one with two, one with a small one, one without.
 GRIDS = (((7, 5),), ((5, 6), (9, 3)), ((3, 4),), ())
@@ -123,7 +135,7 @@ def check(result, row, wanted, source):
         scores = result.trace.scores[number][row]
         assert not np.isfinite(scores[count:]).any()
         if decision:
-            np.testing.assert_allclose(scores[:count], decision.scores, atol=1e-5)
+            np.testing.assert_allclose(scores[:count], decision.scores, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("name", "row"), [("pdrop-reroute", 0), ("nuwa-0.5-delete", 1), ("random-reroute", 2)])

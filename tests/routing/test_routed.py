@@ -35,6 +35,14 @@ ROUTES = {
     "uniform": {"method": "uniform", "action": "delete"},
     "pool": {"method": "pool"},
     "layout": {"method": "layout"},
+    "feather": {"method": "feather", "action": "delete"},
+    "feather-reroute": {"method": "feather", "action": "reroute"},
+    "feather-union": {"method": "feather", "action": "delete", "floor_count": "union"},
+    "v2drop": {"method": "v2drop", "action": "delete"},
+    "v2drop-reroute": {"method": "v2drop", "action": "reroute"},
+    "ivc": {"method": "ivc", "action": "delete"},
+    "ivc-reroute": {"method": "ivc", "action": "reroute"},
+    "ivc-release": {"method": "ivc", "action": "delete", "ivc_llava_release": True, "budget_of": "kv"},
 }
 EDGES = {
     "layer-0": Schedule.from_decisions((0, 3), (0.5, 0.25), 8, "reroute"),
@@ -66,6 +74,7 @@ def reference(model, torch_model, ids, pixels, schedule, **more):
 CASES = [(2, name) for name in (*ROUTES, *EDGES)] + [(4, "pdrop-reroute"), (4, "nuwa-delete")]
 # What decode sees of a route: the length of each stage's cache and the positions. Other routes differ in scores only.
 GENERATED = {"fastv-delete", "fastv-renumber", "pdrop-delete", "pdrop-reroute", "pdrop-renumber", "pool", "layer-0"}
+GENERATED |= {"ivc", "ivc-reroute", "ivc-release"}
 GENERATED |= {"pdrop-reroute-renumber", "nuwa-delete", "nuwa-reroute", "random-reroute", "last-layer"}
 LONG = {"pdrop-reroute"}  # errors of rope grow with the distance
 
@@ -95,7 +104,7 @@ def test_equals_the_reference(kv_heads, name):
                 continue
             decision = wanted.decisions[number]
             np.testing.assert_array_equal(selected[row][selected[row] >= 0], decision.selected)
-            np.testing.assert_allclose(result.trace.scores[number][row], decision.scores, atol=1e-5)
+            np.testing.assert_allclose(result.trace.scores[number][row], decision.scores, atol=1e-5, rtol=1e-5)
     if new:
         tokens = model.generate_ids(
             input_ids=padded, attention_mask=mask, pixel_values=pixels, schedule=schedule, max_new_tokens=new

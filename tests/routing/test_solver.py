@@ -88,7 +88,7 @@ def test_feasible_minimum(shape, num_layers, minimum):
 
 
 def test_feasible_maximum():
-    # The pyramid's late stages hold at most a half and a quarter: (2 + 19.25) / 32 of the tokens.
+    # The pyramid's late stages hold at most a half and a quarter: (19.25 + 2) / 32 of the tokens.
     with pytest.raises(RerouteError, match=r"pyramid shape reaches at most 382\.5"):
         solve("pyramid", (2, 7, 15, 23), 32, 576, Fraction(383))
     assert solve("pyramid", (2, 7, 15, 23), 32, 576, Fraction(765, 2))[0] == 1
