@@ -191,10 +191,10 @@ def _parser() -> Parser:
 def _add_list(group, name: str, of: Callable[[str], Any], about: str, default: Sequence[Any] | None = None) -> None:
     """An argument of values between commas. Without a default it is None unless given, and `MATRIX` has its values."""
     about = f"{about} (default: {','.join(map(str, default or MATRIX[name]))})"
-    group.add_argument(f"--{name}", type=partial(_listed, of), default=default, metavar="A,B", help=about)
+    group.add_argument(f"--{name}", type=partial(listed, of), default=default, metavar="A,B", help=about)
 
 
-def _listed(of: Callable[[str], Any], text: str) -> tuple[Any, ...]:
+def listed(of: Callable[[str], Any], text: str) -> tuple[Any, ...]:
     """argparse type: values between commas, each once."""
     values = tuple(of(part) for part in text.split(","))
     if len(set(values)) != len(values):
@@ -221,7 +221,7 @@ def _run(args: argparse.Namespace) -> None:
     if "none" in (args.methods or ()):
         raise RerouteError("method 'none' is the run with all tokens, which is always there: leave it out of --methods")
     planned = {model: _planned(model, args) for model in args.models}
-    asked = [_asked(name, args) for name in _task_names(args.tasks)]
+    asked = [opened_task(name, args) for name in _task_names(args.tasks)]
     with locked(args.out):
         sheets = [_sheet(model, planned[model], asked, args) for model in args.models]
         text = markdown(sheets)
@@ -251,7 +251,7 @@ def _task_names(given: Sequence[str]) -> list[str]:
     return names
 
 
-def _asked(name: str, args: argparse.Namespace) -> OpenedTask:
+def opened_task(name: str, args: argparse.Namespace) -> OpenedTask:
     """Raises RerouteError for an unknown task or split, and for data that are not there."""
     task, _, split = name.partition(":")
     if task not in COMMANDS:
@@ -342,7 +342,7 @@ def _sheet(name: str, planned: Planned, asked: Sequence[OpenedTask], args: argpa
     outcomes = []
     for number, one in enumerate(asked, 1):
         print(f"{name}, {one.name} ({number} of {len(asked)} tasks), {len(planned.routes.runs)} runs", flush=True)
-        outcomes.append(_outcome(name, model, planned.routes, one, args))
+        outcomes.append(outcome(name, model, planned.routes, one, args))
     jax.clear_caches()  # the programs of a model that is done
     notes = [OFFICIAL_NOTE] * args.official
     notes += [f"Note: {CAVEATS[name]}."] if name in CAVEATS else []
@@ -360,7 +360,7 @@ def _sheet(name: str, planned: Planned, asked: Sequence[OpenedTask], args: argpa
     return Sheet(name, planned.entries, tuple(outcomes), tuple(notes))
 
 
-def _outcome(name: str, model: Answerer, routes: Routes, asked: OpenedTask, args: argparse.Namespace) -> Outcome:
+def outcome(name: str, model: Answerer, routes: Routes, asked: OpenedTask, args: argparse.Namespace) -> Outcome:
     own = argparse.Namespace(**{**vars(asked.args), "model": name})
     task, metrics, settings = asked.command.questions(own, asked.source, model)
     settings = run_settings(own, model, asked.source, task, settings)

@@ -1,0 +1,108 @@
+"""`python -m benchmarks.audit`: what configurations of the literature spend, beside what their rows are called.
+
+Nothing is run: keep counts, layers and depth say what a configuration spends, and how little its decision layers
+could. The table of docs/baselines.md is made by this command.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+from evals.speed.checkpoint_shapes import SHAPES
+from reroute_jax.commandline.parsing import Parser, exit_code
+from reroute_jax.config import DecoderConfig
+from reroute_jax.models import read_config
+from reroute_jax.routing.cost import account
+from reroute_jax.routing.methods import plan
+from reroute_jax.routing.plan import Schedule
+from reroute_jax.routing.presets import preset
+
+GRID, TEXT = (24, 24), 64
+VISUAL = GRID[0] * GRID[1]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A configuration. called: tokens that tables call it by, None where it has no such name."""
+
+    name: str
+    called: int | None
+    schedule: Schedule
+
+
+def rows(num_layers: int = 32) -> list[Row]:
+    """On LLaVA-1.5-7B: 576 visual tokens, 32 layers."""
+
+    def by_hand(layers: Sequence[int], keep: Sequence[Fraction | int], **more) -> Schedule:
+        return Schedule.from_decisions(layers, keep, num_layers, "delete", **more)
+
+    def made(method: str, budget: int | None = None, **more) -> Schedule:
+        return plan(method, num_layers=num_layers, visual=VISUAL, grid=GRID, budget=budget, **more)
+
+    half, quarter = Fraction(1, 2), Fraction(1, 4)
+    found = [
+        Row("FastV, K=2, R=50% (its paper)", None, by_hand((2,), (half,), score="previous_layer")),
+        Row(
+            "FastV, K=2, R=75% (its code; SparseVLMs issue 12)", 192, by_hand((2,), (quarter,), score="previous_layer")
+        ),
+        Row(
+            "PyramidDrop, layers 8, 16, 24, half each (its paper)", None, by_hand((8, 16, 24), (half, quarter, half**3))
+        ),
+        # 172 winners and a grid of 64 are about 217 different tokens (17).
+        Row(
+            "FEATHER, layers 8 and 16 (its paper)", None, by_hand((8, 16), (217, 19), score="previous_layer_unrotated")
+        ),
+        Row("V2Drop, layers 3, 17, 22 (its release)", 192, by_hand((3, 17, 22), (288, 144, 1), score="hidden_change")),
+        Row("IVC-Prune, half at layer 16 (its paper)", 288, made("ivc", keep=(half,), layers=(16,), action="delete")),
+    ]
+    for tier in (192, 128, 64):
+        found.append(Row(f"Nuwa {tier} (its paper)", tier, made("nuwa", tier, action="delete")))
+    for variant in ("fastv_K3", "pdrop_earlyL2", "ours_vs_fastv", "ours_vs_pdrop"):
+        for tier in (192, 128, 64):
+            name = f"llava15_{variant}_avg{tier}"
+            found.append(Row(f"{name} (Reroute's release)", tier, preset(name, num_layers)))
+    return found
+
+
+def table(found: Sequence[Row], config: DecoderConfig) -> str:
+    """Markdown."""
+    lines = [
+        "| configuration | called | tokens a layer | of 576 | least of its layers | TMACs with scoring | KV tokens a layer |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    full = account(Schedule.from_decisions((), (), config.num_layers), config, visual=VISUAL, text=TEXT, grid=GRID)
+    lines.append(_line("all tokens", None, full, VISUAL, config))
+    for row in found:
+        cost = account(row.schedule, config, visual=VISUAL, text=TEXT, grid=GRID)
+        entering = row.schedule.merged_count(VISUAL, GRID)
+        least = entering * row.schedule.decisions[0].lo / config.num_layers
+        lines.append(_line(row.name, row.called, cost, least, config))
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the table. Returns 0."""
+    args = Parser("benchmarks.audit", __doc__, ()).parse_args(argv)
+    config = read_config(SHAPES["llava-1.5-7b"].config("bfloat16")).decoder
+    return exit_code(lambda: print(table(rows(), config)), args.debug)
+
+
+def _line(name: str, called: int | None, cost, least: float, config: DecoderConfig) -> str:
+    off = called is not None and abs(cost.average - called) > 0.05 * called
+    cells = [
+        name,
+        "" if called is None else f"{called}" + " (**not that**)" * off,
+        f"{cost.average:.1f}",
+        f"{100 * cost.average / VISUAL:.1f} %",
+        f"{least:.0f}",
+        f"{cost.prompt.total() / 1e12:.2f}",
+        f"{cost.kv_visual / config.num_layers:.1f}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
