@@ -296,7 +296,12 @@ def _parser() -> Parser:
         "--actions", nargs="+", choices=ACTIONS, default=["delete", "reroute"], help="(default: delete reroute)"
     )
     route.add_argument(
-        "--schedules", nargs="+", type=Path, default=[], metavar="FILE", help="schedules that were written down, too"
+        "--schedules",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="FILE",
+        help="schedules that were written down, too (default: none)",
     )
     route.add_argument(
         "--budgets",

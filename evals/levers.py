@@ -70,7 +70,7 @@ def _parser() -> Parser:
         type=_levels,
         default=[],
         metavar="LEVER=A,B",
-        help="fewer levels than all, the first being what others are held against: "
+        help="fewer levels, the first being what others are held against (default: all): "
         + "; ".join(f"{lever}={','.join(levels)}" for lever, levels in LEVERS.items()),
     )
     add_compat_argument(parser)

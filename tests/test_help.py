@@ -17,6 +17,7 @@ GROUPS = {
     **{f"evals.{task}": (*ROUTED, OUTPUT) for task in (*GROUNDING, *ANSWERING)},
     "evals.show": (*ROUTED, OUTPUT),
     "evals.table": (RUN, DATA, ROUTE, DEFECT, OUTPUT),
+    "evals.levers": (RUN, DATA, ROUTE, DEFECT, OUTPUT),
     "evals.bench": (RUN, DATA, ROUTE, OUTPUT),
     "evals.profile": (*ROUTED, OUTPUT),
     "evals.scenes.train": (RUN, OUTPUT),

@@ -252,7 +252,7 @@ def test_official_configurations_share_the_runs_of_one_computation(monkeypatch: 
         0.0315,
         0.0106,
     ]
-    assert not schedules["llava15_fastv_K3_avg64"].recover
+    assert [stage.action for stage in schedules["llava15_fastv_K3_avg64"].decisions] == ["delete"]
 
 
 def test_official_rows_carry_what_was_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
