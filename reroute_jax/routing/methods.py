@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from numbers import Integral
 from numbers import Real
 
 from reroute_jax.errors import RerouteError, one_of
@@ -46,6 +47,8 @@ def plan(
     """
     one_of("method", method, tuple(METHODS))
     one_of("action", action, ACTIONS)
+    if not all(isinstance(size, Integral) for size in (visual, *grid)):
+        raise RerouteError(f"a grid of {grid[0]} x {grid[1]} for {visual} visual tokens, expected whole numbers")
     if visual < 1 or grid[0] * grid[1] != visual:
         raise RerouteError(f"a grid of {grid[0]} x {grid[1]} does not hold {visual} visual tokens")
     one_of("family", family, tuple(FAMILIES))

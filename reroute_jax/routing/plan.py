@@ -314,6 +314,8 @@ class Schedule:
         or "layout"), score, floor, union, of_kept: one for all decisions, or one for each, as of `Stage`. more: other
         fields of the schedule. Raises RerouteError on any inconsistency.
         """
+        if not all(isinstance(layer, Integral) for layer in layers):
+            raise RerouteError(f"decision layers are {list(layers)}, expected whole numbers")
         layers = [int(layer) for layer in layers]
         given = {"action": action, "score": score, "floor": floor, "union": union, "of_kept": of_kept}
         parts = {name: _for_each(value, len(layers)) for name, value in given.items()}
@@ -327,8 +329,7 @@ class Schedule:
         edges = [*layers, num_layers]
         stages = [] if edges[0] == 0 else [Stage(0, edges[0])]
         for number, ((lo, hi), value) in enumerate(zip(pairwise(edges), keep, strict=True)):
-            amount = {"count": int(value)} if isinstance(value, Integral) else {"ratio": _ratio(value)}
-            stages.append(Stage(lo, hi, **amount, **{name: values[number] for name, values in parts.items()}))
+            stages.append(Stage(lo, hi, **_amount(value), **{name: values[number] for name, values in parts.items()}))
         return cls(tuple(stages), position_mode=position_mode, **more)
 
     def check_depth(self, num_layers: int) -> None:
@@ -469,8 +470,12 @@ def _for_each(value: Any, count: int) -> list:
     return list(value) if isinstance(value, list | tuple) else [value] * count
 
 
-def _ratio(value: Real) -> float | Fraction:
-    return value if isinstance(value, Fraction) else float(value)
+def _amount(value: Real) -> dict[str, int | float | Fraction]:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise RerouteError(f"a decision keeps {value!r}, expected a whole number of tokens or a ratio in (0, 1]")
+    if isinstance(value, Integral):
+        return {"count": int(value)}
+    return {"ratio": value if isinstance(value, Fraction) else float(value)}
 
 
 def _stage(record: Mapping[str, Any]) -> Stage:

@@ -166,6 +166,7 @@ ERRORS = {
     "ratio and count": (lambda: Stage(0, 2, ratio=0.5, count=3, score="last_token"), "both a ratio and a count"),
     "ratio 0": (lambda: routed(keep=(0.0, 0.1, 0.1, 0.1)), r"ratio of 0, expected a value in \(0, 1\]"),
     "ratio above 1": (lambda: routed(keep=(1.01, 0.1, 0.1, 0.1)), r"1.01, expected a value in \(0, 1\]"),
+    "no number": (lambda: routed(keep=(True, 0.5, 0.5, 0.5)), "keeps True, expected a whole number"),
     "count 0": (lambda: routed(keep=(3, 2, 1, 0)), "at least 1"),
     "score without decision": (lambda: Stage(0, 2, score="last_token"), "score but no ratio"),
     "action without decision": (lambda: Stage(0, 2, action="delete"), "action but no ratio"),
