@@ -6,8 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from numbers import Integral
-from numbers import Real
+from numbers import Integral, Real
 
 from reroute_jax.errors import RerouteError, one_of
 from reroute_jax.models import FAMILIES
