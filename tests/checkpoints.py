@@ -13,24 +13,28 @@ from reroute_jax.engine.model import Model
 from tests import tiny_qwen
 from tests.tiny import load_torch, tiny_llava
 
+LAYERS = 6  # of the decoders that are compared with torch: four decisions, and a last stage of two layers
+
 
 @cache
 def pair(kv_heads: int) -> tuple[LlavaForConditionalGeneration, Model]:
-    """MHA with 4 KV heads, GQA with 2; 8 decoder layers, 36 visual tokens."""
-    folder = tiny_llava(Path(mkdtemp()) / f"kv{kv_heads}", kv_heads=kv_heads, seed=kv_heads)
+    """MHA with 4 KV heads, GQA with 2; 36 visual tokens."""
+    folder = tiny_llava(Path(mkdtemp()) / "tiny", kv_heads=kv_heads, layers=LAYERS, vision_layers=4, seed=kv_heads)
     return load_torch(folder), reroute_jax.load(folder, "float32")
 
 
 @cache
-def small() -> Model:
+def small(kv_heads: int = 2) -> Model:
     """Of 4 decoder layers and 2 of vision, where nothing is compared with torch: little to compile."""
-    folder = tiny_llava(Path(mkdtemp()) / "small", kv_heads=2, layers=4, vision_layers=3, seed=3)
+    folder = tiny_llava(Path(mkdtemp()) / "small", kv_heads=kv_heads, layers=4, vision_layers=3, seed=3)
     return reroute_jax.load(folder, "float32")
 
 
 @cache
 def qwen_pair(tied: bool = False) -> tuple[Qwen2_5_VLForConditionalGeneration, Model]:
-    """GQA with 2 KV heads of 4, 8 decoder layers; with a tied head in transformers 5's spelling, else the hub's."""
+    """GQA with 2 KV heads of 4; with a tied head in transformers 5's spelling, else the hub's."""
     spelling = "v5" if tied else "hub"
-    folder = tiny_qwen.tiny_qwen(Path(mkdtemp()) / spelling, spelling=spelling, tied=tied, seed=5)
+    sizes = {"layers": LAYERS, "vision_layers": 4}
+    seed = 12 if tied else 5  # whose greedy tokens vary
+    folder = tiny_qwen.tiny_qwen(Path(mkdtemp()) / spelling, spelling=spelling, tied=tied, seed=seed, **sizes)
     return tiny_qwen.load_torch(folder), reroute_jax.load(folder, "float32")

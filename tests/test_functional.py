@@ -10,13 +10,13 @@ import pytest
 import reroute_jax
 from reroute_jax.nn.params import named_parameters
 from reroute_jax.routing.plan import Schedule
-from tests.checkpoints import pair
+from tests.checkpoints import small
 from tests.tiny import random_ids, random_pixels
 
 
 @pytest.fixture(scope="module")
 def model():
-    return pair(2)[1]
+    return small()
 
 
 def batch_of(model, schedule=None, rows=2):
@@ -27,7 +27,7 @@ def batch_of(model, schedule=None, rows=2):
 @pytest.mark.parametrize("action", ["delete", "reroute"])
 def test_logits_of_all_rows_that_ran_under_an_outer_jit(model, action):
     """The last of each row are those of `prefill`; slots say where rows stood, selected ones and all text."""
-    schedule = Schedule.from_decisions((2, 4), (0.5, 0.25), 8, action)
+    schedule = Schedule.from_decisions((1, 3), (0.5, 0.25), 4, action)
     batch = batch_of(model, schedule)
     run = jax.jit(reroute_jax.apply, static_argnums=2)
     out = run(model.module, batch.prompt, batch.plan, batch.images)
@@ -46,7 +46,7 @@ def test_logits_of_all_rows_that_ran_under_an_outer_jit(model, action):
 
 def test_gradients_of_a_loss_under_routing(model):
     """A finite difference along one direction of one parameter agrees with the gradient."""
-    schedule = Schedule.from_decisions((3,), (0.5,), 8)
+    schedule = Schedule.from_decisions((2,), (0.5,), 4)
     batch = batch_of(model, schedule, rows=1)
     labels = jnp.asarray(batch.prompt.ids)
 
@@ -73,7 +73,7 @@ def test_gradients_of_a_loss_under_routing(model):
 def test_vmap_over_how_much_a_decision_keeps(model):
     """Every count up to the plan's, in one program: each equals a schedule of that count."""
     counts = (4, 9, 18)
-    batch = batch_of(model, Schedule.from_decisions((3,), (18,), 8), rows=1)
+    batch = batch_of(model, Schedule.from_decisions((2,), (18,), 4), rows=1)
 
     def last(keep):
         out = reroute_jax.apply(model.module, replace(batch.prompt, keep=keep), batch.plan, batch.images)
@@ -82,7 +82,7 @@ def test_vmap_over_how_much_a_decision_keeps(model):
     found = jax.jit(jax.vmap(last))(jnp.array(counts, jnp.int32)[:, None, None])
     for logits, count in zip(found, counts, strict=True):
         ids, pixels = random_ids(60)[None], random_pixels(1)
-        schedule = Schedule.from_decisions((3,), (count,), 8)
+        schedule = Schedule.from_decisions((2,), (count,), 4)
         np.testing.assert_allclose(
             logits, model.prefill(input_ids=ids, pixel_values=pixels, schedule=schedule).logits, atol=1e-4
         )

@@ -1,6 +1,7 @@
 """The programs of every family, lowered for a GPU and a TPU on a machine that has neither."""
 
 import re
+from functools import cache
 
 import pytest
 
@@ -13,11 +14,15 @@ GRIDS = {"llava-tiny-gqa": (4, 4), "qwen-tiny": (4, 6)}
 pytestmark = pytest.mark.usefixtures("unchecked_annotations")
 
 
-def traced(shape, dtype, schedule=None, **route):
-    model, hf_config = random_model(SHAPES[shape], dtype, shapes_only=True)
-    subject = Subject(shape, model, hf_config, GRIDS[shape], 16)
-    schedule = schedule or subject.plan(route.pop("method"), **route)
-    return trace_programs(subject, schedule, sample(subject, 2))
+@cache
+def subject(shape, dtype):
+    return Subject(shape, *random_model(SHAPES[shape], dtype, shapes_only=True), GRIDS[shape], 16)
+
+
+@cache
+def traced(shape, dtype, method):
+    one = subject(shape, dtype)
+    return trace_programs(one, one.plan(method, **ROUTES[method]), sample(one, 2))
 
 
 def products(program, platform):
@@ -36,7 +41,7 @@ def products(program, platform):
 @pytest.mark.parametrize("shape", GRIDS)
 def test_lowers_and_multiplies_fp32_in_full(shape, method, dtype, platform):
     """fp32 operands, in whatever program they stand, are never TF32 or one bf16 pass; 16-bit ones take one pass."""
-    for name, program in traced(shape, dtype, method=method, **ROUTES[method]).items():
+    for name, program in traced(shape, dtype, method).items():
         found = products(program, platform)
         assert found or name == "begin", name
         for operands, precisions in found:
@@ -46,7 +51,7 @@ def test_lowers_and_multiplies_fp32_in_full(shape, method, dtype, platform):
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 def test_scores_are_fp32(platform):
     """In bf16 the routed prefill has fp32 products, the plain one has none."""
-    plain = products(traced("llava-tiny-gqa", "bfloat16", method="none")["prefill"], platform)
-    routed = products(traced("llava-tiny-gqa", "bfloat16", method="pdrop", budget=192)["prefill"], platform)
+    plain = products(traced("llava-tiny-gqa", "bfloat16", "none")["prefill"], platform)
+    routed = products(traced("llava-tiny-gqa", "bfloat16", "pdrop")["prefill"], platform)
     assert all("f32" not in operands for operands, _ in plain)
     assert any(operands == {"f32"} for operands, _ in routed)

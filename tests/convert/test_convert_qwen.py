@@ -88,8 +88,11 @@ HUB = hf_shapes(TABLE, TARGET)
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_full_sizes_have_transformers_keys_and_shapes(name):
-    """Nothing is allocated: abstract parameters here, the meta device there."""
-    written = full_size(name)
+    """Nothing is allocated: abstract parameters here, the meta device there. Two layers and blocks of each; the others
+    have the same shapes."""
+    whole = full_size(name)
+    written = whole | {"num_hidden_layers": 2, "max_window_layers": 2}
+    written["vision_config"] = whole["vision_config"] | {"depth": 2, "fullatt_block_indexes": [1]}
     config = read_config(written)
     target = {path: value.shape for path, value in abstract_params(config).items()}
     with torch.device("meta"):
@@ -99,7 +102,13 @@ def test_full_sizes_have_transformers_keys_and_shapes(name):
         assert "decoder.head.kernel" not in target
         del state["lm_head.weight"]
     assert hf_shapes(table_of(config), target) == shapes_in_hub_spelling(state)
-    assert sum(int(np.prod(shape)) for shape in target.values()) == PARAMETERS[name]
+
+    def numbers(part=""):
+        return sum(int(np.prod(shape)) for path, shape in target.items() if path.startswith(part))
+
+    more = (whole["num_hidden_layers"] - 2) * numbers("decoder.layers.1.")
+    more += (whole["vision_config"]["depth"] - 2) * numbers("vision.layers.1.")
+    assert numbers() + more == PARAMETERS[name]
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])

@@ -5,7 +5,6 @@ from base64 import b64decode
 from dataclasses import replace
 from xml.etree import ElementTree
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -145,7 +144,6 @@ def test_numbers_that_overflow_are_told_with_dtype_row_and_layers():
     assert f"layers {hit.lo} to {hit.hi - 1}" in str(found[0].error)
     with pytest.raises(RerouteError, match=r"row 0: .*float16"):
         model.prefill(**arrays(model, (picture(), "one")))
-    jax.clear_caches()
 
 
 @pytest.mark.parametrize("wrong", [-1, 10**6])

@@ -15,15 +15,15 @@ from reroute_jax.engine.compilation import compilations
 from reroute_jax.errors import RerouteError
 from reroute_jax.nn.cache import ROOM
 from reroute_jax.routing.plan import Schedule
-from tests.checkpoints import pair
+from tests.checkpoints import small
 from tests.routing.test_routed import pad
 from tests.tiny import BOS, random_ids, random_pixels
 
 
 def test_padding_side_and_bucket_do_not_matter():
     """The same prompt alone, right-padded, left-padded, and beside a row that needs a larger bucket."""
-    _, model = pair(2)
-    schedule = model.plan("pdrop", budget=128)
+    model = small()
+    schedule = model.plan("pdrop", budget=0.5)
     short, long = random_ids(60, start=1), random_ids(300, start=9, seed=1)
     pixels = random_pixels(2)
     alone = model.generate_ids(input_ids=short[None], pixel_values=pixels[:1], schedule=schedule, max_new_tokens=10)
@@ -37,9 +37,9 @@ def test_padding_side_and_bucket_do_not_matter():
 
 def test_several_images_are_one_pool():
     """Two images in one row: both are routed, and a later image keeps its own positions."""
-    _, model = pair(4)
+    model = small()
     ids = np.concatenate([random_ids(44, start=4), random_ids(60, start=0, bos=False, seed=2)])[None]
-    schedule = Schedule.from_decisions((1, 4), (0.5, 0.25), 8, "reroute")
+    schedule = Schedule.from_decisions((1, 3), (0.5, 0.25), 4, "reroute")
     trace = model.prefill(input_ids=ids, pixel_values=random_pixels(2), schedule=schedule, trace=True).trace
     assert [selected.shape[1] for selected in trace.selected] == [36, 18]
     assert trace.scores[0].shape == (1, 72)
@@ -47,8 +47,8 @@ def test_several_images_are_one_pool():
 
 
 def test_one_program_per_bucket():
-    _, model = pair(4)
-    schedule = model.plan("fastv", budget=128)
+    model = small()
+    schedule = model.plan("fastv", budget=0.45)  # nobody else's
     model.generate_ids(
         input_ids=random_ids(70)[None], pixel_values=random_pixels(1), schedule=schedule, max_new_tokens=3
     )
@@ -66,8 +66,8 @@ def test_one_program_per_bucket():
 
 def test_cache_of_each_stage_has_its_own_length():
     """Section 8.3: text slots + kept visual tokens + room for new ones, and not a slot more."""
-    _, model = pair(2)
-    schedule = Schedule.from_decisions((2, 4, 6), (0.3, 0.3, 0.15), 8, "reroute")
+    model = small()
+    schedule = Schedule.from_decisions((1, 2, 3), (0.3, 0.3, 0.15), 4, "reroute")
     layout = lay_out(Question(random_ids(52, start=3), ((6, 6),)), model.config, schedule)
     batch = make_batch([layout], model.config, schedule, pixels=random_pixels(1))
     features, anchors = jax.ShapeDtypeStruct((36, 64), np.float32), jax.ShapeDtypeStruct((36,), np.int32)
@@ -77,7 +77,7 @@ def test_cache_of_each_stage_has_its_own_length():
         return [layer for stage in cache.stages for layer in stage.keys]
 
     lengths = [layer.shape for layer in jax.eval_shape(keys, model.module, batch.prompt, features, anchors)]
-    assert lengths == [(1, 2, 16 + kept + ROOM, 16) for kept in (36, 36, 10, 10, 10, 10, 5, 5)]
+    assert lengths == [(1, 2, 16 + kept + ROOM, 16) for kept in (36, 10, 10, 5)]
 
 
 def test_spec_vector_5_cache_lengths():
@@ -89,7 +89,7 @@ def test_spec_vector_5_cache_lengths():
 
 
 def test_eos_ends_a_row_and_pads_the_rest():
-    _, model = pair(4)
+    model = small()
     ids, pixels = random_ids(64)[None], random_pixels(1)
     free = model.generate_ids(input_ids=ids, pixel_values=pixels, max_new_tokens=12)[0]
     stop = int(free[5])
@@ -100,7 +100,7 @@ def test_eos_ends_a_row_and_pads_the_rest():
 
 
 def test_generate_keeps_order_whatever_the_batch(tmp_path):
-    _, model = pair(2)
+    model = small()
     rng = np.random.default_rng(0)
     image = Image.fromarray(rng.integers(0, 255, (90, 130, 3), dtype=np.uint8))
     image.save(tmp_path / "a.png")
@@ -157,12 +157,12 @@ def refusals():
 def test_refusals(case):
     given, telling = refusals()[case]
     with pytest.raises(RerouteError) as caught:
-        pair(4)[1].prefill(**given)
+        small().prefill(**given)
     assert telling in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_unreadable_images_are_named(tmp_path):
-    _, model = pair(4)
+    model = small()
     (tmp_path / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n nothing more")
     for path in (tmp_path / "cut.png", tmp_path / "absent.png"):
         with pytest.raises(RerouteError, match=path.name):
@@ -171,7 +171,7 @@ def test_unreadable_images_are_named(tmp_path):
 
 def test_generate_compiles_one_program_a_bucket_and_keeps_the_token_budget(monkeypatch):
     """36 questions of three lengths in one call: as many prefills as buckets, full batches, nothing over the budget."""
-    _, model = pair(1)
+    model = small(kv_heads=1)  # nobody else's
     picture = Image.fromarray(np.zeros((80, 70, 3), np.uint8))
     texts = ["red cup " * (length * 8) for length in (1, 3, 7)] * 12
     pairs = [(picture, f"{text} {number}") for number, text in enumerate(texts)]
@@ -192,7 +192,7 @@ def test_generate_compiles_one_program_a_bucket_and_keeps_the_token_budget(monke
 
 
 def test_a_prompt_beyond_the_token_budget_is_refused():
-    _, model = pair(2)
+    model = small()
     with pytest.raises(RerouteError, match=r"a prompt takes \d+ slots and token_budget is 10: raise it"):
         model.generate([(None, "how many")], token_budget=10)
     with pytest.raises(RerouteError, match="token_budget is -1, expected a whole number of at least 1"):
@@ -202,7 +202,7 @@ def test_a_prompt_beyond_the_token_budget_is_refused():
 
 
 def test_warm_up_compiles_what_generate_needs(unchecked_annotations):
-    _, model = pair(4)
+    model = small()
     schedule = model.plan("fastv", budget=0.35)  # nobody else's
     picture = Image.fromarray(np.zeros((90, 70, 3), np.uint8))
     pairs = [(picture, "red cup left"), (picture, "red cup right"), (picture, "where is the small blue cup " * 6)]
@@ -218,7 +218,7 @@ def test_warm_up_compiles_what_generate_needs(unchecked_annotations):
 
 
 def test_warm_up_covers_several_images_a_row_and_long_answers(unchecked_annotations):
-    _, model = pair(4)
+    model = small()
     picture = Image.fromarray(np.zeros((90, 70, 3), np.uint8))
     pairs = [([picture, picture], f"what differs {number}") for number in range(4)]
     options = {"batch_size": 4, "max_new_tokens": 2 * ROOM}

@@ -1,7 +1,9 @@
 """The embedded checkpoints: what transformers makes of them, and what we do."""
 
+from functools import cache
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -31,8 +33,22 @@ NAMES = (*LLAVAS, "scenes-qwen")
 STYLE = {"llava": "full", "qwen2_5_vl": "nuwa"}
 
 
-def questions(family: str, count: int):
+@cache
+def model_of(name: str):
+    return reroute_jax.load(CHECKPOINTS / name, "float32")
+
+
+@cache
+def questions(family: str, count: int = 48):
     return list(rec_docs(rec_source("scenes", "val", family), 0, count, 0))
+
+
+@cache
+def answers_of(name: str) -> list[str]:
+    """To all questions, in the words that the family is asked in."""
+    model, family = model_of(name), model_of(name).config.family
+    asked = [(doc.image, prompts.rec(doc.text, STYLE[family])) for doc in questions(family)]
+    return model.generate(asked, max_new_tokens=8)
 
 
 def hits(docs, answers) -> list[bool]:
@@ -51,10 +67,8 @@ def test_transformers_reads_it_unchanged_and_answers_the_same(name):
     theirs, info = LlavaForConditionalGeneration.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
     assert not any(info.values()), info
     processor = LlavaProcessor.from_pretrained(folder, backend="pil")
-    ours = reroute_jax.load(folder, "float32")
-    docs = questions("llava", 6)
-    answers = ours.generate([(doc.image, prompts.rec(doc.text, "full")) for doc in docs], max_new_tokens=8)
-    for doc, answer in zip(docs, answers, strict=True):
+    ours = model_of(name)
+    for doc, answer in list(zip(questions("llava"), answers_of(name), strict=True))[:6]:
         question = prompts.rec(doc.text, "full")
         content = [{"type": "image"}, {"type": "text", "text": question}]
         text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
@@ -77,10 +91,9 @@ def test_transformers_reads_qwen_unchanged_and_answers_the_same():
         AutoTokenizer.from_pretrained(folder),
         AutoImageProcessor.from_pretrained(folder, backend="pil"),
     )
-    ours = reroute_jax.load(folder, "float32")
-    docs = questions("qwen2_5_vl", 6)
-    prompted = [(doc.image, prompts.rec(doc.text, "nuwa")) for doc in docs]
-    for (image, question), answer in zip(prompted, ours.generate(prompted, max_new_tokens=8), strict=True):
+    ours = model_of("scenes-qwen")
+    for doc, answer in list(zip(questions("qwen2_5_vl"), answers_of("scenes-qwen"), strict=True))[:6]:
+        image, question = doc.image, prompts.rec(doc.text, "nuwa")
         content = [{"type": "image"}, {"type": "text", "text": question}]
         text = tokenizer.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
@@ -104,11 +117,7 @@ def test_transformers_reads_qwen_unchanged_and_answers_the_same():
 @pytest.mark.parametrize("name", NAMES)
 def test_it_is_trained(name):
     """Far above chance on 48 validation questions: a broken conversion or prompt would not be."""
-    model = reroute_jax.load(CHECKPOINTS / name, "float32")
-    family = model.config.family
-    docs = questions(family, 48)
-    answers = model.generate([(doc.image, prompts.rec(doc.text, STYLE[family])) for doc in docs], max_new_tokens=8)
-    assert np.mean(hits(docs, answers)) > 0.6
+    assert np.mean(hits(questions(model_of(name).config.family), answers_of(name))) > 0.6
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -116,14 +125,20 @@ def test_it_is_small(name):
     assert sum(file.stat().st_size for file in (CHECKPOINTS / name).iterdir()) < 12e6
 
 
+nuwa_clip = jax.jit(clip.nuwa_inputs, static_argnums=2)
+
+
+@cache
+def scenes(family: str):
+    return pack("val", 0, 50, TRAINING_QUESTIONS, family)
+
+
 @pytest.mark.parametrize("name", LLAVAS)
 def test_class_attention_falls_on_objects(name):
     """Nuwa ranks patches by it. On objects: more attention a patch than on the background, over 50 scenes."""
-    model = reroute_jax.load(CHECKPOINTS / name, "float32")
-    packed = pack("val", 0, 50, TRAINING_QUESTIONS)
-    inputs = clip.nuwa_inputs(
-        model.module.vision, pixels(jnp.asarray(packed.images)), model.config.vision.feature_layers
-    )
+    model = model_of(name)
+    packed = scenes("llava")
+    inputs = nuwa_clip(model.module.vision, pixels(jnp.asarray(packed.images)), model.config.vision.feature_layers)
     on = packed.patch_thing >= 0
     metric = np.asarray(inputs.metric)
     assert metric[on].mean() > 1.5 * metric[~on].mean()
@@ -131,8 +146,7 @@ def test_class_attention_falls_on_objects(name):
 
 def test_received_attention_falls_on_objects():
     """Nuwa ranks Qwen2.5-VL's tokens by what they receive in the last block, over 50 scenes."""
-    model = reroute_jax.load(CHECKPOINTS / "scenes-qwen", "float32")
-    packed, first = pack("val", 0, 50, TRAINING_QUESTIONS, "qwen2_5_vl"), targets("qwen2_5_vl").first_image
-    metric = np.asarray(qwen2_5.nuwa_inputs(model.module.vision, packed.images).metric)
+    packed, first = scenes("qwen2_5_vl"), targets("qwen2_5_vl").first_image
+    metric = np.asarray(jax.jit(qwen2_5.nuwa_inputs)(model_of("scenes-qwen").module.vision, packed.images).metric)
     on, real = packed.patch_thing >= 0, packed.prefix.runs[:, first : first + metric.shape[1]]
     assert metric[on].mean() > 1.5 * metric[real & ~on].mean()

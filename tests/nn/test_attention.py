@@ -7,7 +7,7 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
 from reroute_jax.nn import attention as module
-from reroute_jax.nn.attention import attention, received_attention
+from reroute_jax.nn.attention import attention, query_probabilities, received_attention
 
 SLOTS = 300
 
@@ -124,3 +124,13 @@ def test_xla_stands_behind_cudnn_and_the_log_says_so(cudnn, caplog):
 def test_without_cudnn_a_gpu_takes_xla():
     module._cudnn_takes.cache_clear()
     assert "cudnn" not in lowered("cuda", "bfloat16", causal=True)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_what_scores_are_made_of_is_fp32_in_half_precision(dtype):
+    """From the product on: rounding a logit or a probability to 16 bits would cost 100 times this much."""
+    q, k, _ = qkv(slots=40, dtype=dtype)
+    found = query_probabilities(q[:, :, -1:], k, jnp.ones((1, 1, 40), bool))
+    expected = weights(q[:, :, -1:], k, np.ones((2, 1, 40), bool))
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)

@@ -10,7 +10,7 @@ import pytest
 from convert.crosscheck.reference import run
 from reroute_jax.routing.plan import Schedule
 from reroute_jax.routing.prior import prior_scores
-from tests.checkpoints import qwen_pair
+from tests.checkpoints import LAYERS, qwen_pair
 from tests.tiny_qwen import random_ids, random_patches
 
 BUDGET = 128
@@ -48,9 +48,9 @@ ROUTES = {
     "ivc-reroute": {"method": "ivc", "action": "reroute"},
 }
 EDGES = {
-    "layer-0": Schedule.from_decisions((0, 3), (0.5, 0.25), 8, "reroute"),
-    "last-layer": Schedule.from_decisions((2, 7), (9, 4), 8, "delete"),
-    "keep-all": Schedule.from_decisions((2, 4), (1.0, 1.0), 8, "reroute"),
+    "layer-0": Schedule.from_decisions((0, 3), (0.5, 0.25), LAYERS, "reroute"),
+    "last-layer": Schedule.from_decisions((2, LAYERS - 1), (9, 4), LAYERS, "delete"),
+    "keep-all": Schedule.from_decisions((2, 4), (1.0, 1.0), LAYERS, "reroute"),
 }
 # Generation compiles twice more; routes that differ in scores only are left out of it.
 GENERATED = {
@@ -64,9 +64,11 @@ GENERATED = {
 }
 GENERATED |= {"ivc", "random-reroute", "pool", "layer-0"}
 
-# A row with one image, one with two, one with a small one, one without.
-GRIDS = (((7, 5),), ((5, 6), (9, 3)), ((3, 4),), ())
-LENGTHS, STARTS = (320, 120, 60, 40), (6, 0, 20, 0)  # one is long: errors of rope grow with the distance
+# A row with one image, one with two, one with a small one, one without: a batch. Then one that is long: attention goes
+# in blocks, and errors of rope grow with the distance.
+GRIDS = (((7, 5),), ((5, 6), (9, 3)), ((3, 4),), (), ((7, 5),))
+LENGTHS, STARTS = (98, 120, 60, 40, 320), (6, 0, 20, 0, 6)
+BATCH, LONG = range(4), 4
 ROWS = [
     random_ids(size, grids, start=start, seed=size) for size, grids, start in zip(LENGTHS, GRIDS, STARTS, strict=True)
 ]
@@ -111,7 +113,7 @@ def batch(rows):
 def test_equals_the_reference(name):
     """Selections, scores, anchors, cached rows, logits and greedy tokens; each row of a ragged batch as if alone."""
     _, model = qwen_pair()
-    schedule, rows = schedule_of(name), range(len(ROWS))
+    schedule, rows = schedule_of(name), BATCH
     given = batch(rows)
     result = model.prefill(**given, schedule=schedule, trace=True)
     for row in rows:
@@ -138,7 +140,7 @@ def check(result, row, wanted, source):
             np.testing.assert_allclose(scores[:count], decision.scores, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("name", "row"), [("pdrop-reroute", 0), ("nuwa-0.5-delete", 1), ("random-reroute", 2)])
+@pytest.mark.parametrize(("name", "row"), [("pdrop-reroute", LONG), ("nuwa-0.5-delete", 1), ("random-reroute", 2)])
 def test_a_row_alone_in_its_own_bucket(name, row):
     """Other shapes are compiled than in the batch; nothing may depend on them."""
     _, model = qwen_pair()
@@ -165,7 +167,7 @@ def test_first_image_only_routes_less():
 def test_one_decision_deletes_as_it_reroutes():
     _, model = qwen_pair()
     found = [
-        model.prefill(**batch([0, 1]), schedule=Schedule.from_decisions((3,), (0.3,), 8, action), trace=True)
+        model.prefill(**batch(BATCH), schedule=Schedule.from_decisions((3,), (0.3,), LAYERS, action), trace=True)
         for action in ("delete", "reroute")
     ]
     np.testing.assert_allclose(found[0].logits, found[1].logits, atol=1e-5)
@@ -177,5 +179,5 @@ def test_text_alone_runs_the_unrouted_plan():
     _, model = qwen_pair()
     for name in ("pdrop-reroute", "nuwa-delete", "random-reroute"):
         batch = model.inputs(input_ids=ROWS[3][None], schedule=schedule_of(name))
-        assert [(stage.lo, stage.hi, stage.cap) for stage in batch.plan.stages] == [(0, 8, None)]
+        assert [(stage.lo, stage.hi, stage.cap) for stage in batch.plan.stages] == [(0, LAYERS, None)]
         assert batch.prompt.ids.shape == (1, batch.prompt.text_slots)
