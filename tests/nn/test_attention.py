@@ -130,7 +130,7 @@ def test_without_cudnn_a_gpu_takes_xla():
 def test_what_scores_are_made_of_is_fp32_in_half_precision(dtype):
     """From the product on: rounding a logit or a probability to 16 bits would cost 100 times this much."""
     q, k, _ = qkv(slots=40, dtype=dtype)
-    found = query_probabilities(q[:, :, -1:], k, jnp.ones((1, 1, 40), bool))
+    found = query_probabilities(q[:, :, -1:], k, jnp.ones((2, 1, 40), bool))
     expected = weights(q[:, :, -1:], k, np.ones((2, 1, 40), bool))
     assert found.dtype == jnp.float32
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)

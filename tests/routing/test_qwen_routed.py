@@ -83,7 +83,7 @@ def schedule_of(name):
         return EDGES[name]
     route = ROUTES[name]
     # Half of the tokens and not a ninth: of 12 visual tokens there must be something to choose.
-    more = {} if "keep_ratio" in route else {"budget": BUDGET if route["method"] == "nuwa" else 0.4}
+    more = {} if "keep_ratio" in route else {"budget": {"nuwa": BUDGET, "feather": 192}.get(route["method"], 0.4)}
     return qwen_pair()[1].plan(**route, **more)
 
 
