@@ -162,7 +162,7 @@ def walk(
     batch's original (unmerged) features. plan: static.
     """
     with jax.named_scope("embedding"):
-        rows = _prompt_rows(decoder, prompt, features, anchors)
+        rows = prompt_rows(decoder, prompt, features, anchors)
     stages, finite, decisions, ran, last = [], [], [], [], None
     for stage in plan.stages:
         if stage.cap is None:
@@ -175,7 +175,7 @@ def walk(
                 if stage.share is not None:
                     keep = jnp.maximum(1, share_of(stage.share, decisions[-1].selected.sum(axis=1)))
                 chosen = _choose(ranked, rows, prompt, stage, number, keep)
-                decisions.append(_decision(ranked.scores, chosen, rows, prompt))
+                decisions.append(decision_of(ranked.scores, chosen, rows, prompt))
                 slots = compact_slots(chosen | (rows.valid & (rows.visual < 0)), prompt.text_slots + stage.cap)
             if stage.action == "layout":
                 rows = replace(rows, eligible=chosen)
@@ -222,7 +222,7 @@ def decode_step(
     return decoder.logits(x[:, 0]), KVCache(tuple(stages))
 
 
-def _prompt_rows(decoder: Decoder, prompt: Prompt, features, anchors) -> Rows:
+def prompt_rows(decoder: Decoder, prompt: Prompt, features, anchors) -> Rows:
     visual = prompt.feature >= 0
     index = jnp.where(visual, anchors[prompt.feature] - prompt.first_feature[:, None], -1)
     embeds = decoder.embed(jnp.where(visual, 0, prompt.ids))
@@ -298,7 +298,7 @@ def _consecutive(valid: Bool[Array, "B T"], config: DecoderConfig) -> Rope:
     return rope_tables(jnp.broadcast_to(jnp.arange(valid.shape[1]), valid.shape), config)
 
 
-def _decision(scores: Float[Array, "B T"], chosen: Bool[Array, "B T"], rows: Rows, prompt: Prompt) -> Decision:
+def decision_of(scores: Float[Array, "B T"], chosen: Bool[Array, "B T"], rows: Rows, prompt: Prompt) -> Decision:
     count = prompt.visual_positions.shape[-1]
     scores = jnp.where(rows.eligible, scores, -jnp.inf)
     return Decision(by_visual_index(scores, rows.visual, count), by_visual_index(chosen, rows.visual, count))

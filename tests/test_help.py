@@ -18,6 +18,7 @@ GROUPS = {
     "evals.show": (*ROUTED, OUTPUT),
     "evals.table": (RUN, DATA, ROUTE, DEFECT, OUTPUT),
     "evals.levers": (RUN, DATA, ROUTE, DEFECT, OUTPUT),
+    "evals.search": (RUN, DATA, ROUTE, DEFECT, OUTPUT),
     "evals.bench": (RUN, DATA, ROUTE, OUTPUT),
     "evals.profile": (*ROUTED, OUTPUT),
     "evals.scenes.train": (RUN, OUTPUT),
@@ -26,6 +27,7 @@ GROUPS = {
     "benchmarks.aot": (RUN, DATA, ROUTE, OUTPUT),
     "benchmarks.arrivals": (RUN, DATA, ROUTE),
     "benchmarks.attention": (RUN, DATA, OUTPUT),
+    "benchmarks.found_schedules": (RUN, DATA, OUTPUT),
     "benchmarks.gpu": (RUN, OUTPUT),
     "benchmarks.random_checkpoint": (RUN, OUTPUT),
     "benchmarks.vision_windows": (RUN, DATA),
@@ -87,6 +89,7 @@ def test_its_three_examples_parse(command, capsys, parse_only, monkeypatch):
 def test_every_default_is_shown(command, parse_only):
     needed = {"convert": ["a", "b"], "convert.crosscheck": ["a"], "benchmarks.random_checkpoint": ["llava-tiny", "b"]}
     needed["benchmarks.gpu"] = ["--peak-tflops", "1", "--out", "a"]
+    needed |= {"evals.search": ["--budget", "64", "--out", "a"], "benchmarks.found_schedules": ["--found", "a"]}
     with pytest.raises(ArgumentsRead):
         main_of(command)(needed.get(command, []))
     for action in parse_only[0]._actions:

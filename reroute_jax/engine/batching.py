@@ -173,15 +173,17 @@ def make_batch(
     *,
     size: int | None = None,
     pixels: np.ndarray | None = None,
+    shape: BatchShape | None = None,
 ) -> Batch:
     """The arrays of a batch, filled up to `size` rows. pixels: of all images as the image processor gives them.
+    shape: one that holds all rows, None for the smallest.
 
     Raises RerouteError for a schedule of another depth.
     """
     schedule.check_depth(config.num_layers)
     filler = lay_out(Question(np.array([config.pad_token])), config, schedule)
     filled = (size or len(layouts)) - len(layouts)
-    shape = largest([one.shape for one in layouts])
+    shape = shape or largest([one.shape for one in layouts])
     scheduled = schedule if shape.routed else Schedule.from_decisions((), (), config.num_layers)
     rows = [*layouts, *[filler] * filled]
     return Batch(

@@ -89,11 +89,13 @@ def _check_whole(name: str, value: Any) -> None:
         raise RerouteError(f"{name} is {value!r}, expected a whole number of at least 1")
 
 
-def batch_of(layouts: Sequence[Layout], files: SideFiles, schedule: Schedule, size: int) -> Batch:
-    """The arrays of questions that hold their images, filled up to `size` rows."""
+def batch_of(
+    layouts: Sequence[Layout], files: SideFiles, schedule: Schedule, size: int, shape: BatchShape | None = None
+) -> Batch:
+    """The arrays of questions that hold their images, filled up to `size` rows. shape: as of `make_batch`."""
     images = [image for one in layouts for image in one.question.images]
     pixels = files.family.pixels(images, files.image_processor)[0] if images else None
-    return make_batch(layouts, files.config, schedule, size=size, pixels=pixels)
+    return make_batch(layouts, files.config, schedule, size=size, pixels=pixels, shape=shape)
 
 
 def batches_of_shapes(

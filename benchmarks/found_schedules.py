@@ -1,0 +1,273 @@
+"""What schedules that were found are worth beside those that are set by hand, on scenes that nothing has used.
+
+    python -m benchmarks.found_schedules --found evals/scenes/checkpoints/scenes-llava/found_*.json
+
+takes files as `evals.search --budget 1/3,2/9,1/9 --seeds 3` writes them, with the best schedule of every seed. A
+hand-set schedule gets the smallest budget at which it spends at least the tokens of each found one: it may have more,
+never fewer. Differences are those to the best of them on the very questions of the table.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from convert.embedded import EMBEDDED
+from evals import refcoco, scenes_vqa
+from evals.harness import vqa
+from evals.harness.cli import load_model
+from evals.harness.data import Doc, DocSource
+from evals.harness.identity import versions
+from evals.harness.metrics import Resampler, difference
+from evals.harness.runner import Task
+from evals.scenes.data import refcoco_rows, vqa_rows
+from evals.scenes.world import SPLIT_LENGTH
+from evals.searching.answers import Chunk
+from evals.searching.candidates import HAND_SET, Candidate, Space
+from reroute_jax.commandline.parsing import DATA, OUTPUT, RUN, Parser, exit_code, positive, whole
+from reroute_jax.engine.batching import largest, lay_out
+from reroute_jax.engine.compilation import keep_programs
+from reroute_jax.engine.model import Model
+from reroute_jax.errors import RerouteError
+from reroute_jax.models import FAMILIES
+from reroute_jax.routing.plan import Schedule
+
+FULL, FOUND = "all tokens", "found"
+BY_HAND = HAND_SET | {
+    "layout": {"method": "layout"},
+    "nuwa delete": {"method": "nuwa", "action": "delete"},
+    "nuwa reroute": {"method": "nuwa", "action": "reroute"},
+}
+STEP, STEPS = Fraction(1, 200), 160  # of the budget that a hand-set schedule is given more, until it spends enough
+TEXT = 16  # tokens beside the image's, for the costs
+BOXES, KINDS = "ACC@0.5", tuple(f"exact_match_{kind}" for kind in ("yesno", "colour", "count"))
+
+
+@dataclass(frozen=True)
+class Run:
+    """budget: that it competes under, empty for all tokens."""
+
+    name: str
+    budget: str
+    schedule: Schedule
+
+
+def runs_of(model: Model, found: Mapping[str, Mapping[str, Any]], sizes: Counter) -> list[Run]:
+    """All tokens; of every budget what each seed found, and every hand-set schedule that has as many tokens to spend.
+    found: what the search's files tell, by budget. sizes: how often each grid comes among the questions."""
+    rows, cols = model.reference_grid
+    space, runs = Space(model.config.num_layers, rows * cols), [Run(FULL, "", model.plan("none"))]
+    for share, about in found.items():
+        for search in about["searches"]:
+            candidate = Candidate(*(tuple(search[part]) for part in ("layers", "keep", "actions")))
+            runs.append(Run(f"{FOUND} {share} seed {search['seed']}", share, space.schedule(candidate)))
+        most = max(average_tokens(model, run.schedule, sizes) for run in runs if run.budget == share)
+        for name, route in BY_HAND.items():
+            schedule = spending_at_least(model, route, Fraction(share), most, sizes)
+            if schedule is not None:
+                runs.append(Run(f"{name} {share}", share, schedule))
+    return runs
+
+
+def average_tokens(model: Model, schedule: Schedule, sizes: Counter) -> float:
+    """Visual tokens a layer, over the questions."""
+    return float(
+        np.average([model.cost(schedule, text=0, grid=grid).average for grid in sizes], weights=list(sizes.values()))
+    )
+
+
+def spending_at_least(
+    model: Model, route: Mapping[str, str], share: Fraction, tokens: float, sizes: Counter
+) -> Schedule | None:
+    """The route at the smallest budget from `share` on, in steps of half a percent, at which it has so many tokens."""
+    for step in range(STEPS):
+        try:
+            schedule = model.plan(budget=share * (1 + step * STEP), **route)
+        except RerouteError:
+            continue
+        if average_tokens(model, schedule, sizes) >= tokens:
+            return schedule
+    return None
+
+
+def answered(model: Model, task: Task, runs: Sequence[Run], file: Path, batch_size: int) -> list[dict[str, Any]]:
+    """One line a question in `file`, with the metrics of every run; what is there already is not asked again."""
+    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    names = [run.name for run in runs]
+    if lines and list(lines[0]["metrics"]) != names:
+        raise RerouteError(f"{file} has the answers of other runs: move it away")
+    docs = list(task.docs(0))
+    questions = [model.question((doc.image, task.prompt(doc))) for doc in docs]
+    shape = largest([lay_out(one, model.config, runs[0].schedule).shape for one in questions])
+    with open(file, "a") as out, tqdm(total=len(docs) * len(runs), unit="answer") as bar:
+        bar.update(len(lines) * len(runs))
+        for first in range(len(lines), len(docs), batch_size):
+            chunk = Chunk(model, questions[first : first + batch_size], shape)
+            own = docs[first : first + batch_size]
+            found: list[dict[str, Any]] = [{} for _ in own]
+            for run in runs:
+                bar.set_description(run.name)
+                for doc, metrics, text in zip(own, found, chunk.texts(run.schedule, task.max_new_tokens), strict=True):
+                    metrics[run.name] = scored(task, doc, text)
+                bar.update(len(own))
+            fresh = [
+                {"question_id": doc.question_id, "scene": doc.cluster or doc.question_id, "metrics": metrics}
+                for doc, metrics in zip(own, found, strict=True)
+            ]
+            out.writelines(json.dumps(line) + "\n" for line in fresh)
+            out.flush()
+            lines += fresh
+    return lines
+
+
+def scored(task: Task, doc: Doc, text: str) -> dict[str, float]:
+    metrics = task.score(text.strip(), doc)["metrics"]
+    kept = {name.removeprefix("refcoco_"): value for name, value in metrics.items()}
+    return {name: round(kept[name], 4) for name in (BOXES, "ACC@0.9", "IoU", *KINDS) if name in kept}
+
+
+def boxes(model: Model, start: int, limit: int) -> Task:
+    """Referring expressions of test scenes from number `start` on."""
+    family = FAMILIES[model.config.family]
+    evaluation = family.evaluation
+    source = _scenes(lambda: refcoco_rows("test", SPLIT_LENGTH - start, start, family.name), start)
+    how = evaluation.rec_style, evaluation.coord_format, 0, refcoco.SCENES_MAX_NEW_TOKENS
+    return refcoco.make_task(source, limit, *how)
+
+
+def words(model: Model, start: int, limit: int) -> Task:
+    """Yes/no, colour and counting questions of test scenes from number `start` on."""
+    source = _scenes(lambda: vqa_rows("test", SPLIT_LENGTH - start, start=start, family=model.config.family), start)
+    return vqa.make_task(scenes_vqa.BENCHMARK, source, limit, scenes_vqa.BENCHMARK.max_new_tokens)
+
+
+def _scenes(rows: Callable[[], Iterator[Mapping[str, Any]]], start: int) -> DocSource:
+    return DocSource(f"scenes [test] from {start}", rows, None)
+
+
+def summary_of(
+    model: Model, runs: Sequence[Run], lines: Sequence[Mapping[str, Any]], metrics: Sequence[str], sizes: Counter
+) -> dict[str, Any]:
+    """Means, costs, and what was found minus the best hand-set schedule of its budget, by metric."""
+    labels = tuple(line["scene"] for line in lines)
+    scores = {
+        run.name: np.array([[line["metrics"][run.name].get(name, np.nan) for name in metrics] for line in lines])
+        for run in runs
+    }
+    told: dict[str, Any] = {"questions": len(lines), "runs": {}, "found minus the best by hand": {}}
+    for run in runs:
+        means = dict(zip(metrics, np.nanmean(scores[run.name], axis=0).tolist(), strict=True))
+        told["runs"][run.name] = {
+            "budget": run.budget,
+            "schedule": str(run.schedule.label),
+            **means,
+            **costs(model, run, sizes),
+        }
+    for run in runs:
+        if not run.name.startswith(FOUND):
+            continue
+        by_hand = [one for one in runs if one.budget == run.budget and not one.name.startswith(FOUND)]
+        pairs = told["found minus the best by hand"][run.name] = {}
+        for column, metric in enumerate(metrics):
+            best = max(by_hand, key=lambda one: np.nanmean(scores[one.name][:, column]))
+            own, other = (scores[one.name][:, column : column + 1] for one in (run, best))
+            pairs[metric] = {"best": best.name, **asdict(difference(own, other, Resampler(labels))[0])}
+    return told
+
+
+def costs(model: Model, run: Run, sizes: Counter) -> dict[str, float]:
+    accounts = {grid: model.cost(run.schedule, text=TEXT, grid=grid) for grid in sizes}
+
+    def mean(of: Callable) -> float:
+        return float(np.average([of(accounts[grid]) for grid in sizes], weights=list(sizes.values())))
+
+    return {
+        "tokens": mean(lambda one: one.average),
+        "prefill_macs": mean(lambda one: one.prompt.swiglu),
+        "scoring_macs": mean(lambda one: one.prompt.scoring),
+        "kv_bytes": mean(lambda one: one.kv_bytes),
+    }
+
+
+def measure(args) -> None:
+    if args.compilation_cache is not None:
+        keep_programs(args.compilation_cache)
+    model = load_model(args.model, None)
+    found = {(about := json.loads(path.read_text()))["budget"]: about for path in args.found}
+    for name, task, metrics in (
+        ("boxes", boxes(model, args.start, args.limit), (BOXES, "ACC@0.9", "IoU")),
+        ("words", words(model, args.start, args.limit), KINDS),
+    ):
+        docs = list(task.docs(0))
+        sizes = Counter(model.visual_grid(doc.image) for doc in docs)
+        runs = runs_of(model, found, sizes)
+        file = args.out / f"found_{args.model}_{name}.jsonl"
+        lines = answered(model, task, runs, file, args.batch_size)
+        told = summary_of(model, runs, lines, metrics, sizes) | {
+            "model": args.model,
+            "start": args.start,
+            "versions": versions(),
+        }
+        file.with_suffix(".json").write_text(json.dumps(told, indent=1) + "\n")
+        print(markdown(told, metrics))
+
+
+def markdown(told: Mapping[str, Any], metrics: Sequence[str]) -> str:
+    """A table a person can read."""
+    rows = [
+        "| run | schedule | tokens | prefill + scoring, M MACs | "
+        + " | ".join(metrics)
+        + " | minus the best by hand (95%) |"
+    ]
+    rows.append("|---" * (5 + len(metrics)) + "|")
+    for name, run in told["runs"].items():
+        pair = told["found minus the best by hand"].get(name, {}).get(metrics[0])
+        said = (
+            ""
+            if pair is None
+            else "{:+.1f} ({:+.1f} to {:+.1f}), {best}".format(
+                *(100 * pair[part] for part in ("value", "low", "high")), best=pair["best"]
+            )
+        )
+        macs = f"{run['prefill_macs'] / 1e6:.1f} + {run['scoring_macs'] / 1e6:.1f}"
+        numbers = " | ".join(f"{100 * run[metric]:.1f}" for metric in metrics)
+        rows.append(f"| {name} | {run['schedule']} | {run['tokens']:.2f} | {macs} | {numbers} | {said} |")
+    return "\n".join(rows)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    return exit_code(lambda: measure(args), args.debug, "stopped: the same command goes on after the last whole batch")
+
+
+def _parser() -> Parser:
+    examples = (
+        "--found evals/scenes/checkpoints/scenes-llava/found_*.json",
+        "--model scenes-qwen --found evals/scenes/checkpoints/scenes-qwen/found_*.json",
+        "--found schedule.json --start 5000 --limit 200 --out runs",
+    )
+    parser = Parser("benchmarks.found_schedules", __doc__.splitlines()[0], examples)
+    run, data, output = (parser.group(title) for title in (RUN, DATA, OUTPUT))
+    run.add_argument("--model", choices=EMBEDDED, default=EMBEDDED[0], help="(default: %(default)s)")
+    run.add_argument(
+        "--found", nargs="+", type=Path, required=True, metavar="FILE", help="of evals.search, one a budget"
+    )
+    run.add_argument("--batch-size", type=positive, default=32, help="(default: %(default)s)")
+    run.add_argument("--compilation-cache", type=Path, metavar="DIR", help="keep compiled programs there")
+    data.add_argument("--start", type=whole, default=1000, help="first test scene (default: %(default)s)")
+    data.add_argument("--limit", type=positive, default=1000, help="questions of each kind (default: %(default)s)")
+    output.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder (default: %(default)s)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

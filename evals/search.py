@@ -1,0 +1,374 @@
+"""Find a schedule for a model and a budget, without labels. `python -m evals.search --help`.
+
+Decisions, how many tokens each keeps, and what becomes of the others are changed until a schedule's answers stay
+closest to those of all tokens on prompts of a calibration set. Fresh prompts then decide between what was found and the
+best of the schedules that are set by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from fractions import Fraction
+from itertools import islice
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from convert.embedded import EMBEDDED, locate
+from evals import scenes_vqa, table
+from evals.harness.cli import add_compat_argument, load_model
+from evals.harness.data import SCENES
+from evals.harness.identity import checkpoint_identity, versions
+from evals.harness.report import table as text_table
+from evals.searching.calibration import Calibration, ask, calibrate, kept_layers, task_means
+from evals.searching.candidates import (
+    CONSTRAINTS,
+    FROM_LAYER_0,
+    HAND_SET,
+    Budget,
+    Candidate,
+    Space,
+    planned,
+    spending,
+    within,
+)
+from evals.searching.search import OBJECTIVES, Board, Effort, Search, gate, worth
+from reroute_jax.commandline.parsing import (
+    DATA,
+    OUTPUT,
+    ROUTE,
+    RUN,
+    Parser,
+    exit_code,
+    positive,
+    positive_number,
+    whole,
+)
+from reroute_jax.engine.compilation import keep_programs
+from reroute_jax.engine.model import Model
+from reroute_jax.errors import RerouteError
+from reroute_jax.routing.budget import parsed_budget, share_of
+from reroute_jax.routing.cost import visual_per_layer
+from reroute_jax.routing.plan import Schedule
+from reroute_jax.types import FLOATS
+
+TASKS = table.COMMANDS | {"scenes_vqa": table.answering(scenes_vqa.BENCHMARK, "exact_match")}
+GIGA = 10**9
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    args = _parser().parse_args(argv)
+    return exit_code(lambda: _run(args), args.debug, "stopped before anything was found")
+
+
+def _parser() -> Parser:
+    examples = (
+        "--model scenes-qwen --budget 2/9 --out schedule.json",
+        "--budget 1/3,2/9,1/9 --seeds 3 --out found.json",
+        "--tasks refcoco,scenes_vqa --objective worst --budget 1/9 --out schedule.json",
+    )
+    parser = Parser("evals.search", "Find when to decide and how many tokens to keep, without labels.", examples)
+    run, data, route, output = (parser.group(title) for title in (RUN, DATA, ROUTE, OUTPUT))
+    run.add_argument(
+        "--model",
+        default=EMBEDDED[0],
+        help=f"hub id, folder in HF format, converted folder, or one of {', '.join(EMBEDDED)} (default: %(default)s)",
+    )
+    run.add_argument("--dtype", choices=tuple(FLOATS), help="as of the other commands")
+    run.add_argument("--batch-size", type=positive, default=32, help="prompts at a time (default: %(default)s)")
+    run.add_argument("--seed", type=whole, default=0, help="of the first search (default: %(default)s)")
+    run.add_argument("--seeds", type=positive, default=1, help="searches, the best one counts (default: %(default)s)")
+    run.add_argument(
+        "--rounds",
+        type=positive,
+        default=12,
+        help="of a search, for each budget; the same rounds find the same (default: %(default)s)",
+    )
+    run.add_argument(
+        "--minutes",
+        type=positive_number,
+        default=10,
+        help="of a search, for each budget, at most (default: %(default)s)",
+    )
+    run.add_argument(
+        "--memory",
+        type=positive_number,
+        default=2,
+        metavar="GB",
+        help="for hidden states of all tokens, so that fewer layers run again (default: %(default)s)",
+    )
+    run.add_argument("--compilation-cache", type=Path, metavar="DIR", help="keep compiled programs there")
+    data.add_argument(
+        "--tasks",
+        type=_tasks,
+        default=("refcoco",),
+        metavar="A,B",
+        help=f"whose prompts, of {', '.join(TASKS)} (default: refcoco)",
+    )
+    data.add_argument("--data", default=SCENES, help="as of the other commands (default: %(default)s)")
+    data.add_argument("--split", default="val", help="(default: %(default)s)")
+    data.add_argument(
+        "--limit", type=positive, default=256, help="prompts of all tasks together (default: %(default)s)"
+    )
+    data.add_argument(
+        "--fresh-prompts",
+        type=positive,
+        default=128,
+        help="more of them, which decide in the end whether what was "
+        "found is better than what is set by hand (default: %(default)s)",
+    )
+    route.add_argument(
+        "--budget", type=_budgets, required=True, metavar="B,C", help="192, 128, 64 or shares, as of the other commands"
+    )
+    route.add_argument(
+        "--constraint",
+        choices=CONSTRAINTS,
+        default="tokens",
+        help="what the budget is a share of: visual tokens over "
+        "all layers; multiply-accumulates of the prefill with scoring, or KV bytes, text included in both "
+        "(default: %(default)s)",
+    )
+    route.add_argument(
+        "--objective",
+        choices=OBJECTIVES,
+        default="mean",
+        help="of all prompts, or of the task that fares worst (default: %(default)s)",
+    )
+    add_compat_argument(parser)
+    output.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="the schedule, for --schedule; of several budgets FILE_1-9.json and so on",
+    )
+    return parser
+
+
+def _tasks(text: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(text.split(",")))
+    for name in names:
+        if name not in TASKS:
+            raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(TASKS)}")
+    return names
+
+
+def _budgets(text: str) -> tuple[Fraction, ...]:
+    try:
+        return tuple(dict.fromkeys(share_of(parsed_budget(part), 10**6) for part in text.split(",")))
+    except RerouteError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _run(args: argparse.Namespace) -> None:
+    if args.compilation_cache is not None:
+        keep_programs(args.compilation_cache)
+    if not args.out.parent.is_dir():
+        raise RerouteError(f"there is no folder {args.out.parent} for --out: make it")
+    model = load_model(args.model, args.dtype, args.mrope_compat)
+    calibration, fresh = _prompts(args, model)
+    text = round(median(len(one.question.ids) - _visual(one.question) for one in calibration.asked))
+    rows, cols = model.reference_grid
+    space = Space(model.config.num_layers, rows * cols)
+    spent = spending(model, space, args.constraint, text)
+    budgets = {share: Budget(share, spent) for share in args.budget}
+    by_hand = {share: within(planned(model, HAND_SET, share).values(), space, budgets[share]) for share in budgets}
+    starts = {
+        share: [*by_hand[share], *within(planned(model, FROM_LAYER_0, share).values(), space, budgets[share])]
+        for share in budgets
+    }
+    for share, found in by_hand.items():
+        if not found:
+            raise RerouteError(f"no schedule that is set by hand fits {share} of the {args.constraint}: raise --budget")
+    board = Board(space, calibration, args.objective)
+    for searches in _searched(args, board, budgets, starts):
+        outcomes = {
+            share: _outcome(args, model, board, fresh, searches, budgets[share], by_hand[share], text)
+            for share in budgets
+        }
+    print(text_table(HEADER, [_row(share, about) for share, about in outcomes.items()]))
+    print(f"\nFor --schedule: {', '.join(str(_file(args, share)) for share in budgets)}")
+
+
+def _visual(question) -> int:
+    return sum(rows * cols for rows, cols in question.grids)
+
+
+def _prompts(args: argparse.Namespace, model: Model) -> tuple[Calibration, Calibration]:
+    """Those that are searched on, and fresh ones, of all tasks in turn."""
+    each = [-(-number // len(args.tasks)) for number in (args.limit, args.fresh_prompts)]
+    found = [list(_questions(name, sum(each), args, model)) for name in args.tasks]
+    for name, questions in zip(args.tasks, found, strict=True):
+        if len(questions) < sum(each):
+            raise RerouteError(
+                f"{name} has {len(questions)} prompts for {sum(each)} that --limit and --fresh-prompts ask for"
+            )
+    in_turn = [one for several in zip(*found, strict=True) for one in several]
+    print(f"asking {model.folder.name} {len(in_turn)} prompts with all tokens", flush=True)
+    asked = ask(model, in_turn, args.batch_size)
+    first = each[0] * len(args.tasks)
+    slots = max(len(one.question.ids) for one in asked) + len(max((one.answer for one in asked), key=len))
+    kept = kept_layers(model, len(asked), slots, int(args.memory * GIGA))
+    print(f"keeping hidden states before {len(kept)} of {model.config.num_layers} layers", flush=True)
+    with tqdm(total=len(asked), unit="prompt") as bar:
+        return tuple(
+            calibrate(model, part, args.batch_size, kept, bar.update) for part in (asked[:first], asked[first:])
+        )
+
+
+def _questions(name: str, count: int, args: argparse.Namespace, model: Model):
+    """(question, task, cluster) of a task's first prompts."""
+    command = TASKS[name]
+    own = command.parser().parse_args([])
+    for given in ("data", "split", "model", "dtype", "mrope_compat", "batch_size", "seed"):
+        setattr(own, given, getattr(args, given))
+    own.limit = count
+    task, _, _ = command.questions(own, command.source(own), model)
+    for doc in tqdm(islice(task.docs(0), count), total=count, desc=name, unit="prompt", leave=False):
+        yield model.question((doc.image, task.prompt(doc))), name, f"{name} {doc.cluster or doc.question_id}"
+
+
+def _searched(args: argparse.Namespace, board: Board, budgets, starts) -> Iterator[list[Search]]:
+    """Searches with one seed after the other: all so far, after each. Ctrl-C ends the last one, and what was found
+    counts where every budget has something."""
+    effort, searches = Effort(args.rounds, 60 * args.minutes), []
+    with tqdm(total=args.seeds * len(budgets) * args.rounds, unit="round") as bar:
+
+        def told(share: Fraction, best: float) -> None:
+            bar.set_description(f"seed {searches[-1].seed}, {share}: best {best:.4f} of {len(board.screens)} tried")
+            bar.update()
+
+        for number in range(args.seeds):
+            searches.append(Search(board, budgets, starts, args.seed + number))
+            try:
+                searches[-1].run(effort, told)
+            except KeyboardInterrupt:
+                if not all(any(share in search.pool for search in searches) for share in budgets):
+                    raise
+                searches[-1].stopped = dict.fromkeys(searches[-1].pool, "Ctrl-C")
+                tqdm.write("stopped: keeping the best so far")
+                yield searches
+                return
+            yield searches
+
+
+HEADER = ("budget", "schedule", "spent", "tokens/layer", "calibration", "fresh", "by hand", "difference (95%)", "kept")
+
+
+def _row(share: Fraction, about: Mapping[str, Any]) -> list[str]:
+    fresh = about["fresh"]
+    interval = "{value:+.4f} ({low:+.4f} to {high:+.4f})".format(**fresh["found_minus_hand_set"])
+    numbers = (about["objective"]["calibration"], fresh["found"], fresh["hand_set"])
+    return [
+        str(share),
+        about["searches"][about["best_search"]]["schedule"],
+        f"{about['cost']['spent']:.4f}",
+        f"{about['cost']['average_visual_tokens']:.2f}",
+        *(f"{number:.4f}" for number in numbers),
+        interval,
+        about["kept"],
+    ]
+
+
+def _outcome(
+    args: argparse.Namespace,
+    model: Model,
+    board: Board,
+    fresh: Calibration,
+    searches: Sequence[Search],
+    budget: Budget,
+    by_hand: Sequence[Candidate],
+    text: int,
+) -> dict[str, Any]:
+    """Decide on fresh prompts, write the schedule's file, and say what it tells beside the schedule."""
+    share = budget.share
+    found = [search for search in searches if share in search.pool]
+    best = min(found, key=lambda search: board.decide(search.pool[share][0]))
+    candidate, hand_set = best.pool[share][0], min(by_hand, key=board.decide)
+    values = {one: fresh.divergences(board.space.schedule(one)) for one in (candidate, hand_set)}
+    clusters = [one.cluster for one in fresh.asked]
+    interval = gate(values[candidate], values[hand_set], clusters, args.seed)
+    won = interval.high is not None and interval.high < 0
+    kept, said = (candidate, "found") if won else (hand_set, "hand-set")
+    schedule = board.space.schedule(kept, f"{said} {share}")
+    about = {
+        "kept": said,
+        "budget": str(share),
+        "constraint": args.constraint,
+        "objective": {
+            "over": args.objective,
+            "calibration": board.decide(candidate),
+            "calibration_hand_set": board.decide(hand_set),
+        },
+        "fresh": {
+            "found": worth(values[candidate], fresh.tasks, args.objective),
+            "hand_set": worth(values[hand_set], fresh.tasks, args.objective),
+            "found_minus_hand_set": asdict(interval),
+            "tasks": task_means(values[candidate], fresh.tasks),
+        },
+        "hand_set": str(hand_set),
+        "searches": [_told(search, share, board, fresh) for search in found],
+        "best_search": found.index(best),
+        "tried": len(board.screens),
+        "rounds": args.rounds,
+        "minutes": args.minutes,
+        "cost": _cost(model, schedule, board, text) | {"spent": float(budget.spent(kept))},
+        "model": args.model,
+        "dtype": str(model.dtype),
+        **checkpoint_identity(Path(locate(args.model)).expanduser(), model.folder),
+        "tasks": list(args.tasks),
+        "data": args.data,
+        "split": args.split,
+        "prompts": {"calibration": len(board.calibration.asked), "fresh": len(fresh.asked)},
+        "versions": versions(),
+    }
+    schedule.to_file(_file(args, share), about)
+    return about
+
+
+def _file(args: argparse.Namespace, share: Fraction) -> Path:
+    """--out, or of several budgets FILE_1-9.json."""
+    if len(args.budget) == 1:
+        return args.out
+    return args.out.with_name(f"{args.out.stem}_{share.numerator}-{share.denominator}{args.out.suffix}")
+
+
+def _told(search: Search, share: Fraction, board: Board, fresh: Calibration) -> dict[str, Any]:
+    best = search.pool[share][0]
+    values = fresh.divergences(board.space.schedule(best))
+    return {
+        "seed": search.seed,
+        "schedule": str(best),
+        **asdict(best),
+        "calibration": board.decide(best),
+        "fresh": worth(values, fresh.tasks, board.objective),
+        "tried": len(search.tried),
+        "stopped": search.stopped[share],
+    }
+
+
+def _cost(model: Model, schedule: Schedule, board: Board, text: int) -> dict[str, Any]:
+    """Of the reference image with `text` tokens beside it, and what calibration's images really ran."""
+    one = model.cost(schedule, text=text)
+    sizes = [_visual(asked.question) for asked in board.calibration.asked]
+    layers = [sum(visual_per_layer(schedule, size)) / model.config.num_layers for size in sizes]
+    return {
+        "text_tokens": text,
+        "average_visual_tokens": one.average,
+        "average_on_calibration": float(np.mean(layers)),
+        "share_on_calibration": float(np.sum(layers) / np.sum(sizes)),
+        "prefill_macs": one.prompt.swiglu,
+        "scoring_macs": one.prompt.scoring,
+        "kv_bytes": one.kv_bytes,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

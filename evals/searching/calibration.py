@@ -1,0 +1,129 @@
+"""Prompts that schedules are tried on, without labels: the model's own answers with all tokens are what is kept to.
+
+A schedule's divergence on a prompt is KL(all tokens || schedule) of the next token, in nats, with the answer that all
+tokens give forced on both, averaged over the first `ANSWER` tokens of that answer. One prompt counts for `CLIP` at
+most: a few that go wrong altogether would otherwise decide, and hide how often that happens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from reroute_jax.decoder import Decoder
+from reroute_jax.engine import programs
+from reroute_jax.engine.batching import BatchShape, Layout, Question, largest, lay_out
+from reroute_jax.engine.compilation import compiled
+from reroute_jax.engine.groups import batch_of
+from reroute_jax.engine.model import Model
+from reroute_jax.errors import RerouteError
+from reroute_jax.routing import simulator
+from reroute_jax.routing.plan import Schedule
+
+ANSWER = 16  # tokens of an answer that count, its end among them
+CLIP = 1.0
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A prompt with what all tokens answer. answer: tokens that are forced; counted: predictions that count, one more
+    than those. cluster: prompts that share one depend on each other."""
+
+    question: Question
+    task: str
+    cluster: str
+    answer: tuple[int, ...]
+    counted: int
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Prompts in chunks that were run with all tokens. asked: in the order of the chunks."""
+
+    asked: tuple[Asked, ...]
+    chunks: tuple[simulator.Started, ...]
+    counted: tuple[Int[np.ndarray, " B"], ...]
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return tuple(one.task for one in self.asked)
+
+    def divergences(self, schedule: Schedule, first: int = 0, last: int | None = None) -> Float[np.ndarray, " prompts"]:
+        """Of the prompts in chunks `first` to `last` (behind the last one; None: all) under a schedule, clipped."""
+        found = []
+        for chunk, counted in zip(self.chunks[first:last], self.counted[first:last], strict=True):
+            final = simulator.simulate(chunk, schedule).final
+            found.append(np.asarray(_divergence(chunk.decoder, chunk.final, final, counted)))
+        return np.minimum(np.concatenate([np.zeros(0), *found]), CLIP)
+
+
+def ask(model: Model, questions: Sequence[tuple[Question, str, str]], batch_size: int) -> list[Asked]:
+    """(question, task, cluster) of each prompt with what all tokens answer."""
+    asked, answers = [], model.answer([one for one, _, _ in questions], max_new_tokens=ANSWER, batch_size=batch_size)
+    for (question, task, cluster), answer in zip(questions, answers, strict=True):
+        counted = min(ANSWER, len(answer.token_ids) + (answer.finish_reason == "stop"))
+        asked.append(Asked(question, task, cluster, answer.token_ids[: ANSWER - 1], counted))
+    return asked
+
+
+def calibrate(
+    model: Model, asked: Sequence[Asked], batch_size: int, kept: Sequence[int], done: Callable[[int], Any]
+) -> Calibration:
+    """Run the prompts with all tokens, in chunks of one shape. kept: as of `simulator.start`. done: is told of each
+    chunk how many prompts it held."""
+    unrouted = model.plan("none")
+    layouts = [lay_out(one.question, model.config, unrouted) for one in asked]
+    shape = largest([one.shape for one in layouts])
+    chunks, counted = [], []
+    for first in range(0, len(asked), batch_size):
+        own = slice(first, first + batch_size)
+        chunks.append(_started(model, layouts[own], shape, unrouted, [one.answer for one in asked[own]], kept))
+        counted.append(np.array([one.counted for one in asked[own]], np.int32))
+        done(len(counted[-1]))
+    return Calibration(tuple(asked), tuple(chunks), tuple(counted))
+
+
+def _started(
+    model: Model, layouts: Sequence[Layout], shape: BatchShape, unrouted: Schedule, answers, kept: Sequence[int]
+) -> simulator.Started:
+    batch = batch_of(layouts, model.files, unrouted, len(layouts), shape)
+    features, anchors = programs.encode(model.module, batch.images)
+    return simulator.start(model.module.decoder, batch.prompt, features, anchors, answers, ANSWER - 1, kept)
+
+
+def kept_layers(model: Model, prompts: int, slots: int, limit: int) -> tuple[int, ...]:
+    """Layers whose input is kept: as many, evenly spaced from 0 on, as `limit` bytes hold. Raises RerouteError where
+    they do not even hold one."""
+    config = model.config.decoder
+    each = simulator.bytes_kept(config, 1, prompts, slots, jnp.dtype(model.dtype).itemsize)
+    count = min(config.num_layers, limit // each)
+    if count < 1:
+        raise RerouteError(
+            f"{prompts} prompts of {slots} slots take {each / 1e9:.3g} GB: raise --memory, or lower --limit"
+        )
+    return tuple(range(0, config.num_layers, -(-config.num_layers // count)))
+
+
+def task_means(values: Float[np.ndarray, " prompts"], tasks: Sequence[str]) -> dict[str, float]:
+    """Mean divergence of each task."""
+    of = np.array(tasks[: len(values)])
+    return {task: float(values[of == task].mean()) for task in dict.fromkeys(of.tolist())}
+
+
+@compiled()
+def _divergence(
+    decoder: Decoder,
+    full: Float[Array, "B A D"],
+    routed: Float[Array, "B A D"],
+    counted: Int[Array, " B"],
+) -> Float[Array, " B"]:
+    wanted, found = (jax.nn.log_softmax(decoder.logits(final)) for final in (full, routed))
+    each = (jnp.exp(wanted) * (wanted - found)).sum(axis=-1)
+    counts = jnp.arange(each.shape[1]) < counted[:, None]
+    return (each * counts).sum(axis=1) / counted

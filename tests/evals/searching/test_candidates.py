@@ -1,0 +1,107 @@
+"""Candidates stay schedules that spend their budget, whatever moves are made."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from evals.searching import candidates
+from evals.searching.candidates import HAND_SET, MOVES, Candidate, child, planned, repaired, within
+from reroute_jax.routing.plan import Schedule
+from tests.evals.searching.stand_ins import SPACE, Planner, budget
+
+NINTH = Fraction(1, 9)
+
+
+def full(candidate: Candidate, limit) -> bool:
+    """Whether one more token, anywhere that deletions leave one, is too much."""
+    for at, count in enumerate(candidate.keep):
+        more = replace(candidate, keep=(*candidate.keep[:at], count + 1, *candidate.keep[at + 1 :]))
+        allowed = candidates._capped(more.keep, more.actions, SPACE.visual) == more.keep
+        if allowed and limit.holds(more):
+            return False
+    return True
+
+
+@settings(max_examples=15, derandomize=True, deadline=None, database=None)
+@given(st.integers(0, 10**6), st.sampled_from([Fraction(1, 3), Fraction(2, 9), NINTH]))
+def test_a_child_spends_the_budget_and_no_more(seed, share):
+    limit, rng = budget(share), np.random.default_rng(seed)
+    parents = within(planned(Planner(), HAND_SET, share).values(), SPACE, limit)
+    found = child(parents, SPACE, limit, rng, set(parents))
+    assert found not in parents
+    assert limit.holds(found) and full(found, limit)
+    assert found.layers == tuple(sorted(set(found.layers))) and found.actions[-1] == "delete"
+
+
+def test_every_move_makes_something_else():
+    rng = np.random.default_rng(0)
+    start = Candidate((1, 4, 8), (20, 9, 4), ("reroute", "delete", "delete"))
+    for move in MOVES:
+        moved = move(start, SPACE, rng)
+        assert moved != start, move
+        assert all(1 <= count <= 64 for count in moved.keep)
+        assert len(moved.layers) == len(moved.keep) == len(moved.actions)
+
+
+def test_a_single_decision_is_neither_dropped_nor_shifted():
+    rng = np.random.default_rng(0)
+    one = Candidate((1,), (5,), ("delete",))
+    assert candidates._drop(one, SPACE, rng) == one == candidates._shift(one, SPACE, rng)
+
+
+def test_repair_scales_every_count_alike_and_fills_up():
+    """1/9 of 12 x 64 token-layers are 85: 64 in layer 0, and 21 for 11 layers."""
+    limit = budget(NINTH)
+    tall = Candidate((1, 6), (40, 10), ("reroute", "delete"))
+    assert repaired(tall, SPACE, limit) == Candidate((1, 6), (3, 1), ("reroute", "delete"))
+    early = Candidate((0, 6), (40, 10), ("reroute", "delete"))
+    assert repaired(early, SPACE, limit) == Candidate((0, 6), (11, 3), ("reroute", "delete"))
+
+
+def test_repair_never_keeps_what_was_deleted():
+    limit = budget(Fraction(1, 3))
+    rising = Candidate((0, 6), (4, 40), ("delete", "delete"))
+    assert repaired(rising, SPACE, limit).keep == (21, 21)
+    back = replace(rising, actions=("reroute", "delete"))
+    assert repaired(back, SPACE, limit).keep == (3, 39)
+
+
+def test_what_is_out_of_reach_is_none():
+    assert repaired(Candidate((3,), (1,), ("delete",)), SPACE, budget(NINTH)) is None
+    assert repaired(Candidate((), (), ()), SPACE, budget(NINTH)) is None
+
+
+def test_a_schedule_and_back():
+    schedule = Schedule.from_decisions((1, 5), (0.3, 0.1), 12, action="reroute")
+    found = SPACE.candidate(schedule)
+    assert found == Candidate((1, 5), (19, 6), ("reroute", "delete"))
+    assert str(found) == "1:19 5:6d"
+    again = SPACE.schedule(found, "found 1/9")
+    assert again.label == "found 1/9" and again.decisions[1].ratio == Fraction(6, 64)
+    assert again.keep_counts([64, 48]).tolist() == [[19, 14], [6, 4]]
+
+
+@pytest.mark.parametrize(("constraint", "share"), [("tokens", NINTH), ("macs", Fraction(2, 5)), ("kv", Fraction(2, 5))])
+def test_constraints(constraint, share):
+    """Text counts in compute and memory, so that a ninth of either is out of reach."""
+    limit = budget(share, constraint)
+    found = within(planned(Planner(), HAND_SET, share).values(), SPACE, limit)
+    assert found and all(limit.holds(one) for one in found)
+    if constraint != "tokens":
+        assert within(planned(Planner(), HAND_SET, NINTH).values(), SPACE, budget(NINTH, constraint)) == []
+
+
+def test_scoring_counts_among_the_macs():
+    spent = [budget(NINTH, constraint).spent for constraint in ("macs", "tokens")]
+    few, many = (
+        Candidate(layers, (6,) * len(layers), ("reroute",) * len(layers)) for layers in ((1,), tuple(range(1, 12)))
+    )
+    assert spent[1](few) == Fraction(64 + 11 * 6, 12 * 64)
+    assert spent[1](few) == spent[1](many)
+    assert spent[0](few) < spent[0](many)

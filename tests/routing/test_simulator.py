@@ -1,0 +1,123 @@
+"""The simulator against the walker: what was selected, logits, and greedy tokens."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from reroute_jax.engine import programs
+from reroute_jax.engine.model import Model
+from reroute_jax.engine.sampling import Sampling, row_sampling
+from reroute_jax.engine.segments import decode_segments
+from reroute_jax.errors import RerouteError
+from reroute_jax.routing import simulator
+from reroute_jax.routing.plan import ACTIONS, Schedule
+from tests import tiny_qwen
+from tests.checkpoints import qwen_pair, small
+from tests.routing.test_routed import pad
+from tests.tiny import random_ids, random_pixels
+
+MASKED = jax.jit(simulator.masked)
+NEW = 4  # tokens of an answer
+ROWS = ((90, 6, 0), (60, 0, 1), (47, None, 2))  # length, where the image stands, seed: ragged, and one without image
+
+
+def given_rows() -> dict:
+    ids, mask = pad([random_ids(length, start=at, seed=seed) for length, at, seed in ROWS], left=False)
+    return {"input_ids": ids, "attention_mask": mask, "pixel_values": random_pixels(2, seed=1)}
+
+
+def started(model: Model, prompts: dict, answers=(), slots: int = 0, kept=(0,)) -> simulator.Started:
+    batch = model.inputs(**prompts)
+    features, anchors = programs.encode(model.module, batch.images)
+    return simulator.start(model.module.decoder, batch.prompt, features, anchors, answers, slots, kept)
+
+
+def check(model: Model, prompts: dict, schedule: Schedule) -> None:
+    """Both forms, and answers decoded from the simulated prefill."""
+    walked = model.prefill(**prompts, schedule=schedule, trace=True)
+    tokens = model.generate_ids(**prompts, schedule=schedule, max_new_tokens=NEW)
+    run = started(model, prompts, tokens[:, :-1].tolist(), NEW - 1, kept=(0, 2))
+    found = simulator.simulate(run, schedule)
+    logits = np.asarray(run.decoder.logits(found.final))
+    np.testing.assert_allclose(logits[:, 0], walked.logits, atol=1e-4)
+    np.testing.assert_array_equal(logits.argmax(axis=-1), tokens)
+    for decision, selected in zip(found.decisions, walked.trace.selected, strict=True):
+        for row, chosen in zip(np.asarray(decision.selected), selected, strict=True):
+            np.testing.assert_array_equal(np.flatnonzero(row), chosen[chosen >= 0])
+    arrays = simulator.schedule_arrays(schedule, run.visual)
+    x, selected = MASKED(run.decoder, run.rows, run.last, arrays)
+    slots = run.last[:, None] + np.arange(NEW)
+    final = np.take_along_axis(np.asarray(x), np.asarray(slots)[..., None], axis=1)
+    np.testing.assert_allclose(np.asarray(run.decoder.logits(jnp.asarray(final))), logits, atol=1e-4)
+    assert np.asarray(selected).sum() == arrays.keep.sum()
+    assert decoded(model, prompts, schedule) == tokens.tolist()
+
+
+def decoded(model: Model, prompts: dict, schedule: Schedule) -> list[list[int]]:
+    batch, prefilled = model.inputs(**prompts), simulator.prefill(started(model, prompts), schedule)
+    rows = row_sampling(Sampling(limit=NEW), range(len(batch.live)))
+    segments = decode_segments(model.module.decoder, prefilled, batch.seen, batch.live, rows)
+    return np.concatenate([segment.tokens for segment in segments], axis=1)[:, :NEW].tolist()
+
+
+@st.composite
+def schedules(draw) -> Schedule:
+    """Of the 4 layers of `small`. A decision after one that narrows keeps no more than that one."""
+    layers = sorted(draw(st.sets(st.integers(0, 3), min_size=1)))
+    actions = [draw(st.sampled_from(ACTIONS)) for _ in layers]
+    keep, most = [], 36
+    for action in actions:
+        keep.append(draw(st.integers(1, most)))
+        most = keep[-1] if action != "reroute" else most
+    return Schedule.from_decisions(layers, keep, 4, action=actions)
+
+
+@settings(max_examples=2, derandomize=True, deadline=None, database=None)
+@given(schedules())
+@example(Schedule.from_decisions((0, 1, 2, 3), (30, 17, 9, 9), 4, action=("reroute", "delete", "layout", "reroute")))
+def test_equals_the_walker(schedule):
+    check(small(), given_rows(), schedule)
+
+
+def test_equals_the_walker_under_m_rope():
+    """Sections of the rotary pairs, three positions a token, and answers at positions of their own."""
+    _, model = qwen_pair()
+    grids = (((5, 6),), ((3, 4),))
+    rows = [tiny_qwen.random_ids(size, own, start=4, seed=size) for size, own in zip((70, 40), grids, strict=True)]
+    ids, mask = pad(rows, left=False)
+    pixels, sizes = tiny_qwen.random_patches([grid for own in grids for grid in own])
+    prompts = {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels, "image_grid_thw": sizes}
+    schedule = Schedule.from_decisions((1, 2, 5), (0.7, 0.4, 0.2), 6, action=("reroute", "delete", "reroute"))
+    check(model, prompts, schedule)
+
+
+@pytest.mark.parametrize(
+    ("what", "schedule"),
+    [
+        ("score='previous_layer'", Schedule.from_decisions((2,), (5,), 4, score="previous_layer")),
+        ("position_mode='renumber'", Schedule.from_decisions((2,), (5,), 4, position_mode="renumber")),
+        ("bidirectional_layer=1", Schedule.from_decisions((2,), (5,), 4, bidirectional_layer=1)),
+    ],
+)
+def test_what_cannot_be_simulated_is_refused(what, schedule):
+    with pytest.raises(RerouteError, match=what):
+        simulator.simulate(started(small(), given_rows()), schedule)
+
+
+def test_an_answer_needs_its_slots():
+    with pytest.raises(RerouteError, match="3 tokens, expected at most the 2 slots"):
+        started(small(), given_rows(), [[1, 2, 3]], 2)
+
+
+def test_bytes_of_a_7b_model():
+    """LLaVA-1.5-7B, a prompt of 64 text slots, 576 visual ones and 16 forced ones, in bf16."""
+    config = replace(small().config.decoder, hidden_size=4096)
+    assert simulator.bytes_kept(config, 1, 1, 656, 2) == 5_373_952
+    assert simulator.bytes_kept(config, 32, 1, 656, 2) == 171_966_464
