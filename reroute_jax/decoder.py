@@ -162,7 +162,7 @@ def walk(
     batch's original (unmerged) features. plan: static.
     """
     with jax.named_scope("embedding"):
-        rows = prompt_rows(decoder, prompt, features, anchors)
+        rows = prompt_rows(decoder, prompt, features, anchors, plan.renumbers_input)
     stages, finite, decisions, ran, last = [], [], [], [], None
     for stage in plan.stages:
         if stage.cap is None:
@@ -222,15 +222,18 @@ def decode_step(
     return decoder.logits(x[:, 0]), KVCache(tuple(stages))
 
 
-def prompt_rows(decoder: Decoder, prompt: Prompt, features, anchors) -> Rows:
+def prompt_rows(decoder: Decoder, prompt: Prompt, features, anchors, renumbered: bool = False) -> Rows:
+    """A prompt at the decoder's input. renumbered: the positions of visual tokens stand in the prompt, too."""
     visual = prompt.feature >= 0
     index = jnp.where(visual, anchors[prompt.feature] - prompt.first_feature[:, None], -1)
     embeds = decoder.embed(jnp.where(visual, 0, prompt.ids))
     hidden = jnp.where(visual[..., None], features[prompt.feature].astype(embeds.dtype), embeds)
-    # A merge decides on the device which original tokens, and so which positions, stand in the visual slots.
-    of_visual = jnp.where(visual, index, 0)
-    of_visual = jnp.broadcast_to(of_visual, prompt.positions.shape)
-    positions = jnp.where(visual, jnp.take_along_axis(prompt.visual_positions, of_visual, axis=-1), prompt.positions)
+    positions = prompt.positions
+    if not renumbered:
+        # A merge decides on the device which original tokens, and so which positions, stand in the visual slots.
+        of_visual = jnp.broadcast_to(jnp.where(visual, index, 0), prompt.positions.shape)
+        found = jnp.take_along_axis(prompt.visual_positions, of_visual, axis=-1)
+        positions = jnp.where(visual, found, prompt.positions)
     rope = rope_tables(positions, decoder.config)
     return Rows(
         hidden,

@@ -16,8 +16,8 @@ from reroute_jax.engine.compilation import compiled
 from reroute_jax.engine.model import Model
 from reroute_jax.models import FAMILIES
 from reroute_jax.nn.positions import rope_tables
-from reroute_jax.routing.merge import merge_arrays
-from reroute_jax.routing.plan import NuwaMerge, PoolMerge, Schedule
+from reroute_jax.routing.merge import Merge, merge_arrays
+from reroute_jax.routing.plan import Schedule
 
 if TYPE_CHECKING:
     from convert.crosscheck.plain import Plain
@@ -144,12 +144,14 @@ def compare_routed(
     yield _tokens(prefix + "greedy tokens", model, prompt, schedule, np.array(expected.tokens), max_new)
 
 
-def _features(model: Model, prompt: Probe, merge: NuwaMerge | PoolMerge | None) -> np.ndarray:
+def _features(model: Model, prompt: Probe, merge: Merge | None) -> np.ndarray:
     """[n, D] of all images, without the padding behind each."""
     family, sizes = model.family, [rows * cols for rows, cols in prompt.grids]
     arrays = merge_arrays(merge, prompt.grids, len(sizes), family.token_bucket(max(sizes)))
     packed = family.pack(prompt.pixels, prompt.grids, model.config, len(sizes))
-    left = sizes if merge is None else arrays.keep
+    left = (
+        sizes if merge is None else [merge.anchors(size, grid) for size, grid in zip(sizes, prompt.grids, strict=True)]
+    )
     found = _encode(model.module, packed, arrays, merge)
     return np.concatenate([one[:count] for one, count in zip(found, left, strict=True)])
 

@@ -1,4 +1,4 @@
-"""LLaVA's images in the torch reference: CLIP tower with explicit attention, projector, Nuwa as section 4 has it."""
+"""LLaVA's images in the torch reference: CLIP tower with explicit attention, projector."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
-from convert.crosscheck.nuwa import ImageTensors, nuwa_stage_one, pool
-from reroute_jax.routing.plan import NuwaMerge, PoolMerge
+from convert.crosscheck.merges import reduced
+from convert.crosscheck.nuwa import ImageTensors
+from reroute_jax.routing.merge import Merge
 
 
 def positions(
@@ -24,42 +25,52 @@ def images(
     model: LlavaForConditionalGeneration,
     pixel_values: np.ndarray,
     image_grid_thw: np.ndarray | None,
-    merge: NuwaMerge | PoolMerge | None,
+    merge: Merge | None,
 ) -> list[ImageTensors]:
     """Every image of pixels `[I, 3, H, W]` (or one, `[3, H, W]`) by itself."""
     pixels = torch.as_tensor(np.asarray(pixel_values)).to(model.dtype)
-    return [_image(model, one[None], merge) for one in pixels.reshape(-1, *pixels.shape[-3:])]
+    return [reduced(merge, LlavaImage(model, one[None])) for one in pixels.reshape(-1, *pixels.shape[-3:])]
 
 
-def _image(model: LlavaForConditionalGeneration, pixels: Tensor, merge: NuwaMerge | PoolMerge | None) -> ImageTensors:
-    states, attention = clip_tower(model.model.vision_tower, pixels)
-    layers = model.config.vision_feature_layer
-    layers = [layers] if isinstance(layers, int) else layers
-    features = torch.cat([states[layer][1:] for layer in layers], dim=-1)
-    count, project = len(features), model.model.multi_modal_projector
-    grid = (math.isqrt(count), math.isqrt(count))
-    if not isinstance(merge, NuwaMerge):
-        features = project(features)
-        kept = (features, torch.arange(count)) if merge is None else pool(features, grid, merge.cells(count, grid))
-        return ImageTensors(*kept, grid)
-    merged, anchors = _nuwa(features, states, attention, merge)
-    return ImageTensors(project(merged), anchors, grid)
+class LlavaImage:
+    """One image in the CLIP tower (4.2, 16): features are what enters the projector."""
 
+    def __init__(self, model: LlavaForConditionalGeneration, pixels: Tensor):
+        self.model = model
+        self.states, self.attention = clip_tower(model.model.vision_tower, pixels)
+        self.depth, side = len(self.attention), math.isqrt(len(self.states[0]) - 1)
+        self.grid = (side, side)
 
-def _nuwa(features: Tensor, states: list[Tensor], attention: list[Tensor], merge: NuwaMerge) -> tuple[Tensor, Tensor]:
-    """Stage 1 before the projector (4.2, 4.7)."""
-    depth, side = len(attention), math.isqrt(len(features))
-    return nuwa_stage_one(
-        attention[depth - 2][:, 0, 1:].float().sum(dim=0),
-        features,
-        torch.stack(states[math.ceil(2 * depth / 3) :]).float().mean(dim=0)[1:],
-        columns=side,
-        top_n=merge.top_n,
-        keep=math.ceil(merge.share * len(features)),
-        radius=math.sqrt(280) * side / 24,
-        quantile=merge.quantile,
-        self_weight_override=merge.self_weight_override,
-    )
+    def features(self) -> Tensor:
+        layers = self.model.config.vision_feature_layer
+        layers = [layers] if isinstance(layers, int) else layers
+        return torch.cat([self.states[layer][1:] for layer in layers], dim=-1)
+
+    def project(self, features: Tensor) -> Tensor:
+        return self.model.model.multi_modal_projector(features)
+
+    def metric(self) -> Tensor:
+        return self.attention[self.depth - 2][:, 0, 1:].float().sum(dim=0)
+
+    def similarity(self, order: str) -> Tensor:
+        return torch.stack(self.states[math.ceil(2 * self.depth / 3) :]).float().mean(dim=0)[1:]
+
+    def radius(self) -> float:
+        return math.sqrt(280) * self.grid[0] / 24
+
+    def keys(self) -> Tensor:
+        block = self.model.model.vision_tower.encoder.layers[self.depth - 2]
+        keys = block.self_attn.k_proj(block.layer_norm1(self.states[self.depth - 2]))
+        return keys.unflatten(-1, (block.self_attn.num_heads, -1)).float().mean(dim=1)[1:]
+
+    def objects(self) -> Tensor:
+        return self._received(round(9 * self.depth / 24) - 1)
+
+    def registers(self) -> Tensor:
+        return self._received(self.depth - 2)
+
+    def _received(self, block: int) -> Tensor:
+        return self.attention[block].float().mean(dim=(0, 1))[1:]
 
 
 def clip_tower(tower: nn.Module, pixels: Tensor) -> tuple[list[Tensor], list[Tensor]]:

@@ -1,4 +1,4 @@
-"""Fewer visual tokens before the decoder, in PyTorch: Nuwa's stage 1 (sections 4.3 and 5.3) and pooling."""
+"""Nuwa's stage 1 (4.3, 5.3) and pooling, in PyTorch."""
 
 from __future__ import annotations
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from convert.crosscheck.nuwa import ImageTensors, nuwa_stage_one, pool
-from reroute_jax.routing.plan import NuwaMerge, PoolMerge
+from convert.crosscheck.merges import reduced
+from convert.crosscheck.nuwa import ImageTensors
+from reroute_jax.routing.merge import Merge
 
 Grid = tuple[int, int]
 
@@ -33,62 +34,73 @@ def images(
     model: Qwen2_5_VLForConditionalGeneration,
     pixel_values: np.ndarray,
     image_grid_thw: np.ndarray,
-    merge: NuwaMerge | PoolMerge | None,
+    merge: Merge | None,
 ) -> list[ImageTensors]:
     """Every image of `[P, values]` patches by itself; `image_grid_thw [I, 3]` counts patches."""
     pixels, merged = torch.as_tensor(np.asarray(pixel_values)).to(model.dtype), model.model.visual.spatial_merge_size
     grids = [(rows, cols) for _, rows, cols in np.asarray(image_grid_thw).tolist()]
     parts = pixels.split([rows * cols for rows, cols in grids])
     return [
-        _image(model, part, (rows // merged, cols // merged), merge)
+        reduced(merge, QwenImage(model, part, (rows // merged, cols // merged)))
         for part, (rows, cols) in zip(parts, grids, strict=True)
     ]
 
 
-def _image(
-    model: Qwen2_5_VLForConditionalGeneration, patches: Tensor, grid: Grid, merge: NuwaMerge | PoolMerge | None
-) -> ImageTensors:
-    tower = model.model.visual
-    states, attention = vision_tower(tower, patches, grid)
-    features = tower.merger(states[-1])
-    count = len(features)
-    if isinstance(merge, NuwaMerge):
-        return ImageTensors(*_nuwa(tower, features, states, attention, grid, merge), grid)
-    kept = (features, torch.arange(count)) if merge is None else pool(features, grid, merge.cells(count, grid))
-    return ImageTensors(*kept, grid)
+class QwenImage:
+    """One image in the tower (5.2, 16): features are what leaves the patch merger."""
+
+    def __init__(self, model: Qwen2_5_VLForConditionalGeneration, patches: Tensor, grid: Grid):
+        self.tower, self.patches, self.grid = model.model.visual, patches, grid
+        self.states, self.attention = vision_tower(self.tower, patches, grid)
+        self.depth = len(self.states)
+
+    def features(self) -> Tensor:
+        return self.tower.merger(self.states[-1])
+
+    def project(self, features: Tensor) -> Tensor:
+        return features
+
+    def metric(self) -> Tensor:
+        return self._received(self.depth - 1)
+
+    def similarity(self, order: str) -> Tensor:
+        span = self.states[7 * self.depth // 32 : 23 * self.depth // 32 + 1]
+        similarity = self.tower.merger(torch.stack(span).mean(dim=0))
+        if order == "window":
+            # The released code never puts these rows back in raster order.
+            similarity = similarity[window_of(self.tower, self.grid).argsort(stable=True)]
+        return similarity.float()
+
+    def radius(self) -> float:
+        rows, cols = (side + side % 2 for side in self.grid)
+        return 0.8 * math.sqrt((rows - 1) ** 2 + (cols - 1) ** 2)
+
+    def keys(self) -> Tensor:
+        block = self.tower.blocks[-1]
+        _, k, _ = block.attn.qkv(block.norm1(self.states[-2])).unflatten(-1, (3, block.attn.num_heads, -1)).unbind(1)
+        turned = _rotate(k.transpose(0, 1), *_rotary(self.tower, self.grid)).float().mean(dim=0)
+        return turned.unflatten(0, (-1, self.tower.spatial_merge_size**2)).mean(dim=1)
+
+    def objects(self) -> Tensor:
+        middle = round(16 * self.depth / 32) - 1
+        return self._received(min(self.tower.fullatt_block_indexes, key=lambda block: abs(block - middle)))
+
+    def registers(self) -> Tensor:
+        return self._received(self.depth - 1)
+
+    def _received(self, block: int) -> Tensor:
+        patches = self.attention[block].mean(dim=0).sum(dim=0)
+        return patches.reshape(-1, self.tower.spatial_merge_size**2).mean(dim=1)
 
 
-def _nuwa(
-    tower: nn.Module, features: Tensor, states: list[Tensor], attention: Tensor, grid: Grid, merge: NuwaMerge
-) -> tuple[Tensor, Tensor]:
-    """Stage 1 behind the merger (5.2, 5.3)."""
-    depth, group = len(states), tower.spatial_merge_size**2
-    similarity = tower.merger(torch.stack(states[7 * depth // 32 : 23 * depth // 32 + 1]).mean(dim=0))
-    if merge.sim_order == "window":
-        # The released code never puts these rows back in raster order.
-        similarity = similarity[window_of(tower, grid).argsort(stable=True)]
-    rows, cols = (side + side % 2 for side in grid)
-    return nuwa_stage_one(
-        attention.mean(dim=0).sum(dim=0).reshape(-1, group).mean(dim=1),
-        features,
-        similarity.float(),
-        columns=grid[1],
-        top_n=merge.top_n,
-        keep=math.ceil(merge.share * len(features)),
-        radius=0.8 * math.sqrt((rows - 1) ** 2 + (cols - 1) ** 2),
-        quantile=merge.quantile,
-        self_weight_override=merge.self_weight_override,
-    )
-
-
-def vision_tower(tower: nn.Module, patches: Tensor, grid: Grid) -> tuple[list[Tensor], Tensor]:
-    """Each block's output [P, C] and the last one's attention [N, P, P] (fp32), for one image whose patches come in
+def vision_tower(tower: nn.Module, patches: Tensor, grid: Grid) -> tuple[list[Tensor], list[Tensor]]:
+    """Each block's output [P, C] and attention [N, P, P] (fp32), for one image whose patches come in
     groups, one a merged token in raster order of the (rows, cols) `grid`."""
     group = tower.spatial_merge_size**2
     window = window_of(tower, grid).repeat_interleave(group)
     elsewhere = window[:, None] != window
     cos, sin = _rotary(tower, grid)
-    x, states, weights = tower.patch_embed(patches), [], torch.empty(0)
+    x, states, attention = tower.patch_embed(patches), [], []
     for number, block in enumerate(tower.blocks):
         module = block.attn
         q, k, v = module.qkv(block.norm1(x)).unflatten(-1, (3, module.num_heads, -1)).permute(1, 2, 0, 3)
@@ -99,7 +111,8 @@ def vision_tower(tower: nn.Module, patches: Tensor, grid: Grid) -> tuple[list[Te
         x = x + module.proj((weights.to(v.dtype) @ v).transpose(0, 1).flatten(1))
         x = x + block.mlp(block.norm2(x))
         states.append(x)
-    return states, weights
+        attention.append(weights)
+    return states, attention
 
 
 def window_of(tower: nn.Module, grid: Grid) -> Tensor:

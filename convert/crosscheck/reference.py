@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from convert.crosscheck.decisions import Decider, Given
 from convert.crosscheck.layers import RaggedRows, attend, finish_layer, head, project
 from convert.crosscheck.nuwa import ImageTensors
-from reroute_jax.routing.plan import NuwaMerge, Schedule, Stage
+from reroute_jax.routing.plan import Schedule, Stage
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Reference:
     """Everything comparable about one run. Arrays are numpy, real ones fp32.
 
     features: [n, D] features of all images as the decoder gets them, None without an image.
-    anchors: original visual index of each of them after a Nuwa merge, else None.
+    anchors: original visual index of each of them after a merge, else None.
     ran: per layer the rows cached in prefill, as indices into the unpruned prompt. hidden: their outputs.
     logits: [vocab] at the last prompt token; tokens: greedy continuation, the stop token included.
     """
@@ -89,7 +89,7 @@ def run(
     walk, logits = prefill(model, ids, images, image_grid_thw, schedule, prior)
     return Reference(
         features=torch.cat([image.features for image in images]).float().numpy() if images else None,
-        anchors=_visual_index(images).numpy() if images and isinstance(schedule.merge, NuwaMerge) else None,
+        anchors=_visual_index(images).numpy() if images and schedule.merge is not None else None,
         decisions=walk.decisions,
         ran=walk.ran,
         hidden=[hidden.float().numpy() for hidden in walk.hidden],
@@ -123,6 +123,8 @@ def prefill(
     positions, next_position = _family_of(model).positions(model, ids, image_grid_thw)
     rows = _decoder_input(model, ids, positions, images, runs, schedule.first_image_only)
 
+    if schedule.renumbers_input:
+        rows, next_position = replace(rows, position=torch.arange(len(rows))[None]), len(rows)
     grids = [image.grid for image in images]
     decider = Decider(model, schedule, rows, grids[:1] if schedule.first_image_only else grids, prior)
     visual = sum(image.count for image in images)

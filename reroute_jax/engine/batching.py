@@ -19,9 +19,10 @@ from jaxtyping import Bool, Float, Int, UInt8
 from reroute_jax.buckets import TEXT_BUCKETS, bucket
 from reroute_jax.config import ModelConfig
 from reroute_jax.decoder import Prompt
+from reroute_jax.errors import RerouteError
 from reroute_jax.models import FAMILIES
-from reroute_jax.routing.merge import MergeArrays, merge_arrays
-from reroute_jax.routing.plan import NuwaMerge, PoolMerge, RoutingPlan, Schedule, floors
+from reroute_jax.routing.merge import Merge, merge_arrays
+from reroute_jax.routing.plan import RoutingPlan, Schedule, floors
 from reroute_jax.routing.prior import prior_scores
 from reroute_jax.types import AnyArray, Grid
 
@@ -90,9 +91,9 @@ class Images:
     shape. first: index of each image's first token among the batch's original visual tokens. merge: static."""
 
     pixels: Any
-    arrays: MergeArrays
+    arrays: dict[str, AnyArray]
     first: Int[AnyArray, " I"]
-    merge: NuwaMerge | PoolMerge | None = field(metadata={"static": True})
+    merge: Merge | None = field(metadata={"static": True})
 
 
 @dataclass(frozen=True)
@@ -124,10 +125,15 @@ def lay_out(question: Question, config: ModelConfig, schedule: Schedule) -> Layo
     keep = ~is_image
     keep[is_image] = within[is_image] < left[image[is_image]]
     routed = image == 0 if schedule.first_image_only else is_image
+    kept_positions = positions[..., keep]
+    if schedule.renumbers_input:
+        if positions.ndim > 1:
+            raise RerouteError("position_mode='renumber' has no meaning for positions of three channels: leave it out")
+        kept_positions, next_position = np.arange(keep.sum()), int(keep.sum())
     return Layout(
         question,
         question.ids[keep],
-        positions[..., keep],
+        kept_positions,
         image[keep],
         within[keep],
         routed[keep],

@@ -50,8 +50,8 @@ class Trace:
     """What was selected. Indices count a row's original visual tokens (before any merge), ascending, -1 padded.
 
     selected: per decision `[B, k]`. scores: per decision fp32 `[B, n]`, -inf where a token was not a candidate.
-    anchors: `[B, N1]`, tokens kept by Nuwa's stage 1, or None. kv_tokens: `[B, L]`, keys cached per layer.
-    seen: what the prompts were.
+    anchors: `[B, N1]`, tokens that a merge kept, a cell by its centre, or None. kv_tokens: `[B, L]`, keys cached per
+    layer. seen: what the prompts were.
     """
 
     selected: tuple[np.ndarray, ...]

@@ -78,7 +78,7 @@ class Family:
     read_config(hf): of config.json as transformers read it; raises RerouteError for a setting that is not implemented.
     model(config, rngs=, dtype=): the parameters, with a `decoder`.
     encode_images(model, pixels, arrays, merge): features `[I, C, D]` at decoder width and, for each, the index of the
-        visual token it stands for, `[I, C]`; compiled. `arrays` are a MergeArrays; `merge` is static.
+        visual token it stands for, `[I, C]`; compiled. `arrays` are those of `merge_arrays`; `merge` is static.
     image_grids(pixel_values, image_grid_thw, config): grid of each image, as the HF processor returns them; raises
         RerouteError where they do not fit each other or the model.
     pack(pixel_values, grids, config, images): pixels for `encode_images`, padded to `images` images.

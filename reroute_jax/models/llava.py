@@ -19,11 +19,10 @@ from reroute_jax.config import ModelConfig, decoder_config, require, token_ids
 from reroute_jax.decoder import Decoder
 from reroute_jax.errors import RerouteError
 from reroute_jax.models.family import Evaluation, Family, Released, check_processor
-from reroute_jax.routing.merge import MergeArrays, nuwa, pooled
+from reroute_jax.routing.merge import Merge, reduced
 from reroute_jax.routing.nuwa_rules import NuwaRules
-from reroute_jax.routing.plan import NuwaMerge, PoolMerge
-from reroute_jax.types import Grid, Size
-from reroute_jax.vision.clip import ClipConfig, ClipTower, Projector, nuwa_inputs
+from reroute_jax.types import AnyArray, Grid, Size
+from reroute_jax.vision.clip import ClipConfig, ClipImages, ClipTower, Projector
 
 NAME = "llava"
 # vicuna_v1 of LLaVA's own evaluation.
@@ -100,16 +99,12 @@ def _hidden_states(layers: int | list[int], num_layers: int) -> tuple[int, ...]:
 def encode_images(
     model: Llava,
     pixels: Float[Array, "I 3 height width"],
-    arrays: MergeArrays,
-    merge: NuwaMerge | PoolMerge | None,
+    arrays: dict[str, AnyArray],
+    merge: Merge | None,
 ) -> tuple[Float[Array, "I C D"], Int[Array, "I C"]]:
-    """Nuwa merges what enters the projector, pooling averages what leaves it."""
-    layers = model.config.vision.feature_layers
-    if isinstance(merge, NuwaMerge):
-        metric, features, similarity = nuwa_inputs(model.vision, pixels, layers)
-        merged, anchors = nuwa(merge, arrays, features, metric, similarity)
-        return model.projector(merged), anchors
-    return pooled(merge, arrays, model.projector(model.vision.features(pixels, layers)))
+    """See `Family`."""
+    images = ClipImages(model.vision, model.projector, pixels, model.config.vision.feature_layers)
+    return reduced(merge, images, arrays)
 
 
 def image_grids(pixel_values, image_grid_thw, config: ModelConfig) -> list[Grid]:

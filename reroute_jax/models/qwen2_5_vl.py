@@ -23,11 +23,10 @@ from reroute_jax.decoder import Decoder
 from reroute_jax.errors import RerouteError
 from reroute_jax.models.family import Evaluation, Family, Released, check_processor
 from reroute_jax.nn.mrope import mrope_positions
-from reroute_jax.routing.merge import MergeArrays, nuwa, pooled
+from reroute_jax.routing.merge import Merge, reduced
 from reroute_jax.routing.nuwa_rules import NuwaRules
-from reroute_jax.routing.plan import NuwaMerge, PoolMerge
-from reroute_jax.types import Grid
-from reroute_jax.vision.qwen2_5 import QwenTower, nuwa_inputs
+from reroute_jax.types import AnyArray, Grid
+from reroute_jax.vision.qwen2_5 import QwenImages, QwenTower
 from reroute_jax.vision.qwen_config import QwenVisionConfig
 from reroute_jax.vision.qwen_images import final_size, fit, patches, preprocess, unpack, visual_grid
 from reroute_jax.vision.qwen_windows import QwenPixels, pack
@@ -103,13 +102,10 @@ def _rope_sections(text) -> tuple[int, ...]:
 
 
 def encode_images(
-    model: QwenVL, pixels: QwenPixels, arrays: MergeArrays, merge: NuwaMerge | PoolMerge | None
+    model: QwenVL, pixels: QwenPixels, arrays: dict[str, AnyArray], merge: Merge | None
 ) -> tuple[Float[Array, "I C D"], Int[Array, "I C"]]:
     """Every merge works on what leaves the patch merger (5.3)."""
-    if isinstance(merge, NuwaMerge):
-        inputs = nuwa_inputs(model.vision, pixels, merge.sim_order)
-        return nuwa(merge, arrays, inputs.features, inputs.metric, inputs.similarity)
-    return pooled(merge, arrays, model.vision.features(pixels))
+    return reduced(merge, QwenImages(model.vision, pixels), arrays)
 
 
 def image_grids(pixel_values, image_grid_thw, config: ModelConfig) -> list[Grid]:

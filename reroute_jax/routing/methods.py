@@ -12,11 +12,15 @@ from reroute_jax.errors import RerouteError, one_of
 from reroute_jax.models import FAMILIES
 from reroute_jax.routing.budget import TIERS, parsed_budget, share_of
 from reroute_jax.routing.decoder_methods import feather, ivc, v2drop
+from reroute_jax.routing.divprune import DivPrune
+from reroute_jax.routing.hiprune import HiPrune
 from reroute_jax.routing.nuwa_schedule import nuwa
-from reroute_jax.routing.plan import ACTIONS, PoolMerge, Schedule
+from reroute_jax.routing.plan import ACTIONS, Schedule
+from reroute_jax.routing.pool import PoolMerge
 from reroute_jax.routing.request import Request
 from reroute_jax.routing.solver import OFFICIAL_RATIOS, decision_layers, solve
 from reroute_jax.routing.switches import SWITCHES, Switches, shown
+from reroute_jax.routing.visionzip import VisionZip
 
 _SCORES = {None: "last_token", "own_layer": "last_token", "previous_layer": "previous_layer"}
 
@@ -128,6 +132,28 @@ def _pool(request: Request) -> Schedule:
     return request.schedule((), (), merge=PoolMerge(request.budget))
 
 
+def _amount(request: Request) -> dict[str, Fraction | int]:
+    """What a reduction before the decoder keeps of an image."""
+    if request.switches.keep is None:
+        return {"share": request.budget}
+    if len(request.switches.keep) != 1:
+        raise RerouteError(f"method {request.method!r} keeps one number of tokens, not {shown(request.switches.keep)}")
+    (keep,) = request.switches.keep
+    return {"count": int(keep)} if isinstance(keep, Integral) else {"share": Fraction(keep).limit_denominator(10**6)}
+
+
+def _divprune(request: Request) -> Schedule:
+    return request.schedule((), (), merge=DivPrune(**_amount(request)))
+
+
+def _hiprune(request: Request) -> Schedule:
+    return request.schedule((), (), merge=HiPrune(**_amount(request), neighbours=request.switches.neighbours))
+
+
+def _visionzip(request: Request) -> Schedule:
+    return request.schedule((), (), merge=VisionZip(**_amount(request)))
+
+
 def _layout(request: Request) -> Schedule:
     """PDrop's reroute where a token once deferred may not return: isolates what recovery is worth."""
     if request.action == "delete":
@@ -153,6 +179,9 @@ METHODS: dict[str, Method] = {
     "uniform": Method(_uniform),
     "pool": Method(_pool, has_actions=False),
     "layout": Method(_layout, has_actions=False),
+    "divprune": Method(_divprune, has_actions=False),
+    "hiprune": Method(_hiprune, has_actions=False),
+    "visionzip": Method(_visionzip, has_actions=False),
     "feather": Method(feather),
     "v2drop": Method(v2drop),
     "ivc": Method(ivc),

@@ -6,22 +6,91 @@ Source: arXiv 2602.02951 and its released LLaVA and Qwen code.
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from fractions import Fraction
-from typing import NamedTuple
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from reroute_jax.errors import RerouteError, one_of
 from reroute_jax.nn.precision import precision
+from reroute_jax.routing.kept import check_grid
+from reroute_jax.routing.tower import Tower
+from reroute_jax.types import Grid
+
+SIM_ORDERS = ("raster", "window")
 
 
-class NuwaInputs(NamedTuple):
-    """What Nüwa's stage 1 reads from the tower (arXiv 2602.02951)."""
+@dataclass(frozen=True)
+class NuwaMerge:
+    """Nuwa's encoder-side stage (4.1 to 4.3, 4.7, 5.3): n patches become `anchors(n, grid)` tokens.
 
-    metric: Float[Array, "I n"]
-    features: Float[Array, "I n D"]
-    similarity: Float[Array, "I n K"]
+    share: of the tokens that stay, exact, because ceil(share * n) must not mis-round. top_n: candidates per 2x2 region.
+    quantile: anchors whose metric is at or above it stay as they are. diagonal_radius: reach as on Qwen (5.3), else as
+    on LLaVA (4.3). self_weight_override: an anchor counts with weight 1 on top of its normalised neighbourhood.
+    sim_order: "window" compares patches as Qwen's release does, in the order of its attention windows (5.2).
+    """
+
+    share: Fraction
+    top_n: int
+    quantile: Fraction = Fraction(11, 20)
+    diagonal_radius: bool = False
+    self_weight_override: bool = True
+    sim_order: str = "raster"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise RerouteError(f"a Nuwa merge keeps a share of {self.share}, expected a fraction in (0, 1]")
+        if self.top_n not in (1, 2, 3, 4):
+            raise RerouteError(f"top_n is {self.top_n}, expected 1 to 4 candidates of a 2x2 region")
+        one_of("sim_order", self.sim_order, SIM_ORDERS)
+
+    def anchors(self, visual: int, grid: tuple[int, int]) -> int:
+        """N1, the tokens left of `visual` patches on a (rows, cols) grid."""
+        check_grid(visual, grid)
+        return min(self.cap(visual), candidate_count(grid, self.top_n))
+
+    def cap(self, visual: int) -> int:
+        """The most that can be left of up to `visual` patches."""
+        return math.ceil(self.share * visual)
+
+    def radius(self, grid: tuple[int, int]) -> float:
+        """Reach of a merge in patches: sqrt(280) for LLaVA's side of 24, 0.8 of the diagonal of Qwen's padded grid."""
+        if not self.diagonal_radius:
+            return math.sqrt(280) * max(grid) / 24
+        rows, cols = (side + side % 2 for side in grid)
+        return 0.8 * math.hypot(rows - 1, cols - 1)
+
+    def arrays(self, grid: Grid, tokens: int) -> dict[str, np.ndarray]:
+        keep, radius = self.anchors(grid[0] * grid[1], grid), self.radius(grid)
+        return {
+            "grid": np.array(grid, np.int32),
+            "keep": np.array(keep, np.int32),
+            "radius": np.array(radius, np.float32),
+        }
+
+    def reduce(self, tower: Tower, arrays: dict[str, Array]) -> tuple[Float[Array, "I C E"], Int[Array, "I C"]]:
+        features, similarity = tower.features(), tower.similarity(self.sim_order)
+        one = partial(
+            stage_one,
+            cap=self.cap(features.shape[1]),
+            top_n=self.top_n,
+            quantile=self.quantile,
+            self_weight_override=self.self_weight_override,
+        )
+        given = (arrays[name] for name in ("grid", "keep", "radius"))
+        merged, anchors = jax.vmap(one)(tower.metric(), features, similarity, *given)
+        return tower.project(merged), anchors
+
+
+def candidate_count(grid: tuple[int, int], top_n: int) -> int:
+    """Patches of a (rows, cols) grid that are among the `top_n` of their 2x2 region, smaller at an odd edge."""
+    heights, widths = ([min(2, side - start) for start in range(0, side, 2)] for side in grid)
+    return sum(min(top_n, height * width) for height in heights for width in widths)
 
 
 def stage_one(

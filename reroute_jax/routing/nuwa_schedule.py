@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 from reroute_jax.errors import RerouteError
+from reroute_jax.routing.nuwa import NuwaMerge
 from reroute_jax.routing.nuwa_rules import NuwaRules
-from reroute_jax.routing.plan import NuwaMerge, Schedule
+from reroute_jax.routing.plan import Schedule
 from reroute_jax.routing.request import Request
 from reroute_jax.routing.solver import Ratio, decision_layers, scaled_layer, solve
 

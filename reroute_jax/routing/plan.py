@@ -6,7 +6,6 @@ Section numbers in this package are those of the method specification.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -22,11 +21,11 @@ from reroute_jax.config import DecoderConfig
 from reroute_jax.errors import RerouteError, one_of
 from reroute_jax.routing import records
 from reroute_jax.routing.floors import FLOORS, Floor
+from reroute_jax.routing.kept import Kept
+from reroute_jax.routing.merge import MERGES, Merge
 from reroute_jax.routing.scores import SCORES, default_seeds
-from reroute_jax.routing.solver import pool_grid
 from reroute_jax.types import Grid
 
-SIM_ORDERS = ("raster", "window")
 POSITION_MODES = ("original", "renumber")
 CUTS = ("no", "all", "all_but_first")
 PRIORS = ("random", "uniform")
@@ -111,71 +110,6 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class NuwaMerge:
-    """Nuwa's encoder-side stage (4.1 to 4.3, 4.7, 5.3): n patches become `anchors(n, grid)` tokens.
-
-    share: of the tokens that stay, exact, because ceil(share * n) must not mis-round. top_n: candidates per 2x2 region.
-    quantile: anchors whose metric is at or above it stay as they are. diagonal_radius: reach as on Qwen (5.3), else as
-    on LLaVA (4.3). self_weight_override: an anchor counts with weight 1 on top of its normalised neighbourhood.
-    sim_order: "window" compares patches as Qwen's release does, in the order of its attention windows (5.2).
-    """
-
-    share: Fraction
-    top_n: int
-    quantile: Fraction = Fraction(11, 20)
-    diagonal_radius: bool = False
-    self_weight_override: bool = True
-    sim_order: str = "raster"
-
-    def __post_init__(self) -> None:
-        if not 0 < self.share <= 1:
-            raise RerouteError(f"a Nuwa merge keeps a share of {self.share}, expected a fraction in (0, 1]")
-        if self.top_n not in (1, 2, 3, 4):
-            raise RerouteError(f"top_n is {self.top_n}, expected 1 to 4 candidates of a 2x2 region")
-        one_of("sim_order", self.sim_order, SIM_ORDERS)
-
-    def anchors(self, visual: int, grid: tuple[int, int]) -> int:
-        """N1, the tokens left of `visual` patches on a (rows, cols) grid."""
-        _check_grid(visual, grid)
-        return min(self.cap(visual), candidate_count(grid, self.top_n))
-
-    def cap(self, visual: int) -> int:
-        """The most that can be left of up to `visual` patches."""
-        return math.ceil(self.share * visual)
-
-    def radius(self, grid: tuple[int, int]) -> float:
-        """Reach of a merge in patches: sqrt(280) for LLaVA's side of 24, 0.8 of the diagonal of Qwen's padded grid."""
-        if not self.diagonal_radius:
-            return math.sqrt(280) * max(grid) / 24
-        rows, cols = (side + side % 2 for side in grid)
-        return 0.8 * math.hypot(rows - 1, cols - 1)
-
-
-@dataclass(frozen=True)
-class PoolMerge:
-    """Average pooling of the features to at most `share` of an image's tokens before the decoder (a control)."""
-
-    share: Fraction
-
-    def __post_init__(self) -> None:
-        if not 0 < self.share <= 1:
-            raise RerouteError(f"pooling keeps a share of {self.share}, expected a fraction in (0, 1]")
-
-    def cells(self, visual: int, grid: tuple[int, int]) -> tuple[int, int]:
-        """(rows, cols) that `visual` patches on a (rows, cols) grid are pooled to."""
-        _check_grid(visual, grid)
-        return pool_grid(grid, self.cap(visual))
-
-    def anchors(self, visual: int, grid: tuple[int, int]) -> int:
-        """The tokens left of `visual` patches on a (rows, cols) grid."""
-        return math.prod(self.cells(visual, grid))
-
-    def cap(self, visual: int) -> int:
-        """The most that can be left of up to `visual` patches."""
-        return int(self.share * visual)
-
-
-@dataclass(frozen=True)
 class StagePlan:
     """Layers [lo, hi) with a static limit on selected visual tokens; cap None: no decision, all of them run.
 
@@ -204,6 +138,7 @@ class RoutingPlan:
     position_mode: str
     bidirectional_layer: int | None = None
     cut_caches: str = "no"
+    renumbers_input: bool = False
 
 
 @dataclass(frozen=True)
@@ -222,7 +157,7 @@ class Schedule:
     position_mode: str = "original"
     prior: str | None = None
     seed: int = 0
-    merge: NuwaMerge | PoolMerge | None = None
+    merge: Merge | None = None
     first_image_only: bool = False
     bidirectional_layer: int | None = None
     cut_caches: str = "no"
@@ -285,6 +220,11 @@ class Schedule:
     @property
     def decisions(self) -> tuple[Stage, ...]:
         return tuple(stage for stage in self.stages if stage.decides)
+
+    @property
+    def renumbers_input(self) -> bool:
+        """Whether positions are counted anew over what a reduction of 16.1 to 16.3 leaves (18.5)."""
+        return self.position_mode == "renumber" and isinstance(self.merge, Kept)
 
     @property
     def has_floor(self) -> bool:
@@ -372,7 +312,9 @@ class Schedule:
             united |= s.union
         if decisions:
             stages[-1] = replace(stages[-1], action="delete")
-        return RoutingPlan(tuple(stages), self.position_mode, self.bidirectional_layer, self.cut_caches)
+        return RoutingPlan(
+            tuple(stages), self.position_mode, self.bidirectional_layer, self.cut_caches, self.renumbers_input
+        )
 
     def keep_counts(self, visual_counts: Sequence[int] | np.ndarray) -> np.ndarray:
         """int32 [decisions, B]: how many visual tokens each row keeps; 0 for a row without any (2.2)."""
@@ -482,22 +424,6 @@ def _stage(record: Mapping[str, Any]) -> Stage:
     floor = record.get("floor")
     made = None if floor is None else records.made(FLOORS[floor["kind"]], floor)
     return records.made(Stage, {**record, "floor": made})
-
-
-MERGES = {merge.__name__: merge for merge in (NuwaMerge, PoolMerge)}
-
-
-def candidate_count(grid: tuple[int, int], top_n: int) -> int:
-    """Patches of a (rows, cols) grid that are among the `top_n` of their 2x2 region, smaller at an odd edge."""
-    heights, widths = ([min(2, side - start) for start in range(0, side, 2)] for side in grid)
-    return sum(min(top_n, height * width) for height in heights for width in widths)
-
-
-def _check_grid(visual: int, grid: tuple[int, int]) -> None:
-    if grid[0] * grid[1] != visual or visual < 1:
-        raise RerouteError(
-            f"a grid of {grid[0]} x {grid[1]} does not hold {visual} visual tokens, expected their rows x cols"
-        )
 
 
 def _check_falling(what: str, decisions: Sequence[Stage], values: Sequence[float | int | Fraction | None]) -> None:

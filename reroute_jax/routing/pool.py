@@ -1,9 +1,60 @@
-"""Average pooling of visual tokens to a smaller grid before the decoder: the control `pool`. Host code."""
+"""Average pooling of visual tokens to a smaller grid before the decoder: the control `pool`."""
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+
+import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
+
+from reroute_jax.errors import RerouteError
+from reroute_jax.routing.kept import check_grid
+from reroute_jax.routing.solver import pool_grid
+from reroute_jax.routing.tower import Tower
+from reroute_jax.types import Grid
+
+
+@dataclass(frozen=True)
+class PoolMerge:
+    """Average pooling of the features to at most `share` of an image's tokens before the decoder (a control)."""
+
+    share: Fraction
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise RerouteError(f"pooling keeps a share of {self.share}, expected a fraction in (0, 1]")
+
+    def cells(self, visual: int, grid: tuple[int, int]) -> tuple[int, int]:
+        """(rows, cols) that `visual` patches on a (rows, cols) grid are pooled to."""
+        check_grid(visual, grid)
+        return pool_grid(grid, self.cap(visual))
+
+    def anchors(self, visual: int, grid: tuple[int, int]) -> int:
+        """The tokens left of `visual` patches on a (rows, cols) grid."""
+        return math.prod(self.cells(visual, grid))
+
+    def cap(self, visual: int) -> int:
+        """The most that can be left of up to `visual` patches."""
+        return int(self.share * visual)
+
+    def arrays(self, grid: Grid, tokens: int) -> dict[str, np.ndarray]:
+        """Weights of the cells over up to `tokens` tokens, and the cells' centre tokens; no weights behind them."""
+        cap, size = self.cap(tokens), grid[0] * grid[1]
+        pool, centre = np.zeros((cap, tokens), np.float32), np.zeros(cap, np.int32)
+        weights, centres = pool_weights(grid, self.cells(size, grid))
+        pool[: len(weights), :size], centre[: len(weights)] = weights, centres
+        return {"pool": pool, "centre": centre}
+
+    def reduce(self, tower: Tower, arrays: dict[str, Array]) -> tuple[Float[Array, "I C E"], Int[Array, "I C"]]:
+        """Averages (fp32 sums) of features at decoder width."""
+        features = tower.project(tower.features())
+        # The fp32 weights make the whole product fp32.
+        averages = jnp.einsum("Icn,InD->IcD", arrays["pool"], features, precision=jax.lax.Precision.HIGHEST)
+        return averages.astype(features.dtype), jnp.asarray(arrays["centre"])
 
 
 def pool_weights(

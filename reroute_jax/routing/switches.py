@@ -10,7 +10,9 @@ from fractions import Fraction
 from typing import Any
 
 from reroute_jax.errors import RerouteError, one_of
-from reroute_jax.routing.plan import POSITION_MODES, SIM_ORDERS
+from reroute_jax.routing.hiprune import NEIGHBOURS
+from reroute_jax.routing.nuwa import SIM_ORDERS
+from reroute_jax.routing.plan import POSITION_MODES
 
 # Of the switches, those that take a budget's place.
 AMOUNTS = ("keep_ratio", "keep")
@@ -18,8 +20,9 @@ AMOUNTS = ("keep_ratio", "keep")
 _STAGED = ("fastv", "pdrop", "random", "uniform", "layout")
 _INSIDE = ("feather", "v2drop", "ivc")
 _ROUTED = ("fastv", "pdrop", "nuwa", "random", "uniform", "layout", *_INSIDE)
+_BEFORE = ("divprune", "hiprune", "visionzip")
 _EVERY = ("fastv", "pdrop", "nuwa", "random", "uniform", "layout")
-_POSITIONED = ("fastv", "pdrop", "nuwa", "random", "uniform", "pool", "layout")
+_POSITIONED = ("fastv", "pdrop", "nuwa", "random", "uniform", "pool", "layout", *_BEFORE)
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,10 @@ class Switches:
         action="delete",
     )
     position_mode: str = _switch(
-        "original", "keep token positions, or renumber after each decision", _POSITIONED, choices=POSITION_MODES
+        "original",
+        "keep token positions, or renumber after each decision and behind a reduction of 16.1 to 16.3",
+        _POSITIONED,
+        choices=POSITION_MODES,
     )
     variant: str | None = _switch(
         None,
@@ -124,7 +130,10 @@ class Switches:
         None, "decision layers, instead of the method's own", _INSIDE, kind=numbers
     )
     keep: tuple[int | float | Fraction, ...] | None = _switch(
-        None, "visual tokens to keep, a number or a share for each decision, instead of a budget", _INSIDE, kind=numbers
+        None,
+        "visual tokens to keep, a number or a share for each decision, instead of a budget",
+        (*_INSIDE, *_BEFORE),
+        kind=numbers,
     )
     stride: int = _switch(3, "FEATHER keeps every this many rows and columns (14.1)", ("feather",), kind=int)
     floor_count: str = _switch(
@@ -156,6 +165,13 @@ class Switches:
         kind=bool,
         action="delete",
         family="llava",
+        defect=True,
+    )
+    neighbours: str = _switch(
+        "grid",
+        "of an anchor: on the grid, or by index, which wraps around at the border, as released (16.3)",
+        ("hiprune",),
+        choices=NEIGHBOURS,
         defect=True,
     )
     seed: int = _switch(0, "of the random scores", ("random",), kind=int)

@@ -6,7 +6,6 @@ F features: D for each hidden state that the projector sees.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
@@ -14,10 +13,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from reroute_jax.nn.attention import attention
+from reroute_jax.nn.attention import attention, received_attention
 from reroute_jax.nn.layers import HeadProjection, Linear, OutputProjection, constant, parameter
 from reroute_jax.nn.precision import precision
-from reroute_jax.routing.nuwa import NuwaInputs
+from reroute_jax.routing.tower import Tower
 
 ACTIVATIONS = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
@@ -141,31 +140,6 @@ class ClipTower(nnx.Module):
         first = jnp.broadcast_to(self.class_embed[...], (len(patches), 1, patches.shape[-1]))
         return self.pre_norm(jnp.concatenate([first, patches], axis=1) + self.position_embed[...])
 
-    def features(self, pixels: Float[Array, "I 3 height width"], layers: tuple[int, ...]) -> Float[Array, "I n F"]:
-        """Patches of hidden states `layers` (0 = input of block 0) side by side; blocks behind the last do not run."""
-        states = [self.embed(pixels)]
-        for block in self.layers[: max(layers)]:
-            states.append(block(states[-1]))
-        return _patches(states, layers)
-
-
-def _patches(states: Sequence[Float[Array, "I C D"]], layers: tuple[int, ...]) -> Float[Array, "I n F"]:
-    """Hidden states `layers` without their class tokens, side by side."""
-    return jnp.concatenate([states[layer][:, 1:] for layer in layers], axis=-1)
-
-
-def nuwa_inputs(tower: ClipTower, pixels: Float[Array, "I 3 height width"], layers: tuple[int, ...]) -> NuwaInputs:
-    """Class attention of the second-to-last block, features of hidden states `layers`, and the mean of the hidden
-    states from two thirds of the depth to the end, without the class token."""
-    depth = len(tower.layers)
-    first = -(-2 * depth // 3)
-    states = [tower.embed(pixels)]
-    for block in tower.layers:
-        states.append(block(states[-1]))
-    metric = tower.layers[-2].class_attention(states[depth - 2])
-    similarity = jnp.stack(states[first:]).astype(jnp.float32).mean(axis=0)
-    return NuwaInputs(metric, _patches(states, layers), similarity[:, 1:])
-
 
 class Projector(nnx.Module):
     """Two linear layers from the width of the features to decoder width."""
@@ -178,3 +152,58 @@ class Projector(nnx.Module):
 
     def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows E"]:
         return self.fc2(ACTIVATIONS[self.activation](self.fc1(x)))
+
+
+class ClipImages(Tower):
+    """Images in the tower, as merges read them (`routing/tower.py`); traced, and no block runs that is not needed.
+    layers: hidden states that the projector sees."""
+
+    def __init__(
+        self, tower: ClipTower, projector: Projector, pixels: Float[Array, "I 3 height width"], layers: tuple[int, ...]
+    ):
+        self.tower, self.projector, self.layers = tower, projector, layers
+        self.states = [tower.embed(pixels)]
+
+    def state(self, number: int) -> Float[Array, "I C D"]:
+        """Hidden state `number`; 0 is the input of block 0."""
+        while len(self.states) <= number:
+            self.states.append(self.tower.layers[len(self.states) - 1](self.states[-1]))
+        return self.states[number]
+
+    def features(self) -> Float[Array, "I n F"]:
+        """Patches of the hidden states that the projector sees, side by side."""
+        return jnp.concatenate([self.state(layer)[:, 1:] for layer in self.layers], axis=-1)
+
+    def project(self, features: Float[Array, "I C F"]) -> Float[Array, "I C E"]:
+        return self.projector(features)
+
+    def metric(self) -> Float[Array, "I n"]:
+        """Attention of the class token in the second-to-last block, summed over heads (4.2)."""
+        return self.tower.layers[-2].class_attention(self.state(len(self.tower.layers) - 2))
+
+    def similarity(self, order: str) -> Float[Array, "I n D"]:
+        """Mean of the hidden states from two thirds of the depth to the end (4.2); patches have one order."""
+        depth = len(self.tower.layers)
+        span = [self.state(number) for number in range(-(-2 * depth // 3), depth + 1)]
+        return jnp.stack(span).astype(jnp.float32).mean(axis=0)[:, 1:]
+
+    def keys(self) -> Float[Array, "I n H"]:
+        """Of the second-to-last block, unscaled, mean over heads (16.2)."""
+        block = self.tower.layers[-2]
+        keys = block.attn.k(block.norm1(self.state(len(self.tower.layers) - 2)))
+        return keys.astype(jnp.float32).mean(axis=1)[:, 1:]
+
+    def objects(self) -> Float[Array, "I n"]:
+        """Block 9 of 24, counted from 1, and what stands for it at another depth (16.3)."""
+        return self._received(round(9 * len(self.tower.layers) / 24) - 1)
+
+    def registers(self) -> Float[Array, "I n"]:
+        """The second-to-last block (16.3)."""
+        return self._received(len(self.tower.layers) - 2)
+
+    def _received(self, number: int) -> Float[Array, "I n"]:
+        """Attention that patches receive from all tokens, fp32, mean over heads, sum over queries."""
+        block = self.tower.layers[number]
+        normed = block.norm1(self.state(number))
+        everything = jnp.full(normed.shape[:1], normed.shape[1])
+        return received_attention(block.attn.q(normed), block.attn.k(normed), everything)[:, 1:]

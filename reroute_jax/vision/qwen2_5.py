@@ -28,7 +28,7 @@ from reroute_jax.nn.layers import (
     take_rows,
 )
 from reroute_jax.nn.products import matmul
-from reroute_jax.routing.nuwa import NuwaInputs
+from reroute_jax.routing.tower import Tower
 from reroute_jax.vision.qwen_config import QwenVisionConfig
 from reroute_jax.vision.qwen_windows import QwenPixels
 
@@ -95,11 +95,6 @@ class VisionLayer(nnx.Module):
             x = x + self.attn(self.norm1(x), rope, pixels)
         with jax.named_scope("mlp"):
             return x + self.mlp(self.norm2(x))
-
-    def received(self, x: Float[Array, "I P D"], rope: Rope, count: Int[Array, " I"]) -> Float[Array, "I P"]:
-        """Attention each patch receives from the whole image, fp32, mean over heads; 0 at padding."""
-        q, k, _ = self.attn.rotated(self.norm1(x), rope)
-        return received_attention(q, k, count)
 
 
 class Merger(nnx.Module):
@@ -174,32 +169,76 @@ def window_attention(
     return take_rows(out, pixels.slot).swapaxes(1, 2)
 
 
-def nuwa_inputs(tower: QwenTower, pixels: QwenPixels, order: str = "raster") -> NuwaInputs:
-    """What Nuwa's stage 1 reads, a value or row for each visual token: the attention its patches receive in the last
-    block (fp32: mean over heads, sum over queries, mean over its patches), its feature, and the mean of the middle
-    blocks' patches sent through the same merger.
+class QwenImages(Tower):
+    """Images in the tower, as merges read them (`routing/tower.py`); traced, and what nobody asks for is not computed.
+    Rows at padding mean nothing."""
 
-    order: static. "raster", or "window": the similarity rows in the order of the attention windows, in which the
-    released code reads them as if they were in raster order. Raises RerouteError for another order, and for a tower
-    whose last block is windowed.
-    """
-    last = len(tower.layers) - 1
-    if tower.layers[last].attn.windowed:
-        raise RerouteError(
-            f"layer {last} of the vision tower attends within windows: Nuwa's metric needs full attention in the last "
-            f"layer, and only layers {list(tower.config.full_attention)} have it; use another method"
-        )
-    if order not in ("raster", "window"):
-        raise RerouteError(f"unknown order {order!r} of similarity features: expected 'raster' or 'window'")
-    pixels = jax.tree.map(jnp.asarray, pixels)
-    states = tower.states(pixels)
-    before = states[last - 1] if last else tower.patch_embed(pixels.patches)
-    received = tower.layers[last].received(before, rotary(pixels.place, tower.config), pixels.count)
-    group = tower.config.merge**2
-    first, final, of = _SIMILARITY_SPAN
-    span = states[first * (last + 1) // of : final * (last + 1) // of + 1]
-    similarity = tower.merger(jnp.stack(span).astype(jnp.float32).mean(axis=0).astype(before.dtype))
-    if order == "window":
-        similarity = take_rows(similarity, jnp.argsort(pixels.slot[:, ::group], axis=1))
-    metric = received.reshape(received.shape[0], -1, group).mean(axis=2)
-    return NuwaInputs(metric, tower.merger(states[last]), similarity)
+    def __init__(self, tower: QwenTower, pixels: QwenPixels):
+        self.tower, self.pixels = tower, jax.tree.map(jnp.asarray, pixels)
+        self.states = tower.states(self.pixels)
+
+    def features(self) -> Float[Array, "I n E"]:
+        """Visual tokens in raster order, at decoder width."""
+        return self.tower.merger(self.states[-1])
+
+    def project(self, features: Float[Array, "I C E"]) -> Float[Array, "I C E"]:
+        return features
+
+    def metric(self) -> Float[Array, "I n"]:
+        """Attention that a token's patches receive in the last block: mean over heads, sum over queries, mean over its
+        patches (5.2)."""
+        return self._received(len(self.states) - 1)
+
+    def similarity(self, order: str) -> Float[Array, "I n E"]:
+        """Mean of the middle blocks' patches, sent through the merger (5.2).
+
+        order: "raster", or "window": the rows in the order of the attention windows, in which the released code reads
+        them as if they were in raster order. Raises RerouteError for another one.
+        """
+        if order not in ("raster", "window"):
+            raise RerouteError(f"unknown order {order!r} of similarity features: expected 'raster' or 'window'")
+        first, final, of = _SIMILARITY_SPAN
+        depth, group = len(self.states), self.tower.config.merge**2
+        span = jnp.stack(self.states[first * depth // of : final * depth // of + 1])
+        similarity = self.tower.merger(span.astype(jnp.float32).mean(axis=0).astype(span.dtype))
+        if order == "window":
+            similarity = take_rows(similarity, jnp.argsort(self.pixels.slot[:, ::group], axis=1))
+        return similarity
+
+    def keys(self) -> Float[Array, "I n H"]:
+        """Of the last block at their places, mean over heads and over a token's patches (16.2)."""
+        block, normed, rope = self._block(len(self.states) - 1)
+        _, keys, _ = block.attn.rotated(normed, rope)
+        return self._by_token(keys.astype(jnp.float32).mean(axis=1))
+
+    def objects(self) -> Float[Array, "I n"]:
+        """Of the blocks that see the whole image, the one nearest block 16 of 32, counted from 1 (16.3)."""
+        middle = round(16 * len(self.states) / 32) - 1
+        return self._received(min(self.tower.config.full_attention, key=lambda block: abs(block - middle)))
+
+    def registers(self) -> Float[Array, "I n"]:
+        """The last block (16.3)."""
+        return self._received(len(self.states) - 1)
+
+    def _received(self, number: int) -> Float[Array, "I n"]:
+        """Raises RerouteError for a block that attends within windows."""
+        block = self.tower.layers[number]
+        if block.attn.windowed:
+            raise RerouteError(
+                f"layer {number} of the vision tower attends within windows: this method reads full attention there, "
+                f"and only layers {list(self.tower.config.full_attention)} have it; use another method"
+            )
+        _, normed, rope = self._block(number)
+        q, k, _ = block.attn.rotated(normed, rope)
+        return self._by_token(received_attention(q, k, self.pixels.count)[..., None])[..., 0]
+
+    def _block(self, number: int) -> tuple[VisionLayer, Float[Array, "I P D"], Rope]:
+        """A block, what its attention reads, and the patches' places."""
+        block = self.tower.layers[number]
+        before = self.states[number - 1] if number else self.tower.patch_embed(self.pixels.patches)
+        return block, block.norm1(before), rotary(self.pixels.place, self.tower.config)
+
+    def _by_token(self, patches: Float[Array, "I P X"]) -> Float[Array, "I n X"]:
+        """Mean over the patches of each token."""
+        images, _, width = patches.shape
+        return patches.reshape(images, -1, self.tower.config.merge**2, width).mean(axis=2)

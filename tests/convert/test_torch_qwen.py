@@ -12,7 +12,9 @@ from convert.crosscheck.nuwa import nuwa_stage_one
 from convert.crosscheck.qwen2_5_vl import vision_tower, window_of
 from convert.crosscheck.reference import run
 from convert.crosscheck.scores import last_three
-from reroute_jax.routing.plan import NuwaMerge, PoolMerge, Schedule, Stage
+from reroute_jax.routing.nuwa import NuwaMerge
+from reroute_jax.routing.plan import Schedule, Stage
+from reroute_jax.routing.pool import PoolMerge
 from tests.tiny_qwen import IMAGE, PAD, VISION_START, load_torch, random_ids, random_patches, tiny_qwen
 
 # Neither is a multiple of the window, 4 x 4; the first has an odd side each way.
@@ -100,7 +102,7 @@ def test_tower_equals_transformers_block_by_block(model, maps):
         hooks.append(block.register_forward_hook(lambda module, inputs, output: outputs.append(output)))
     with torch.no_grad():
         tower(patches, grid_thw=torch.tensor(THW[:1]))
-        states, weights = vision_tower(tower, patches, grid)
+        states, attention = vision_tower(tower, patches, grid)
     for hook in hooks:
         hook.remove()
     order = window_of(tower, grid).repeat_interleave(4).argsort(stable=True)
@@ -109,7 +111,7 @@ def test_tower_equals_transformers_block_by_block(model, maps):
         np.testing.assert_allclose(ours[order], theirs, atol=1e-5)
     # 6 blocks of which 2 see the image whole, the others in 2 x 2 windows.
     assert len(maps) == 2 + 4 * 4
-    np.testing.assert_allclose(weights[:, order][..., order], maps[-1], atol=1e-5)
+    np.testing.assert_allclose(attention[-1][:, order][..., order], maps[-1], atol=1e-5)
 
 
 @pytest.mark.parametrize("start", [1, 9])

@@ -12,7 +12,9 @@ from convert.crosscheck.llava import clip_tower
 from convert.crosscheck.nuwa import nuwa_stage_one, pool
 from convert.crosscheck.reference import keep_count, penalised, route, run, select
 from convert.crosscheck.scores import head_mean
-from reroute_jax.routing.plan import NuwaMerge, PoolMerge, Schedule, Stage
+from reroute_jax.routing.nuwa import NuwaMerge
+from reroute_jax.routing.plan import Schedule, Stage
+from reroute_jax.routing.pool import PoolMerge
 from tests.tiny import load_torch, random_ids, random_pixels, tiny_llava
 
 VISUAL = 36
@@ -364,7 +366,7 @@ def test_pool_averages_cells(model, pixels):
     np.testing.assert_allclose(cells[:, 0], [6.5, 8.5, 10.5, 24.5, 26.5, 28.5])
     assert index.tolist() == [6, 8, 10, 24, 26, 28]
     result = run(model, random_ids(60, start=5), pixels, Schedule((Stage(0, 8),), merge=PoolMerge(Fraction(1, 6))))
-    assert [len(ran) for ran in result.ran] == [30] * 8 and result.anchors is None
+    assert [len(ran) for ran in result.ran] == [30] * 8 and result.anchors.tolist() == index.tolist()
 
 
 @pytest.mark.parametrize("action", ["delete", "reroute"])

@@ -125,7 +125,15 @@ def test_it_is_small(name):
     assert sum(file.stat().st_size for file in (CHECKPOINTS / name).iterdir()) < 12e6
 
 
-nuwa_clip = jax.jit(clip.nuwa_inputs, static_argnums=2)
+@jax.jit
+def class_metric(module, images):
+    layers = module.config.vision.feature_layers
+    return clip.ClipImages(module.vision, module.projector, images, layers).metric()
+
+
+@jax.jit
+def received_metric(tower, images):
+    return qwen2_5.QwenImages(tower, images).metric()
 
 
 @cache
@@ -138,15 +146,15 @@ def test_class_attention_falls_on_objects(name):
     """Nuwa ranks patches by it. On objects: more attention a patch than on the background, over 50 scenes."""
     model = model_of(name)
     packed = scenes("llava")
-    inputs = nuwa_clip(model.module.vision, pixels(jnp.asarray(packed.images)), model.config.vision.feature_layers)
+    metric = class_metric(model.module, pixels(jnp.asarray(packed.images)))
     on = packed.patch_thing >= 0
-    metric = np.asarray(inputs.metric)
+    metric = np.asarray(metric)
     assert metric[on].mean() > 1.5 * metric[~on].mean()
 
 
 def test_received_attention_falls_on_objects():
     """Nuwa ranks Qwen2.5-VL's tokens by what they receive in the last block, over 50 scenes."""
     packed, first = scenes("qwen2_5_vl"), targets("qwen2_5_vl").first_image
-    metric = np.asarray(jax.jit(qwen2_5.nuwa_inputs)(model_of("scenes-qwen").module.vision, packed.images).metric)
+    metric = np.asarray(received_metric(model_of("scenes-qwen").module.vision, packed.images))
     on, real = packed.patch_thing >= 0, packed.prefix.runs[:, first : first + metric.shape[1]]
     assert metric[on].mean() > 1.5 * metric[real & ~on].mean()

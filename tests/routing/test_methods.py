@@ -6,7 +6,9 @@ import pytest
 
 from reroute_jax.errors import RerouteError
 from reroute_jax.routing.methods import METHODS, plan
-from reroute_jax.routing.plan import NuwaMerge, PoolMerge, Schedule
+from reroute_jax.routing.nuwa import NuwaMerge
+from reroute_jax.routing.plan import Schedule
+from reroute_jax.routing.pool import PoolMerge
 
 
 def made(method, budget=None, action="reroute", num_layers=32, grid=(24, 24), **switches) -> Schedule:

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from reroute_jax.errors import RerouteError
-from reroute_jax.routing.plan import NuwaMerge, PoolMerge, RoutingPlan, Schedule, Stage, StagePlan, candidate_count
+from reroute_jax.routing.nuwa import NuwaMerge, candidate_count
+from reroute_jax.routing.plan import RoutingPlan, Schedule, Stage, StagePlan
+from reroute_jax.routing.pool import PoolMerge
 
 # Section 11, vector 1: ratio -> count at n = 576.
 KEEP_576 = {

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from reroute_jax.errors import RerouteError
-from reroute_jax.routing.merge import merge_arrays, pooled
-from reroute_jax.routing.plan import PoolMerge
-from reroute_jax.routing.pool import pool_weights
+from reroute_jax.routing.merge import merge_arrays, reduced
+from reroute_jax.routing.pool import PoolMerge, pool_weights
+from reroute_jax.routing.tower import Tower
 
 
 def reference(features, grid, rows, cols):
@@ -44,11 +44,19 @@ def test_centres():
     assert centres((1, 5), 1, 3) == [0, 2, 3]
 
 
+class Given(Tower):
+    """A tower whose features are at decoder width."""
+
+    def __init__(self, features):
+        self.features = lambda: features
+        self.project = lambda same: same
+
+
 def test_a_batch_of_different_grids():
     """Cells of each image, whatever stands in the slots behind its tokens."""
     merge, grids = PoolMerge(Fraction(1, 4)), [(6, 6), (4, 10)]
     features = np.random.default_rng(0).normal(size=(3, 40, 2)).astype(np.float32)
-    found, centres = pooled(merge, merge_arrays(merge, grids, 3, 40), jnp.array(features))
+    found, centres = reduced(merge, Given(jnp.array(features)), merge_arrays(merge, grids, 3, 40))
     assert found.shape == (3, 10, 2)
     for image, (grid, cells) in enumerate(zip(grids, [(3, 3), (2, 5)], strict=True)):
         size, left = grid[0] * grid[1], cells[0] * cells[1]
@@ -61,7 +69,7 @@ def test_sums_in_float32():
     # 256 + 1 is 256 in bfloat16: running sums in it would lose every second addend.
     features = jnp.full((1, 400, 1), 1.0, jnp.bfloat16).at[:, ::2].set(3.0)
     merge = PoolMerge(Fraction(1, 400))
-    found, _ = pooled(merge, merge_arrays(merge, [(20, 20)], 1, 400), features)
+    found, _ = reduced(merge, Given(features), merge_arrays(merge, [(20, 20)], 1, 400))
     assert found.dtype == jnp.bfloat16
     assert found.tolist() == [[[2.0]]]
 

@@ -35,6 +35,10 @@ ROUTES = {
     "uniform": {"method": "uniform", "action": "delete"},
     "pool": {"method": "pool"},
     "layout": {"method": "layout"},
+    "divprune": {"method": "divprune"},
+    "divprune-renumber": {"method": "divprune", "position_mode": "renumber"},
+    "hiprune": {"method": "hiprune"},
+    "visionzip": {"method": "visionzip"},
     "feather": {"method": "feather", "action": "delete"},
     "feather-reroute": {"method": "feather", "action": "reroute"},
     "feather-union": {"method": "feather", "action": "delete", "floor_count": "union"},
@@ -74,7 +78,7 @@ def reference(model, torch_model, ids, pixels, schedule, **more):
 CASES = [(2, name) for name in (*ROUTES, *EDGES)] + [(4, "pdrop-reroute"), (4, "nuwa-delete")]
 # What decode sees of a route: the length of each stage's cache and the positions. Other routes differ in scores only.
 GENERATED = {"fastv-delete", "fastv-renumber", "pdrop-delete", "pdrop-reroute", "pdrop-renumber", "pool", "layer-0"}
-GENERATED |= {"ivc", "ivc-reroute", "ivc-release"}
+GENERATED |= {"divprune-renumber", "ivc", "ivc-reroute", "ivc-release"}
 GENERATED |= {"pdrop-reroute-renumber", "nuwa-delete", "nuwa-reroute", "random-reroute", "last-layer"}
 # Attention in blocks, and errors of rope, which grow with the distance.
 LENGTHS = {"pdrop-every": (320, 300, 80)}
@@ -109,7 +113,8 @@ def test_equals_the_reference(kv_heads, name):
         np.testing.assert_array_equal(result.trace.kv_tokens[row], [len(ran) for ran in wanted.ran])
         if wanted.anchors is not None:
             np.testing.assert_array_equal(result.trace.anchors[row], wanted.anchors)
-            assert set(result.trace.selected[0][row]) <= set(result.trace.anchors[row])
+            for selected in result.trace.selected:
+                assert set(selected[row]) <= {-1, *result.trace.anchors[row]}
         for number, selected in enumerate(result.trace.selected):
             if images[row] is None:
                 assert (selected[row] == -1).all()

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import cache, partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from transformers.vision_utils import get_vision_window_index
 from reroute_jax.buckets import VISUAL_BUCKETS
 from reroute_jax.errors import RerouteError
 from reroute_jax.nn.params import named_parameters, with_parameters
-from reroute_jax.vision.qwen2_5 import QwenTower, nuwa_inputs
+from reroute_jax.vision.qwen2_5 import QwenImages, QwenTower
 from reroute_jax.vision.qwen_config import QwenVisionConfig
 from reroute_jax.vision.qwen_windows import pack
 
@@ -37,6 +38,19 @@ CONFIG = QwenVisionConfig(
 GRIDS = ((3, 5), (1, 7), (5, 4), (9, 6), (8, 4), (6, 1), (1, 1))
 
 torch.set_num_threads(1)
+
+
+class Read(NamedTuple):
+    metric: jax.Array
+    features: jax.Array
+    similarity: jax.Array
+
+
+def nuwa_inputs(tower, pixels, order="raster"):
+    read = QwenImages(tower, pixels)
+    return Read(read.metric(), read.features(), read.similarity(order))
+
+
 nuwa = jax.jit(nuwa_inputs, static_argnames="order")
 
 

@@ -85,8 +85,8 @@ def look(model: Llava | QwenVL, images) -> Seen:
     if model.config.family == "llava":
         states = vision_states(model.vision, images)
         return Seen(model.projector(states[model.config.vision.feature_layers[0]][:, 1:]), states, None)
-    inputs = qwen2_5.nuwa_inputs(model.vision, images)
-    return Seen(inputs.features, None, inputs.metric)
+    read = qwen2_5.QwenImages(model.vision, images)
+    return Seen(read.features(), None, read.metric())
 
 
 def pixels(images: UInt8[Array, "R height width 3"]) -> Float[Array, "R 3 height width"]:

@@ -1,0 +1,147 @@
+"""Reductions before the decoder in PyTorch: one function each, on one image (4.3, 5.3, 7.4, 16)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from convert.crosscheck.nuwa import ImageTensors, nuwa_stage_one, pool
+from reroute_jax.routing.divprune import DivPrune
+from reroute_jax.routing.hiprune import HiPrune
+from reroute_jax.routing.merge import Merge
+from reroute_jax.routing.nuwa import NuwaMerge
+from reroute_jax.routing.pool import PoolMerge
+from reroute_jax.routing.visionzip import VisionZip
+
+Grid = tuple[int, int]
+
+
+class TorchTower(Protocol):
+    """One image in a family's tower; every method gives a row or value for each token of its (rows, cols) `grid`."""
+
+    grid: Grid
+
+    def features(self) -> Tensor: ...
+    def project(self, features: Tensor) -> Tensor: ...
+    def metric(self) -> Tensor: ...
+    def similarity(self, order: str) -> Tensor: ...
+    def radius(self) -> float: ...
+    def keys(self) -> Tensor: ...
+    def objects(self) -> Tensor: ...
+    def registers(self) -> Tensor: ...
+
+
+def reduced(merge: Merge | None, tower: TorchTower) -> ImageTensors:
+    """The image as the decoder gets it."""
+    if merge is None:
+        return ImageTensors(tower.project(tower.features()), torch.arange(math.prod(tower.grid)), tower.grid)
+    return ImageTensors(*_RULES[type(merge)](merge, tower), tower.grid)
+
+
+def nuwa(merge: NuwaMerge, tower: TorchTower) -> tuple[Tensor, Tensor]:
+    merged, anchors = nuwa_stage_one(
+        tower.metric(),
+        tower.features(),
+        tower.similarity(merge.sim_order),
+        columns=tower.grid[1],
+        top_n=merge.top_n,
+        keep=math.ceil(merge.share * math.prod(tower.grid)),
+        radius=tower.radius(),
+        quantile=merge.quantile,
+        self_weight_override=merge.self_weight_override,
+    )
+    return tower.project(merged), anchors
+
+
+def pooled(merge: PoolMerge, tower: TorchTower) -> tuple[Tensor, Tensor]:
+    return pool(tower.project(tower.features()), tower.grid, merge.cells(math.prod(tower.grid), tower.grid))
+
+
+def divprune(merge: DivPrune, tower: TorchTower) -> tuple[Tensor, Tensor]:
+    features = tower.project(tower.features())
+    kept = torch.tensor(sorted(farthest(features, _count(merge, tower))))
+    return features[kept], kept
+
+
+def farthest(features: Tensor, count: int) -> list[int]:
+    """In the order in which they are chosen: each time the token whose nearest chosen one is farthest away, and first
+    the one whose nearest neighbour is (16.1)."""
+    unit = features.float() / features.float().norm(dim=-1, keepdim=True)
+    distance = 1 - unit @ unit.T
+    nearest = distance.masked_fill(torch.eye(len(unit), dtype=torch.bool), torch.inf).min(dim=0).values
+    chosen = [int(nearest.argmax())]
+    while len(chosen) < count:
+        gap = distance[chosen].min(dim=0).values
+        gap[chosen] = -torch.inf
+        chosen.append(int(gap.argmax()))
+    return chosen
+
+
+def hiprune(merge: HiPrune, tower: TorchTower) -> tuple[Tensor, Tensor]:
+    count = _count(merge, tower)
+    anchors = _best(tower.objects(), range(math.prod(tower.grid)), round(count * merge.alpha / 5))
+    near = sorted({cell for anchor in anchors for cell in around(anchor, tower.grid, merge.neighbours == "flat")})
+    rest = [cell for cell in range(math.prod(tower.grid)) if cell not in near]
+    kept = torch.tensor(sorted([*near, *_best(tower.registers(), rest, count - len(near))]))
+    return tower.project(tower.features()[kept]), kept
+
+
+def around(cell: int, grid: Grid, flat: bool) -> list[int]:
+    """A cell and its neighbours; `flat` ones are index arithmetic, clipped at the ends (16.3)."""
+    rows, cols = grid
+    if flat:
+        return [min(max(cell + step, 0), rows * cols - 1) for step in (0, -1, 1, -cols, cols)]
+    y, x = divmod(cell, cols)
+    there = ((y, x), (y, x - 1), (y, x + 1), (y - 1, x), (y + 1, x))
+    return [row * cols + col for row, col in there if 0 <= row < rows and 0 <= col < cols]
+
+
+def visionzip(merge: VisionZip, tower: TorchTower) -> tuple[Tensor, Tensor]:
+    count = _count(merge, tower)
+    contextual = max(1, round(count * 5 / 32))
+    features, keys, size = tower.features(), tower.keys(), math.prod(tower.grid)
+    dominant = _best(tower.metric(), range(size), count - contextual)
+    rest = [cell for cell in range(size) if cell not in dominant]
+    step = max(1, len(rest) // contextual)
+    targets = [rest[number * step] for number in range(contextual)]
+    joined = group_means(features, keys, [cell for cell in rest if cell not in targets], targets)
+    kept = torch.tensor(sorted([*dominant, *targets]))
+    return tower.project(joined[kept]), kept
+
+
+def group_means(features: Tensor, keys: Tensor, others: list[int], targets: list[int]) -> Tensor:
+    """The features, with the mean of the others that are most like it added to each target (16.2)."""
+    unit = keys / keys.norm(dim=-1, keepdim=True)
+    members: dict[int, list[int]] = {target: [] for target in targets}
+    for other in others:
+        members[targets[int((unit[targets] @ unit[other]).argmax())]].append(other)
+    joined = features.clone()
+    for target, group in members.items():
+        if group:
+            joined[target] = (features[target].float() + features[group].float().mean(dim=0)).to(features.dtype)
+    return joined
+
+
+def _count(merge: DivPrune | HiPrune | VisionZip, tower: TorchTower) -> int:
+    """To nearest, halves to even (16.1)."""
+    visual = math.prod(tower.grid)
+    return min(visual, merge.count) if merge.count is not None else max(1, round(merge.share * visual))
+
+
+def _best(values: Tensor, among: range | list[int], count: int) -> list[int]:
+    """The `count` of `among` with the largest values; of equal ones the lowest."""
+    numbers = values.tolist()
+    return sorted(among, key=lambda cell: (-numbers[cell], cell))[:count]
+
+
+_RULES: dict[type, Callable] = {
+    NuwaMerge: nuwa,
+    PoolMerge: pooled,
+    DivPrune: divprune,
+    HiPrune: hiprune,
+    VisionZip: visionzip,
+}

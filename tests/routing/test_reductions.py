@@ -1,0 +1,165 @@
+"""DivPrune, HiPrune and VisionZip by hand (section 22) and against the eager reference's rules."""
+
+from fractions import Fraction
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from convert.crosscheck import merges
+from reroute_jax.errors import RerouteError
+from reroute_jax.routing.divprune import DivPrune, farthest
+from reroute_jax.routing.hiprune import HiPrune
+from reroute_jax.routing.merge import MERGES, merge_arrays, reduced
+from reroute_jax.routing.methods import plan
+from reroute_jax.routing.plan import Schedule
+from reroute_jax.routing.tower import Tower
+from reroute_jax.routing.visionzip import VisionZip
+
+
+class Given(Tower):
+    """A tower that says what a test made up, for images of one batch; the reference reads the first."""
+
+    def __init__(self, grid, **parts):
+        self.grid, self.parts = grid, parts
+        for name, part in parts.items():
+            setattr(self, name, lambda part=part: part)
+
+    def project(self, features):
+        return features
+
+    def in_torch(self):
+        return Given(self.grid, **{name: torch.tensor(np.array(part[0])) for name, part in self.parts.items()})
+
+
+def kept(merge, tower):
+    """Indices and features by both frameworks, which must agree."""
+    size = tower.grid[0] * tower.grid[1]
+    features, index = reduced(merge, tower, merge_arrays(merge, [tower.grid], 1, size))
+    expected = merges.reduced(merge, tower.in_torch())
+    found = np.array(index[0])[np.array(index[0]) < size].tolist()
+    assert found == expected.index.tolist()
+    np.testing.assert_allclose(features[0, : len(found)], expected.features, atol=1e-5)
+    return found, np.array(features[0])
+
+
+def circle(degrees):
+    angles = np.deg2rad(degrees)
+    return np.stack([np.cos(angles), np.sin(angles)], axis=-1).astype(np.float32)
+
+
+# Vector 22.1.
+def test_divprune():
+    features = circle([0, 10, 25, 90, 100, 200, 305])
+    assert merges.farthest(torch.tensor(features), 4) == [5, 2, 6, 4]
+    tower = Given((1, 7), features=jnp.array(features)[None])
+    assert kept(DivPrune(count=4), tower)[0] == [2, 4, 5, 6]
+    assert kept(DivPrune(count=3), tower)[0] == [2, 5, 6]
+
+
+def test_divprune_never_chooses_a_token_twice():
+    features = np.array([[1, 0], [1, 0], [0, 1], [0, 1], [-1, 0]], np.float32)
+    assert merges.farthest(torch.tensor(features), 4) == [4, 0, 2, 1]
+    assert kept(DivPrune(count=4), Given((1, 5), features=jnp.array(features)[None]))[0] == [0, 1, 2, 4]
+
+
+def test_divprune_of_a_padded_image():
+    features = jnp.array(np.random.default_rng(0).normal(size=(12, 4)).astype(np.float32))
+    alone = farthest(features[:7], jnp.int32(7), jnp.int32(3), cap=5)
+    padded = farthest(features, jnp.int32(7), jnp.int32(3), cap=5)
+    assert alone[:3].tolist() == padded[:3].tolist() and (padded[3:] == 12).all()
+
+
+def test_counts():
+    shares = (0.098, Fraction(1, 9), Fraction(2, 9), Fraction(1, 3), 0.1)
+    counts = [DivPrune(Fraction(share).limit_denominator(1000)).anchors(576, (24, 24)) for share in shares]
+    assert counts == [56, 64, 128, 192, 58]
+    assert [HiPrune(count=9).object_anchors(keep) for keep in (192, 128, 64, 32, 16)] == [4, 3, 1, 1, 0]
+    assert [VisionZip(count=9).split(keep) for keep in (64, 128, 192)] == [(54, 10), (108, 20), (162, 30)]
+
+
+# Vector 22.7, without the class token: one dominant token more than as released stays.
+def test_visionzip():
+    features = np.array([(p, 1) for p in range(1, 9)], np.float32)
+    tower = Given(
+        (2, 4),
+        features=jnp.array(features)[None],
+        metric=jnp.array([[0.30, 0.02, 0.08, 0.20, 0.10, 0.15, 0.10, 0.05]]),
+        keys=jnp.array(circle([0, 10, 80, 0, 95, 30, 170, 0]))[None],
+    )
+    index, found = kept(VisionZip(count=6), tower)
+    # Dominant 0, 3, 5, 4, 6; of the rest 1, 2, 7 the first is the target, and their mean is added to it.
+    assert index == [0, 1, 3, 4, 5, 6]
+    np.testing.assert_allclose(found[1], [2 + (3 + 8) / 2, 2])
+
+
+def test_groups_of_visionzip():
+    """Vector 22.7's groups: targets 0 and 5, groups {2, 6} and {3, 7}."""
+    features = torch.tensor([(p, 1.0) for p in range(8)])
+    keys = torch.tensor(circle([0, 10, 80, 0, 95, 30, 170, 0])[[0, 0, 1, 2, 3, 4, 5, 6]])
+    joined = merges.group_means(features, keys, [2, 3, 6, 7], [0, 5])
+    np.testing.assert_allclose(joined[[0, 5]], [(4, 2), (10, 2)])
+
+
+# Vector 22.8.
+OBJECTS = np.zeros(16, np.float32)
+OBJECTS[[7, 2]] = 0.9, 0.5
+DEEP = np.array([3, 14, 5, 9, 12, 1, 7, 16, 2, 11, 8, 15, 6, 13, 4, 10], np.float32) / 100
+
+
+@pytest.mark.parametrize(
+    ("count", "alpha", "neighbours", "expected"),
+    [
+        (8, Fraction(5, 8), "flat", [1, 3, 4, 6, 7, 8, 11, 13]),
+        (8, Fraction(5, 8), "grid", [1, 3, 4, 6, 7, 9, 11, 13]),
+        (10, Fraction(1), "flat", [0, 1, 2, 3, 4, 6, 7, 8, 11, 13]),
+    ],
+)
+def test_hiprune(count, alpha, neighbours, expected):
+    features = jnp.arange(32, dtype=jnp.float32).reshape(1, 16, 2)
+    tower = Given((4, 4), features=features, objects=jnp.array(OBJECTS)[None], registers=jnp.array(DEEP)[None])
+    assert kept(HiPrune(count=count, alpha=alpha, neighbours=neighbours), tower)[0] == expected
+
+
+@pytest.mark.parametrize("merge", [DivPrune(Fraction(1, 3)), HiPrune(Fraction(1, 2)), VisionZip(Fraction(1, 2))])
+def test_random_images_of_two_grids(merge):
+    """Each image of a padded batch as the reference has it alone."""
+    rng, grids, slots = np.random.default_rng(1), [(5, 7), (3, 4)], 35
+    parts = {"features": (2, slots, 6), "keys": (2, slots, 4), "metric": (2, slots)}
+    parts |= {"objects": (2, slots), "registers": (2, slots)}
+    made = {name: rng.random(shape).astype(np.float32) for name, shape in parts.items()}
+    tower = Given(grids[0], **{name: jnp.array(part) for name, part in made.items()})
+    features, index = reduced(merge, tower, merge_arrays(merge, grids, 2, slots))
+    for image, grid in enumerate(grids):
+        size = grid[0] * grid[1]
+        alone = Given(grid, **{name: torch.tensor(part[image, :size]) for name, part in made.items()})
+        expected = merges.reduced(merge, alone)
+        left = merge.anchors(size, grid)
+        assert index[image, :left].tolist() == expected.index.tolist()
+        np.testing.assert_allclose(features[image, :left], expected.features, atol=1e-5)
+
+
+def test_asking():
+    sizes = {"num_layers": 32, "visual": 576, "grid": (24, 24)}
+    assert plan("divprune", **sizes, keep=64).merge == DivPrune(count=64)
+    assert plan("divprune", **sizes, keep=64).label == "divprune keep=64"
+    assert plan("visionzip", **sizes, budget=128).merge == VisionZip(Fraction(2, 9))
+    flat = plan("hiprune", **sizes, keep=Fraction(1, 9), neighbours="flat")
+    assert flat.merge == HiPrune(Fraction(1, 9), neighbours="flat") and Schedule.from_record(flat.to_record()) == flat
+    assert set(MERGES) == {"NuwaMerge", "PoolMerge", "DivPrune", "HiPrune", "VisionZip"}
+
+
+@pytest.mark.parametrize(
+    ("ask", "said"),
+    [
+        (lambda: DivPrune(), "either a share or a count"),
+        (lambda: HiPrune(Fraction(3, 2)), "a share of 3/2"),
+        (lambda: HiPrune(count=3, neighbours="ring"), "expected one of: grid, flat"),
+        (lambda: VisionZip(count=4).anchors(5, (2, 3)), "2 x 3 does not hold 5"),
+        (lambda: plan("divprune", num_layers=4, visual=4, grid=(2, 2), keep=(1, 2)), "one number of tokens, not 1,2"),
+    ],
+)
+def test_refusals(ask, said):
+    with pytest.raises(RerouteError, match=said):
+        ask()
