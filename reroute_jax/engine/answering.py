@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,8 @@ def answer_group(module: nnx.Module, tokenizer: Any, group: Group, sampling: Sam
     anchors, prefilled = run_prefill(module, batch)
     images = [image for layout in group.layouts for image in layout.question.images]
     traces = Trace.of(batch, prefilled, anchors, module.config, dtype, lambda: images) if trace else None
+    # Decoding takes the cache.
+    ran = Ran.of(prefilled)
     rows, finite = _chosen(module, group, prefilled, sampling)
     stages, answers = np.asarray(prefilled.finite), []
     for row, (number, chosen) in enumerate(zip(group.numbers, rows, strict=True)):
@@ -41,7 +44,7 @@ def answer_group(module: nnx.Module, tokenizer: Any, group: Group, sampling: Sam
                 finish_reason="stop" if chosen.stopped else "length",
                 logprobs=tuple(chosen.logprobs),
                 trace=None if traces is None else traces.of_row(row),
-                usage=_usage(module, group, row, len(chosen.tokens) + chosen.stopped),
+                usage=_usage(module, group, row, ran, len(chosen.tokens) + chosen.stopped),
             )
         )
     return answers
@@ -72,16 +75,32 @@ def _chosen(
     return rows, finite
 
 
-def _usage(module: nnx.Module, group: Group, row: int, new_tokens: int) -> Usage:
+@dataclass(frozen=True)
+class Ran:
+    """What a prefill left, on the host. selected: tokens of each row, by decision. cached: of each stage of the cache
+    the number of its layers, and the tokens that each row holds in one."""
+
+    selected: tuple[np.ndarray, ...]
+    cached: tuple[tuple[int, np.ndarray], ...]
+
+    @classmethod
+    def of(cls, prefilled: Prefilled) -> Ran:
+        return cls(
+            tuple(np.asarray(decision.selected).sum(axis=1) for decision in prefilled.decisions),
+            tuple((len(stage.keys), np.asarray(stage.length)) for stage in prefilled.cache.stages),
+        )
+
+
+def _usage(module: nnx.Module, group: Group, row: int, ran: Ran, new_tokens: int) -> Usage:
     layout, batch, decoder = group.layouts[row], group.batch, module.config.decoder
-    keep, layers = iter(batch.prompt.keep[:, row].tolist()), []
+    selected, layers = iter(ran.selected), []
     fixed = layout.visual - int(layout.routed.sum())
     for stage in batch.plan.stages:
-        visual = layout.visual if stage.cap is None else fixed + next(keep)
+        visual = layout.visual if stage.cap is None else fixed + int(next(selected)[row])
         layers += [visual] * (stage.hi - stage.lo)
-    text = len(layout.ids) - layout.visual
+    cached = sum(count * int(length[row]) for count, length in ran.cached)
     # The last token is chosen and not fed.
-    tokens = sum(layers) + len(layers) * (text + new_tokens - 1)
+    tokens = cached + len(layers) * (new_tokens - 1)
     each = 2 * kv_width(decoder) * FLOATS[dtype_of(module)].itemsize
     visual = sum(rows * cols for rows, cols in layout.question.grids)
     return Usage(len(layout.question.ids), visual, tuple(layers), new_tokens, tokens * each)

@@ -5,7 +5,8 @@ import pytest
 from reroute_jax.config import DecoderConfig
 from reroute_jax.errors import RerouteError
 from reroute_jax.routing.cost import account
-from reroute_jax.routing.presets import PRESETS, preset
+from reroute_jax.routing.plan import Schedule
+from reroute_jax.routing.presets import METHOD_PRESETS, PRESETS, preset
 
 # variant (and its stagewise twin), tier: drop layers, counts at n = 576, nominal and realised average, KV visual.
 LLAVA = {
@@ -93,3 +94,29 @@ def test_refusals():
         preset("llava15_fastv", 32)
     with pytest.raises(RerouteError, match="is for 32 decoder layers and the model has 28"):
         preset("llava15_ours_vs_pdrop_avg64", 28)
+
+
+# Section 17: V2Drop averages 202.8 of 576, FEATHER at most 236 + 64 at first, IVC-Prune 288 or 115 and what it adds.
+@pytest.mark.parametrize(
+    ("name", "depth", "caps"),
+    [
+        ("feather_32", 32, [172 + 192, 32]),
+        ("v2drop_llava15", 32, [288, 144, 1]),
+        ("ivc_llava15", 32, [115 + 58 + 6]),
+        ("ivc_qwen25vl", 28, [288]),
+        ("divprune_llava15", 32, []),
+        ("hiprune_llava15_64", 32, []),
+        ("hiprune_qwen25vl_112", 28, []),
+    ],
+)
+def test_other_methods_as_released(name, depth, caps):
+    schedule = preset(name, depth)
+    assert schedule.label == name and Schedule.from_record(schedule.to_record()) == schedule
+    assert [stage.cap for stage in schedule.resolve(576).stages if stage.cap is not None] == caps
+    with pytest.raises(RerouteError, match=f"is for {depth} decoder layers and the model has 30"):
+        preset(name, 30)
+
+
+def test_counts_of_released_reductions():
+    names = {"divprune_llava15": 56, "hiprune_llava15_192": 192, "hiprune_qwen25vl_334": 192}
+    assert {name: METHOD_PRESETS[name]().merged_count(576, (24, 24)) for name in names} == names
