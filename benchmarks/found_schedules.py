@@ -154,6 +154,9 @@ def _scenes(rows: Callable[[], Iterator[Mapping[str, Any]]], start: int) -> DocS
     return DocSource(f"scenes [test] from {start}", rows, None)
 
 
+QUESTIONS = {"boxes": (boxes, (BOXES, "ACC@0.9", "IoU")), "words": (words, KINDS)}
+
+
 def summary_of(
     model: Model, runs: Sequence[Run], lines: Sequence[Mapping[str, Any]], metrics: Sequence[str], sizes: Counter
 ) -> dict[str, Any]:
@@ -203,10 +206,9 @@ def measure(args) -> None:
         keep_programs(args.compilation_cache)
     model = load_model(args.model, None)
     found = {(about := json.loads(path.read_text()))["budget"]: about for path in args.found}
-    for name, task, metrics in (
-        ("boxes", boxes(model, args.start, args.limit), (BOXES, "ACC@0.9", "IoU")),
-        ("words", words(model, args.start, args.limit), KINDS),
-    ):
+    for name in args.questions:
+        asked, metrics = QUESTIONS[name]
+        task = asked(model, args.start, args.limit)
         docs = list(task.docs(0))
         sizes = Counter(model.visual_grid(doc.image) for doc in docs)
         runs = runs_of(model, found, sizes)
@@ -263,6 +265,9 @@ def _parser() -> Parser:
     )
     run.add_argument("--batch-size", type=positive, default=32, help="(default: %(default)s)")
     run.add_argument("--compilation-cache", type=Path, metavar="DIR", help="keep compiled programs there")
+    data.add_argument(
+        "--questions", nargs="+", choices=tuple(QUESTIONS), default=list(QUESTIONS), help="(default: both)"
+    )
     data.add_argument("--start", type=whole, default=1000, help="first test scene (default: %(default)s)")
     data.add_argument("--limit", type=positive, default=1000, help="questions of each kind (default: %(default)s)")
     output.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder (default: %(default)s)")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import jax
@@ -36,6 +37,7 @@ from reroute_jax.engine.batching import Question, lay_out, priors
 from reroute_jax.engine.chat import open_layout
 from reroute_jax.errors import RerouteError
 from reroute_jax.models import FAMILIES
+from reroute_jax.routing.found import FOUND, found_schedule
 from reroute_jax.routing.methods import METHODS, plan
 from reroute_jax.routing.plan import Schedule
 from reroute_jax.routing.switches import AMOUNTS
@@ -70,7 +72,8 @@ def crosscheck(args: argparse.Namespace) -> list[Line]:
     if source.manifest is not None:
         raise RerouteError(f"{args.src} is a converted checkpoint: give the Hugging Face one, it is converted here")
     tokenizer, processor = companions(source, config)
-    schedule = _schedule(args, config, FAMILIES[config.family].typical_grid(config, lambda: processor))
+    grid = FAMILIES[config.family].typical_grid(config, lambda: processor)
+    schedule = _schedule(args, config, grid, source.folder)
     prompts = make_probes(config, open_layout(source.folder, tokenizer, config), processor, args.prompts)
     expected = _in_torch(source, config, prompts, schedule, args.max_new_tokens)
     model = reroute_jax.load(locate(args.src), dtype="float32")
@@ -83,7 +86,7 @@ def crosscheck(args: argparse.Namespace) -> list[Line]:
     return merge(lines)
 
 
-def _schedule(args: argparse.Namespace, config: ModelConfig, grid: Grid) -> Schedule | None:
+def _schedule(args: argparse.Namespace, config: ModelConfig, grid: Grid, folder: Path) -> Schedule | None:
     """What the arguments name, None where they name nothing."""
     asked = given_route(args)
     check_fixed(args, asked)
@@ -95,6 +98,9 @@ def _schedule(args: argparse.Namespace, config: ModelConfig, grid: Grid) -> Sche
             raise RerouteError(f"{flag(asked[0])} belongs to a --method, name one")
         return None
     switches = given_switches(args)
+    if args.method == FOUND:
+        others = switches | ({"action": args.action} if args.action else {})
+        return found_schedule(folder, args.budget or DEFAULT_BUDGET, **others)
     default = DEFAULT_BUDGET if METHODS[args.method].has_budget and not set(AMOUNTS) & set(switches) else None
     return plan(
         args.method,

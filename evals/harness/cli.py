@@ -19,7 +19,7 @@ from evals.harness.identity import checkpoint_identity, files_digest, images_dig
 from evals.harness.padding import IMAGE_MODES, Colour, mean_colour
 from evals.harness.pixels import with_harness_pixels
 from evals.harness.report import IDENTITY, heading, render, summarise
-from evals.harness.routes import DEFAULT_METHOD, add_comparison_arguments, plan_routes
+from evals.harness.routes import DEFAULT_METHOD, add_comparison_arguments, beside_found, plan_routes
 from evals.harness.run_folder import SUMMARY_FILE, run_folder, write_json
 from evals.harness.runner import Answerer, Task, answer
 from reroute_jax.commandline.parsing import DATA, DEFECT, OUTPUT, RUN, Parser, exit_code, new_tokens, positive, whole
@@ -136,7 +136,7 @@ def run_benchmark(
     """
     if args.compilation_cache is not None:
         keep_programs(args.compilation_cache)
-    routes = plan_routes(args, model)
+    routes = beside_found(plan_routes(args, model), args, model)
     everything = {**run_settings(args, model, source, task, settings), "runs": routes.settings}
     folder = args.out or _default_folder(everything)
     with run_folder(folder, everything, args.fresh):

@@ -16,6 +16,7 @@ import jax
 import convert
 import evals
 import reroute_jax
+from reroute_jax.routing.found import is_found
 
 # Whose code makes pixels, ids, logits or tokens: another version of these may answer differently.
 PACKAGES = ("jax", "jaxlib", "flax", "transformers", "tokenizers", "numpy", "pillow")
@@ -27,10 +28,11 @@ ABSENT = "absent"
 
 
 def fingerprint(path: Path) -> str:
-    """16 hex digits that change when a file in `path` (a file or folder) is replaced; cost as of `files_digest`."""
+    """16 hex digits that change when a file in `path` (a file or folder) is replaced, found schedules aside, which a
+    run tells itself; cost as of `files_digest`."""
     if path.is_file():
         return files_digest({path.name: path})
-    found = sorted(file for file in path.rglob("*") if file.is_file())
+    found = sorted(file for file in path.rglob("*") if file.is_file() and not is_found(file))
     return files_digest({str(file.relative_to(path)): file for file in found})
 
 

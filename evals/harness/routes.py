@@ -18,6 +18,7 @@ from reroute_jax.commandline.routes import (
     given_switches,
 )
 from reroute_jax.errors import RerouteError
+from reroute_jax.routing.found import FOUND, found_file
 from reroute_jax.routing.methods import METHODS
 from reroute_jax.routing.plan import Schedule
 from reroute_jax.routing.switches import AMOUNTS, SWITCHES
@@ -51,6 +52,8 @@ def add_comparison_arguments(parser: Parser) -> None:
 def check_routes(args: argparse.Namespace) -> None:
     """Raises RerouteError for arguments that contradict each other, before anything is loaded."""
     check_fixed(args, [*given_route(args), *["compare"] * args.compare])
+    if args.method == FOUND and args.action is not None:
+        raise RerouteError("a schedule that was found has actions of its own, leave out --action")
     if args.controls and not args.compare:
         raise RerouteError("--controls adds runs to a comparison, give --compare too")
     if not args.compare:
@@ -93,7 +96,20 @@ def _planned(
     share = args.budget
     if share is None and not set(AMOUNTS) & set(switches):
         share = DEFAULT_BUDGET
-    return named_run(model.plan(method, budget=share, action=action, **switches))
+    asked = switches if method == FOUND else switches | {"action": action}
+    return named_run(model.plan(method, budget=share, **asked))
+
+
+def beside_found(routes: Routes, args: argparse.Namespace, model: Answerer) -> Routes:
+    """With the run of what a search found for the asked budget, where the checkpoint comes with it: what the model can
+    do beside what one method was asked to."""
+    otherwise = args.compare or args.preset is not None or args.schedule is not None
+    if otherwise or args.method in ("none", FOUND) or set(AMOUNTS) & set(given_switches(args)):
+        return routes
+    budget = args.budget or DEFAULT_BUDGET
+    if not found_file(model.folder, budget).is_file():
+        return routes
+    return Routes((*routes.runs, named_run(model.plan(FOUND, budget=budget))), routes.contrasts)
 
 
 def named_run(schedule: Schedule) -> Run:

@@ -23,6 +23,7 @@ from reroute_jax.commandline.parsing import budget
 from reroute_jax.commandline.routes import SWITCH_ARGUMENTS
 from reroute_jax.errors import RerouteError, one_of
 from reroute_jax.models import FAMILIES
+from reroute_jax.routing.found import FOUND
 from reroute_jax.routing.methods import METHODS
 
 ROUTE_OPTIONS = ("method", "action", "budget", "preset", "schedule", *SWITCH_ARGUMENTS)
@@ -127,7 +128,7 @@ def _route_arguments(options: Mapping[str, Any]) -> argparse.Namespace:
             raise RerouteError(f"all tokens run without a method, which has no use for {', '.join(without)}: name one")
         given["method"] = "none"
     if given["method"] is not None:
-        one_of("method", given["method"], tuple(METHODS))
+        one_of("method", given["method"], (*METHODS, FOUND))
     if given["budget"] is not None:
         try:
             given["budget"] = budget(str(given["budget"]))

@@ -10,6 +10,7 @@ from typing import Any
 
 from reroute_jax.commandline.parsing import DEFECT, ROUTE, SWITCH, Parser, budget
 from reroute_jax.errors import RerouteError
+from reroute_jax.routing.found import FOUND
 from reroute_jax.routing.methods import METHODS
 from reroute_jax.routing.plan import ACTIONS, Schedule
 from reroute_jax.routing.presets import preset
@@ -24,7 +25,7 @@ def add_route_arguments(parser: Parser, default_method: str) -> None:
     """--method, --action, --budget, --preset, --schedule and the switches. All are None unless given; default_method:
     for --help, what the command takes then."""
     route = parser.group(ROUTE)
-    route.add_argument("--method", choices=tuple(METHODS), help=f"(default: {default_method})")
+    route.add_argument("--method", choices=(*METHODS, FOUND), help=f"(default: {default_method})")
     route.add_argument("--action", choices=ACTIONS, help=f"(default: {DEFAULT_ACTION})")
     route.add_argument(
         "--budget",

@@ -32,6 +32,7 @@ from reroute_jax.errors import one_of
 from reroute_jax.models.family import Family
 from reroute_jax.routing import methods
 from reroute_jax.routing.cost import Account, account
+from reroute_jax.routing.found import FOUND, found_schedule
 from reroute_jax.routing.plan import Schedule
 from reroute_jax.types import Grid, Size
 
@@ -96,10 +97,13 @@ class Model:
     # --- Schedules ----------------------------------------------------------------------------------------------------
 
     def plan(self, method: str, *, grid: Grid | None = None, action: str = "reroute", **options) -> Schedule:
-        """Schedule of a method for this model; `routing.methods.plan` explains budget and switches.
+        """Schedule of a method for this model; `routing.methods.plan` explains budget and switches. "found": the one
+        that `evals.search` found for exactly this budget and put into the checkpoint's folder; it has no switches.
 
         grid: (rows, columns) of the visual tokens to plan for; None takes the family's typical image.
         """
+        if method == FOUND:
+            return found_schedule(self.folder, **options)
         rows, cols = grid or self.reference_grid
         sizes = {"num_layers": self.config.num_layers, "visual": rows * cols, "grid": (rows, cols)}
         return methods.plan(method, **sizes, family=self.config.family, action=action, **options)
