@@ -86,6 +86,10 @@ def stage_costs(subject: Subject, schedule: Schedule, batch: int) -> list[StageC
 
     Counted is what JAX hands to XLA, lowered for the CPU whatever the backend: the GPU plugin offers no count of it.
     """
+    if schedule.cut_caches == "all_but_first":
+        raise RerouteError(
+            "cut_caches='all_but_first' gives layer 0 a cache of its own: profile the schedule with 'all'"
+        )
     lowered = lower_prefill(subject, sample(subject, batch).batch(subject.model, schedule))
 
     def counted(plan: RoutingPlan):

@@ -45,6 +45,17 @@ def test_an_answer_says_why_it_ended_and_what_it_cost():
     assert found.usage.kv_bytes == cost.kv_bytes + 3 * model.config.num_layers * each
 
 
+def test_usage_counts_what_is_cached_of_cut_caches():
+    """Layers before the decision ran all tokens and keep what it selected (15.1)."""
+    model = small()
+    schedule = Schedule.from_decisions((2,), (12,), 4, "delete", score="value_similarity", cut_caches="all")
+    found = model.answer([(picture(), "where is it ?")], schedule=schedule, max_new_tokens=4)[0].usage
+    assert found.visual_tokens_per_layer == (36, 36, 12, 12)
+    cost = model.cost(schedule, text=found.prompt_tokens - 36)
+    each = cost.kv_bytes // cost.kv_tokens
+    assert cost.kv_visual == 48 and found.kv_bytes == cost.kv_bytes + 3 * 4 * each
+
+
 def test_the_id_that_ends_an_answer_is_no_part_of_it():
     model = small()
     free = model.answer([(None, "how many")], max_new_tokens=6)[0]
