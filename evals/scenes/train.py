@@ -261,7 +261,8 @@ def run_phase(phase: Phase, out: Path) -> dict:
     elif phase.family == "qwen2_5_vl":
         llava = named_parameters(load(WARM_START, "float32").module)
         params = with_words(llava, params)
-    state = {"params": params, "solver": solver.init(params)}
+    # Committed to its device, as what `update` makes of restored parameters is: step two would compile it again.
+    state = jax.device_put({"params": params, "solver": solver.init(params)}, jax.devices()[0])
     manager = ocp.CheckpointManager(out / phase.name, options=ocp.CheckpointManagerOptions(max_to_keep=1))
     if manager.latest_step() is not None:
         state = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(state))

@@ -260,12 +260,16 @@ def short(monkeypatch):
     monkeypatch.setattr(train, "batches", batches)
 
 
-def test_two_steps_of_each_phase(short, tmp_path):
-    """Vision moves no layer of the decoder, the joint phase no block of the tower; the end can be exported and read."""
+def test_two_steps_of_each_phase(short, tmp_path, caplog):
+    """Vision moves no layer of the decoder, the joint phase no block of the tower; one program serves all steps; the
+    end can be exported and read."""
     first, second = (replace(phase, stop=2, rows=2) for phase in phases("qwen2_5_vl", 200, 200))
     fresh = named_parameters(train.Trainee("qwen2_5_vl", rngs=nnx.Rngs(train.SEED)))
-    seen = train.run_phase(first, tmp_path)
-    learnt = train.run_phase(second, tmp_path)
+    with jax.log_compiles():
+        seen = train.run_phase(first, tmp_path)
+        learnt = train.run_phase(second, tmp_path)
+    assert sum(message.startswith("Compiling jit(update)") for message in caplog.messages) == 2
+    fresh, seen, learnt = (jax.tree.map(np.asarray, params) for params in (fresh, seen, learnt))
 
     def moved(before, after, part: str) -> list[bool]:
         return [bool((before[name] != after[name]).any()) for name in before if name.startswith(part)]
@@ -273,7 +277,7 @@ def test_two_steps_of_each_phase(short, tmp_path):
     assert all(moved(fresh, seen, "model.vision.layers.")) and not any(moved(fresh, seen, "model.decoder.layers."))
     assert not any(moved(seen, learnt, "model.vision.layers.")) and all(moved(seen, learnt, "model.decoder.layers."))
     assert all(moved(seen, learnt, "model.vision.merger.fc2."))
-    again = train.run_phase(second, tmp_path)  # nothing is left to do
+    again = jax.tree.map(np.asarray, train.run_phase(second, tmp_path))  # nothing is left to do
     assert all(not moved(learnt, again, name)[0] for name in learnt)
     curve = [json.loads(line) for line in (tmp_path / "curve.jsonl").read_text().splitlines()]
     assert [line["step"] for line in curve] == [2, 2] and np.isfinite([line["dense"] for line in curve]).all()
