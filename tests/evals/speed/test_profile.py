@@ -1,5 +1,7 @@
 """FLOPs and cached bytes by theory and by the compiled program, and what the trace's names are read as."""
 
+from collections.abc import Callable
+from functools import cache
 from types import SimpleNamespace
 
 import jaxtyping
@@ -9,6 +11,7 @@ from evals import profile
 from evals.speed.checkpoint_shapes import DecoderShape, LlavaShape
 from evals.speed.subjects import Subject, random_model, sample
 from reroute_jax.routing.cost import visual_per_layer
+from reroute_jax.routing.plan import Schedule
 
 # Wide enough that norms, rotations and softmax are few of all operations.
 SHAPE = LlavaShape(DecoderShape(384, 256, 688, 4, 4, 4), 16, 32, 2, 2, 112)
@@ -28,10 +31,16 @@ def subject():
     return Subject("small", model, hf_config, (8, 8), 32)
 
 
+@pytest.fixture(scope="module")
+def costs_of(subject) -> Callable[[Schedule], list[profile.StageCost]]:
+    """Of two rows, from programs that are compiled once a schedule."""
+    return cache(lambda schedule: profile.stage_costs(subject, schedule, batch=2))
+
+
 @pytest.mark.parametrize("action", ["delete", "reroute"])
-def test_formula_and_compiler_agree(subject, action):
+def test_formula_and_compiler_agree(subject, costs_of, action):
     schedule = subject.plan("pdrop", budget=0.6, action=action)
-    costs = profile.stage_costs(subject, schedule, batch=2)
+    costs = costs_of(schedule)
     assert [(cost.lo, cost.hi) for cost in costs] == [(0, 1), (1, 2), (2, 3), (3, 4)]
     for cost in costs:
         assert cost.xla == pytest.approx(cost.expected, rel=0.03)
@@ -42,9 +51,9 @@ def test_formula_and_compiler_agree(subject, action):
 
 
 @pytest.mark.parametrize("method", ["none", "pdrop", "nuwa"])
-def test_compiled_buffers_hold_what_the_plan_says(subject, method):
-    schedule = subject.plan(method, budget=None if method == "none" else 0.5)
-    costs = profile.stage_costs(subject, schedule, batch=2)
+def test_compiled_buffers_hold_what_the_plan_says(subject, costs_of, method):
+    schedule = subject.plan(method, budget={"none": None, "pdrop": 0.6, "nuwa": 0.5}[method])
+    costs = costs_of(schedule)
     per_layer = [(cost.kv_tokens, cost.kv_bytes) for cost in costs for _ in range(cost.lo, cost.hi)]
     visual = visual_per_layer(schedule, schedule.merged_count(64, (8, 8)))
     assert [tokens for tokens, _ in per_layer] == [2 * (32 + count) for count in visual]
