@@ -21,7 +21,7 @@ from convert.checkpoint import check_free
 from convert.families import abstract_params, table_of
 from convert.safetensors import write_folder
 from convert.table import hf_shapes
-from evals.speed.checkpoint_shapes import SHAPES, LlavaShape, QwenShape
+from evals.speed.checkpoint_shapes import SHAPES, Shape
 from reroute_jax.commandline.parsing import OUTPUT, RUN, Parser, exit_code, positive
 from reroute_jax.models import read_config
 from reroute_jax.types import FLOATS
@@ -30,7 +30,7 @@ from reroute_jax.types import FLOATS
 WEIGHT_STD = 0.02
 
 
-def write(shape: LlavaShape | QwenShape, out: Path, shards: int = 1, dtype: str = "bfloat16", seed: int = 0) -> None:
+def write(shape: Shape, out: Path, shards: int = 1, dtype: str = "bfloat16", seed: int = 0) -> None:
     """Write the checkpoint folder `out`, the same for the same arguments. Raises RerouteError if `out` exists."""
     check_free(out)
     config = shape.config(dtype)

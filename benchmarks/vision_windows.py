@@ -84,7 +84,7 @@ def compare(options: argparse.Namespace) -> None:
     qkv = tuple(jax.random.normal(next(draws), (1, CONFIG.num_heads, patches, head)) for _ in range(3))
     x = jax.random.normal(next(draws), (1, patches, CONFIG.hidden_size))
     layers = [VisionLayer(CONFIG, windowed, rngs=nnx.Rngs(0), dtype=jnp.float32) for windowed in (True, False)]
-    rope = rotary(pixels.place, CONFIG)
+    rope = rotary(pixels.place, head)
     cases = {
         "attention, windows": (window_attention, (*qkv, pixels)),
         "attention, one masked map": (masked_attention, (*qkv, pixels)),

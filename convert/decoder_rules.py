@@ -11,7 +11,8 @@ from reroute_jax.config import DecoderConfig
 
 
 def decoder_rules(prefix: str) -> tuple[Rule, ...]:
-    """A decoder whose checkpoint keys start with `prefix`, all but its output head."""
+    """A decoder whose checkpoint keys start with `prefix`, all but its output head. The norms of queries and keys are
+    named whether or not a config has them: the model's own parameters decide."""
     layer = prefix + "layers.{i}."
     return (
         Rule(prefix + "embed_tokens.weight", "decoder.embed.table", SAME),
@@ -19,6 +20,8 @@ def decoder_rules(prefix: str) -> tuple[Rule, ...]:
         Rule(layer + "input_layernorm.weight", "decoder.layers.{i}.attn_norm.scale", SAME),
         Rule(layer + "post_attention_layernorm.weight", "decoder.layers.{i}.mlp_norm.scale", SAME),
         *attention_rules(layer + "self_attn", "o_proj", "decoder.layers.{i}.attn"),
+        Rule(layer + "self_attn.q_norm.weight", "decoder.layers.{i}.attn.q_norm.scale", SAME),
+        Rule(layer + "self_attn.k_norm.weight", "decoder.layers.{i}.attn.k_norm.scale", SAME),
         *(
             Rule(f"{layer}mlp.{name}_proj.weight", f"decoder.layers.{{i}}.mlp.{name}.kernel", SAME)
             for name in ("gate", "up", "down")
@@ -38,6 +41,10 @@ def rotary_buffer(config: DecoderConfig, prefix: str) -> Buffer:
     pattern = re.escape(prefix) + r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
     exponents = np.arange(0, config.head_dim, 2) / config.head_dim
     return Buffer(pattern, config.rope_theta**-exponents)
+
+
+def layer_norm_rules(source: str, target: str) -> tuple[Rule, ...]:
+    return Rule(source + ".weight", target + ".scale", SAME), Rule(source + ".bias", target + ".bias", SAME)
 
 
 def linear_rules(source: str, target: str) -> tuple[Rule, ...]:

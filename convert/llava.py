@@ -11,7 +11,14 @@ import re
 
 import numpy as np
 
-from convert.decoder_rules import attention_rules, decoder_rules, head_rules, linear_rules, rotary_buffer
+from convert.decoder_rules import (
+    attention_rules,
+    decoder_rules,
+    head_rules,
+    layer_norm_rules,
+    linear_rules,
+    rotary_buffer,
+)
 from convert.table import SAME, Buffer, ConversionTable, Rule
 from reroute_jax.config import ModelConfig
 
@@ -43,10 +50,10 @@ def _vision_rules() -> tuple[Rule, ...]:
         Rule(_VISION + "embeddings.patch_embedding.weight", "vision.patch_embed.kernel", SAME),
         Rule(_VISION + "embeddings.position_embedding.weight", "vision.position_embed", SAME),
         # The misspelling is CLIP's own.
-        *_norm(_VISION + "pre_layrnorm", "vision.pre_norm"),
-        *_norm(_VISION + "post_layernorm", "vision.post_norm"),
-        *_norm(layer + "layer_norm1", "vision.layers.{i}.norm1"),
-        *_norm(layer + "layer_norm2", "vision.layers.{i}.norm2"),
+        *layer_norm_rules(_VISION + "pre_layrnorm", "vision.pre_norm"),
+        *layer_norm_rules(_VISION + "post_layernorm", "vision.post_norm"),
+        *layer_norm_rules(layer + "layer_norm1", "vision.layers.{i}.norm1"),
+        *layer_norm_rules(layer + "layer_norm2", "vision.layers.{i}.norm2"),
         *attention_rules(layer + "self_attn", "out_proj", "vision.layers.{i}.attn"),
         *linear_rules(layer + "mlp.fc1", "vision.layers.{i}.mlp.up"),
         *linear_rules(layer + "mlp.fc2", "vision.layers.{i}.mlp.down"),
@@ -58,7 +65,3 @@ def _projector_rules() -> tuple[Rule, ...]:
         *linear_rules("multi_modal_projector.linear_1", "projector.fc1"),
         *linear_rules("multi_modal_projector.linear_2", "projector.fc2"),
     )
-
-
-def _norm(source: str, target: str) -> tuple[Rule, ...]:
-    return Rule(source + ".weight", target + ".scale", SAME), Rule(source + ".bias", target + ".bias", SAME)

@@ -20,7 +20,9 @@ class DecoderConfig:
     """A LLaMA-style decoder: RMSNorm, rotary positions, grouped-query attention, gated SiLU MLP.
 
     rope_sections: rotary pairs that turn with the temporal, vertical and horizontal position (M-RoPE); empty where a
-    token has one position.
+    token has one position. rope_interleaved: whether neighbouring pairs turn with different ones (`positions.py`).
+    qk_norm: whether each head's queries and keys are normalised before they are rotated. deepstack: of how many layers,
+    the first ones, the output gets further image features added at visual tokens (DeepStack, arXiv 2406.04334).
     """
 
     vocab_size: int
@@ -35,6 +37,9 @@ class DecoderConfig:
     qkv_bias: bool
     rope_sections: tuple[int, ...]
     tied_head: bool
+    rope_interleaved: bool = False
+    qk_norm: bool = False
+    deepstack: int = 0
 
 
 @dataclass(frozen=True)
@@ -42,10 +47,10 @@ class ModelConfig:
     """A vision-language model. family: its name in `models.FAMILIES`. vision: sizes of the tower, a frozen dataclass of
     the family's own. repetition_penalty: what the family generates with unless told otherwise.
 
-    Of Qwen2.5-VL alone: video_token, which is refused; mrope_compat, whose rotary positions to reproduce (`mrope.py`),
-    and temporal_rate, temporal positions a second of video, which that needs; pixel_limits, fewest and most pixels of
-    an image, None for those of the checkpoint's image processor. Of LLaVA alone: vicuna_system, whether a
-    prompt opens with Vicuna's system sentence.
+    Of the Qwen families: video_token, which is refused; pixel_limits, fewest and most pixels of an image, None for
+    those of the checkpoint's image processor. Of Qwen2.5-VL alone: mrope_compat, whose rotary positions to reproduce
+    (`mrope.py`), and temporal_rate, temporal positions a second of video, which that needs. Of LLaVA alone:
+    vicuna_system, whether a prompt opens with Vicuna's system sentence.
     """
 
     family: str

@@ -4,11 +4,16 @@ A stage is a run of layers on one set of tokens. Stages after the first open wit
 keep the best, gather them with all text into a shorter sequence, run the stage's layers on that. A decision that
 deletes continues with the shorter sequence. One that reroutes (arXiv 2606.12412) writes it back into the full one,
 where deferred tokens kept their hidden states, and the next decision chooses among all of them again.
+
+Letters: F image features of the batch, E their width: the decoder's, and as much again for each of DeepStack's levels,
+which stand behind.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -131,18 +136,26 @@ class Walked:
 
 
 def forward(
-    decoder: Decoder, x: Float[Array, "B T D"], rope: Rope, mask: Bool[Array, "#B T T"]
+    decoder: Decoder,
+    x: Float[Array, "B T D"],
+    rope: Rope,
+    mask: Bool[Array, "#B T T"],
+    deepstack: Sequence[Float[Array, "B T D"]] = (),
 ) -> Float[Array, "B T D"]:
-    """All layers on all tokens under an explicit mask, without a cache: training and all-position logits."""
-    for layer in decoder.layers:
+    """All layers on all tokens under an explicit mask, without a cache: training and all-position logits.
+
+    deepstack: what is added to the output of each of the first layers, zeros for text.
+    """
+    for number, layer in enumerate(decoder.layers):
         x, _, _ = layer.prefill(x, rope, mask)
+        x = x + deepstack[number] if number < len(deepstack) else x
     return x
 
 
 def prefill(
     decoder: Decoder,
     prompt: Prompt,
-    features: Float[Array, "F D"],
+    features: Float[Array, "F E"],
     anchors: Int[Array, " F"],
     plan: RoutingPlan,
 ) -> Prefilled:
@@ -154,13 +167,14 @@ def prefill(
 
 
 def walk(
-    decoder: Decoder, prompt: Prompt, features: Float[Array, "F D"], anchors: Int[Array, " F"], plan: RoutingPlan
+    decoder: Decoder, prompt: Prompt, features: Float[Array, "F E"], anchors: Int[Array, " F"], plan: RoutingPlan
 ) -> Walked:
     """Run a prompt through all stages.
 
-    features: image features of the whole batch, flattened, decoder width. anchors: the index of each among the
-    batch's original (unmerged) features. plan: static.
+    features: image features of the whole batch, flattened. anchors: the index of each among the batch's original
+    (unmerged) features. plan: static.
     """
+    deepstack = partial(_deepstack, prompt.feature, features)
     with jax.named_scope("embedding"):
         rows = prompt_rows(decoder, prompt, features, anchors, plan.renumbers_input)
     stages, finite, decisions, ran, last = [], [], [], [], None
@@ -186,7 +200,7 @@ def walk(
                     active, keys = replace(active, rope=_consecutive(active.valid, decoder.config)), None
                 keys = None if keys is None else gather_keys(keys, slots)
         before = last
-        active, last, cached = _run_stage(decoder, stage, active, keys, plan)
+        active, last, cached = _run_stage(decoder, stage, active, keys, plan, deepstack)
         finite.append(jnp.isfinite(take_rows(active.hidden, active.last[:, None])).all(axis=(1, 2)))
         compacted = plan.position_mode == "renumber" and stage.cap is not None
         next_position = active.last + 1 if compacted else prompt.next_position
@@ -196,6 +210,8 @@ def walk(
             if stage.action in (None, "delete"):
                 rows = active
             else:
+                if plan.deepstack == "all":
+                    rows = replace(rows, hidden=deepstack(rows.hidden, rows.slot, range(stage.lo, stage.hi)))
                 rows = scatter(rows, slots, active)
                 change = jnp.zeros(rows.valid.shape, jnp.float32) if before is None else before.change
                 last = replace(last, change=put_rows(change, slots, last.change))
@@ -227,7 +243,8 @@ def prompt_rows(decoder: Decoder, prompt: Prompt, features, anchors, renumbered:
     visual = prompt.feature >= 0
     index = jnp.where(visual, anchors[prompt.feature] - prompt.first_feature[:, None], -1)
     embeds = decoder.embed(jnp.where(visual, 0, prompt.ids))
-    hidden = jnp.where(visual[..., None], features[prompt.feature].astype(embeds.dtype), embeds)
+    own = features[:, : embeds.shape[-1]]
+    hidden = jnp.where(visual[..., None], own[prompt.feature].astype(embeds.dtype), embeds)
     positions = prompt.positions
     if not renumbered:
         # A merge decides on the device which original tokens, and so which positions, stand in the visual slots.
@@ -276,8 +293,31 @@ def _choose(
     return choose(ranked.scores, rows.eligible, keep, stage.cap, floor, stage.union)
 
 
+def _deepstack(
+    feature: Int[Array, "B T"],
+    features: Float[Array, "F E"],
+    hidden: Float[Array, "B C D"],
+    slots: Int[Array, "B C"],
+    layers: range,
+) -> Float[Array, "B C D"]:
+    """The outputs of `layers` with what DeepStack adds behind them: to each visual row the features of its own token.
+
+    feature: of each slot of the prompt. slots: where the rows stood there, -1 for padding.
+    """
+    width = hidden.shape[-1]
+    levels = [level for level in layers if level < features.shape[1] // width - 1]
+    if not levels:
+        return hidden
+    with jax.named_scope("deepstack"):
+        of_row = jnp.where(slots < 0, -1, take_rows(feature, slots))
+        for level in levels:
+            added = features[of_row, (level + 1) * width : (level + 2) * width].astype(hidden.dtype)
+            hidden = hidden + jnp.where((of_row < 0)[..., None], 0, added)
+    return hidden
+
+
 def _run_stage(
-    decoder: Decoder, stage: StagePlan, rows: Rows, keys, plan: RoutingPlan
+    decoder: Decoder, stage: StagePlan, rows: Rows, keys, plan: RoutingPlan, deepstack: Callable
 ) -> tuple[Rows, LastLayer | None, tuple[tuple[Array, ...], tuple[Array, ...]]]:
     """Run layers [lo, hi); returns the rows, what the next decision may read of the last layer (None without layers),
     and what each layer caches: keys, and values."""
@@ -290,9 +330,10 @@ def _run_stage(
             # Rows are right-padded, so that the plain triangle hides padding from every valid row.
             mask = rows.valid[:, None] if number == plan.bidirectional_layer else None
             x, k, v = decoder.layers[number].prefill(x, rows.rope, mask, keys if number == stage.lo else None, lengths)
+            after, x = x, deepstack(x, rows.slot, range(number, number + 1))
             cached_keys.append(with_room(k, ROOM))
             cached_values.append(with_room(v, ROOM))
-    last = LastLayer(before, v, hidden_change(before, x)) if stage.lo < stage.hi else None
+    last = LastLayer(before, v, hidden_change(before, after)) if stage.lo < stage.hi else None
     return replace(rows, hidden=x), last, (tuple(cached_keys), tuple(cached_values))
 
 

@@ -6,11 +6,15 @@ from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
 
-from transformers import LlavaForConditionalGeneration, Qwen2_5_VLForConditionalGeneration
+from transformers import (
+    LlavaForConditionalGeneration,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen3VLForConditionalGeneration,
+)
 
 import reroute_jax
 from reroute_jax.engine.model import Model
-from tests import tiny_qwen
+from tests import tiny_qwen, tiny_qwen3
 from tests.tiny import load_torch, tiny_llava
 
 LAYERS = 6  # of the decoders that are compared with torch: four decisions, and a last stage of two layers
@@ -38,3 +42,11 @@ def qwen_pair(tied: bool = False) -> tuple[Qwen2_5_VLForConditionalGeneration, M
     seed = 12 if tied else 5  # whose greedy tokens vary
     folder = tiny_qwen.tiny_qwen(Path(mkdtemp()) / spelling, spelling=spelling, tied=tied, seed=seed, **sizes)
     return tiny_qwen.load_torch(folder), reroute_jax.load(folder, "float32")
+
+
+@cache
+def qwen3_pair(tied: bool = False) -> tuple[Qwen3VLForConditionalGeneration, Model]:
+    """GQA with 2 KV heads of 4, 6 decoder layers of which 3 get DeepStack's features; with a tied head transformers 5's
+    spelling of the config, else the hub's."""
+    folder = tiny_qwen3.tiny_qwen3(Path(mkdtemp()) / "qwen3", spelling="v5" if tied else "hub", tied=tied, seed=6)
+    return tiny_qwen3.load_torch(folder), reroute_jax.load(folder, "float32")

@@ -74,7 +74,7 @@ def tiny_qwen(
     # Stops and penalty as the hub's generation config has them.
     generation = {"bos_token_id": PAD, "eos_token_id": [IM_END, PAD], "pad_token_id": PAD, "repetition_penalty": 1.05}
     (folder / "generation_config.json").write_text(json.dumps(generation))
-    _tokenizer().save_pretrained(folder)
+    tokenizer(CHAT_TEMPLATE).save_pretrained(folder)
     Qwen2VLImageProcessorPil(
         patch_size=PATCH, merge_size=MERGE, temporal_patch_size=2, min_pixels=4 * TOKEN**2, max_pixels=64 * TOKEN**2
     ).save_pretrained(folder)
@@ -166,22 +166,22 @@ def _spell(key: str, spelling: str) -> str:
     return key
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer(chat_template: str) -> PreTrainedTokenizerFast:
     vocabulary = {token: index for index, token in enumerate((*SPECIAL, *WORDS))}
     vocabulary |= {f"<extra_{index}>": index for index in range(len(vocabulary), VOCAB_SIZE)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(r" +"), "removed"),
             pre_tokenizers.Split(Regex(r"[A-Za-z]+|\n|."), "isolated"),
         ]
     )
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL[:-2]])
+    core.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL[:-2]])
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+        tokenizer_object=core,
         unk_token="<unk>",
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         padding_side="left",
-        chat_template=CHAT_TEMPLATE,
+        chat_template=chat_template,
     )

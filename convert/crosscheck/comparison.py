@@ -95,8 +95,8 @@ def _layer(layer, x, rope, mask):
 
 
 @compiled()
-def _all_logits(decoder, x, rope, mask):
-    return decoder.logits(forward(decoder, x, rope, mask))
+def _all_logits(decoder, x, rope, mask, deepstack):
+    return decoder.logits(forward(decoder, x, rope, mask, deepstack))
 
 
 def compare_plain(model: Model, prompt: Probe, expected: Plain, max_new: int) -> Iterator[Line]:
@@ -110,10 +110,13 @@ def compare_plain(model: Model, prompt: Probe, expected: Plain, max_new: int) ->
     positions, _ = model.family.positions(prompt.ids, prompt.grids, model.config)
     rope = rope_tables(jnp.asarray(positions)[..., None, :], decoder.config)
     mask = jnp.tril(jnp.ones((1, length, length), bool))
+    deepstack = _deepstack(~text, expected)
     for number, (x, after) in enumerate(zip(expected.hidden[:-1], expected.hidden[1:], strict=True)):
+        x = x + deepstack[number - 1] if 0 < number <= len(deepstack) else x
         output = _layer(decoder.layers[number], jnp.asarray(x)[None], rope, mask)[0]
         yield difference(f"layer {number} on the same input", output, after, LAYER)
-    logits = _all_logits(decoder, jnp.asarray(expected.hidden[0])[None], rope, mask)[0]
+    added = tuple(jnp.asarray(level)[None] for level in deepstack)
+    logits = _all_logits(decoder, jnp.asarray(expected.hidden[0])[None], rope, mask, added)[0]
     yield difference("logits, all positions", logits, expected.logits, LOGITS, _root_mean_square)
     result = model.prefill(**prompt.given)
     yield difference("logits, last position", result.logits, expected.logits[-1:], LOGITS, _root_mean_square)
@@ -144,8 +147,19 @@ def compare_routed(
     yield _tokens(prefix + "greedy tokens", model, prompt, schedule, np.array(expected.tokens), max_new)
 
 
+def _deepstack(visual: np.ndarray, expected: Plain) -> list[np.ndarray]:
+    """`[S, D]` for each level: what is added to the output of a layer, the features behind the first D at `visual`."""
+    levels = []
+    if expected.features is not None:
+        width = expected.hidden.shape[-1]
+        for start in range(width, expected.features.shape[1], width):
+            levels.append(np.zeros_like(expected.hidden[0]))
+            levels[-1][visual] = expected.features[:, start : start + width]
+    return levels
+
+
 def _features(model: Model, prompt: Probe, merge: Merge | None) -> np.ndarray:
-    """[n, D] of all images, without the padding behind each."""
+    """[n, D] of all images, without the padding behind each; those of DeepStack's levels behind a token's own."""
     family, sizes = model.family, [rows * cols for rows, cols in prompt.grids]
     arrays = merge_arrays(merge, prompt.grids, len(sizes), family.token_bucket(max(sizes)))
     packed = family.pack(prompt.pixels, prompt.grids, model.config, len(sizes))

@@ -3,7 +3,7 @@ over ragged rows."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,18 +16,32 @@ class RaggedRows:
 
     position [C, T]: rotary positions, three channels with M-RoPE, else one; origin [T]: index in the unpruned prompt;
     visual [T]: original visual index over the prompt's images, -1 for text and for images that are not routed.
+    deepstack [T, levels * D]: what is added to a row behind each of the first layers, zeros for text; or None.
     """
 
     hidden: Tensor
     position: Tensor
     origin: Tensor
     visual: Tensor
+    deepstack: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.hidden)
 
     def take(self, index: Tensor) -> RaggedRows:
-        return RaggedRows(self.hidden[index], self.position[:, index], self.origin[index], self.visual[index])
+        deepstack = None if self.deepstack is None else self.deepstack[index]
+        return RaggedRows(
+            self.hidden[index], self.position[:, index], self.origin[index], self.visual[index], deepstack
+        )
+
+    def added(self, layer: int, index: Tensor) -> RaggedRows:
+        """With the features of DeepStack that belong behind `layer`, at the rows `index` alone."""
+        width = self.hidden.shape[1]
+        if self.deepstack is None or (layer + 1) * width > self.deepstack.shape[1]:
+            return self
+        hidden = self.hidden.clone()
+        hidden[index] += self.deepstack[index, layer * width : (layer + 1) * width]
+        return replace(self, hidden=hidden)
 
 
 def run_layer(
@@ -63,6 +77,8 @@ def project(
         projection(x).unflatten(-1, (-1, attention.head_dim)).transpose(0, 1)
         for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
     ]
+    if hasattr(attention, "q_norm"):
+        heads[:2] = attention.q_norm(heads[0]), attention.k_norm(heads[1])
     # Transformers' tables want [B, T], with M-RoPE [3, B, T].
     has_channels = "mrope_section" in decoder.config.rope_parameters
     position = rows.position.expand(3, -1)[:, None] if has_channels else rows.position

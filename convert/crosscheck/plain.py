@@ -14,8 +14,9 @@ from reroute_jax.config import ModelConfig
 
 @dataclass(frozen=True)
 class Plain:
-    """features: `[n, D]` of all images, or None. hidden: `[L, S, D]`, each layer's input; logits: `[S, vocab]`, all
-    positions; tokens: the greedy continuation."""
+    """features: `[n, D]` of all images, DeepStack's behind them, or None. hidden: `[L, S, D]`, the input of the first
+    layer and each but the last one's output, before DeepStack adds to it; logits: `[S, vocab]`, all positions; tokens:
+    the greedy continuation."""
 
     features: np.ndarray | None
     hidden: np.ndarray
@@ -50,6 +51,13 @@ def plain_run(
         kinds["mm_token_type_ids"] = (tokens == model.config.image_token_id).int()
     out = model(input_ids=tokens, output_hidden_states=True, **image, **kinds)
     made = model.generate(input_ids=tokens, attention_mask=torch.ones_like(tokens), **image, **kinds)
-    features = torch.cat(list(model.get_image_features(**image).pooler_output)).numpy() if image else None
+    features = image_features(model, image).numpy() if image else None
     hidden = np.stack([state[0].numpy() for state in out.hidden_states[:-1]])
     return Plain(features, hidden, out.logits[0].numpy(), made[0, len(ids) :].numpy())
+
+
+def image_features(model: PreTrainedModel, image: dict[str, torch.Tensor]) -> torch.Tensor:
+    """[n, D] of all images as transformers makes them; those of DeepStack's levels stand behind each token's own."""
+    found = model.get_image_features(**image)
+    levels = [found.pooler_output, *(getattr(found, "deepstack_features", None) or [])]
+    return torch.cat([torch.cat(list(level)) for level in levels], dim=1)

@@ -78,7 +78,7 @@ class QwenImage:
     def keys(self) -> Tensor:
         block = self.tower.blocks[-1]
         _, k, _ = block.attn.qkv(block.norm1(self.states[-2])).unflatten(-1, (3, block.attn.num_heads, -1)).unbind(1)
-        turned = _rotate(k.transpose(0, 1), *_rotary(self.tower, self.grid)).float().mean(dim=0)
+        turned = rotate(k.transpose(0, 1), *rotary(self.tower, self.grid)).float().mean(dim=0)
         return turned.unflatten(0, (-1, self.tower.spatial_merge_size**2)).mean(dim=1)
 
     def objects(self) -> Tensor:
@@ -99,12 +99,12 @@ def vision_tower(tower: nn.Module, patches: Tensor, grid: Grid) -> tuple[list[Te
     group = tower.spatial_merge_size**2
     window = window_of(tower, grid).repeat_interleave(group)
     elsewhere = window[:, None] != window
-    cos, sin = _rotary(tower, grid)
+    cos, sin = rotary(tower, grid)
     x, states, attention = tower.patch_embed(patches), [], []
     for number, block in enumerate(tower.blocks):
         module = block.attn
         q, k, v = module.qkv(block.norm1(x)).unflatten(-1, (3, module.num_heads, -1)).permute(1, 2, 0, 3)
-        logits = (_rotate(q, cos, sin) @ _rotate(k, cos, sin).transpose(-1, -2)).float() * q.shape[-1] ** -0.5
+        logits = (rotate(q, cos, sin) @ rotate(k, cos, sin).transpose(-1, -2)).float() * q.shape[-1] ** -0.5
         if number not in tower.fullatt_block_indexes:
             logits = logits.masked_fill(elsewhere, -torch.inf)
         weights = torch.softmax(logits, dim=-1)
@@ -123,22 +123,27 @@ def window_of(tower: nn.Module, grid: Grid) -> Tensor:
     return torch.tensor([y // side * across + x // side for y in range(grid[0]) for x in range(grid[1])])
 
 
-def _rotary(tower: nn.Module, grid: Grid) -> tuple[Tensor, Tensor]:
-    """cos and sin [P, H]: the first quarter of a head's dimensions turns with the patch's row, the second with its
-    column, and the other half repeats them."""
-    merge, half = tower.spatial_merge_size, tower.config.hidden_size // tower.config.num_heads // 2
-    place = [
+def places(tower: nn.Module, grid: Grid) -> list[tuple[int, int]]:
+    """Row and column of each patch of an image of (rows, cols) merged tokens, one group of patches after the other."""
+    merge = tower.spatial_merge_size
+    return [
         (merge * y + dy, merge * x + dx)
         for y in range(grid[0])
         for x in range(grid[1])
         for dy in range(merge)
         for dx in range(merge)
     ]
+
+
+def rotary(tower: nn.Module, grid: Grid) -> tuple[Tensor, Tensor]:
+    """cos and sin [P, H]: the first quarter of a head's dimensions turns with the patch's row, the second with its
+    column, and the other half repeats them."""
+    half = tower.config.hidden_size // tower.config.num_heads // 2
     frequencies = 1 / 10000 ** (torch.arange(0, half, 2).float() / half)
-    angles = (torch.tensor(place)[..., None] * frequencies).flatten(1).repeat(1, 2)
+    angles = (torch.tensor(places(tower, grid))[..., None] * frequencies).flatten(1).repeat(1, 2)
     return angles.cos(), angles.sin()
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x.float().chunk(2, dim=-1)
     return (x.float() * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)

@@ -48,9 +48,10 @@ class Walk:
 class Reference:
     """Everything comparable about one run. Arrays are numpy, real ones fp32.
 
-    features: [n, D] features of all images as the decoder gets them, None without an image.
+    features: [n, D] features of all images as the decoder gets them, DeepStack's behind them; None without an image.
     anchors: original visual index of each of them after a merge, else None.
-    ran: per layer the rows cached in prefill, as indices into the unpruned prompt. hidden: their outputs.
+    ran: per layer the rows cached in prefill, as indices into the unpruned prompt. hidden: their outputs, before
+    DeepStack adds to them.
     logits: [vocab] at the last prompt token; tokens: greedy continuation, the stop token included.
     """
 
@@ -213,6 +214,7 @@ def route(
             hidden = rows.hidden.clone()
             hidden[active] = output
             rows = replace(rows, hidden=hidden)
+            rows = rows.added(layer, active if schedule.deepstack == "running" else torch.arange(len(rows)))
             walk.ran.append(before.origin.numpy())
             walk.hidden.append(output)
             walk.cache.append(entry)
@@ -287,14 +289,19 @@ def _decoder_input(
 ) -> RaggedRows:
     """Rows at the decoder input, at their positions in the unpruned prompt (4.5, 5.5)."""
     hidden, visual = model.model.language_model.embed_tokens(ids), torch.full((len(ids),), -1)
-    kept = ids != model.config.image_token_id
+    kept, width = ids != model.config.image_token_id, hidden.shape[1]
+    wide = max((image.features.shape[1] for image in images), default=width)
+    deepstack = hidden.new_zeros(len(ids), wide - width) if wide > width else None
     for number, (image, run, first) in enumerate(zip(images, runs, _firsts(images), strict=True)):
         left = run[image.index]
         kept[left] = True
-        hidden[left] = image.features.to(hidden.dtype)
+        hidden[left] = image.features[:, :width].to(hidden.dtype)
+        if deepstack is not None:
+            deepstack[left] = image.features[:, width:].to(hidden.dtype)
         if number == 0 or not first_image_only:
             visual[left] = first + image.index
-    return RaggedRows(hidden, positions, torch.arange(len(ids)), visual).take(kept.nonzero()[:, 0])
+    rows = RaggedRows(hidden, positions, torch.arange(len(ids)), visual, deepstack)
+    return rows.take(kept.nonzero()[:, 0])
 
 
 def _visual_index(images: Sequence[ImageTensors]) -> Tensor:

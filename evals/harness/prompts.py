@@ -1,4 +1,5 @@
-"""Question texts as lmms-eval v0.7.1 hands them to a model, without the model's chat template. Pure functions."""
+"""Question texts without the model's chat template: those that lmms-eval v0.7.1 hands to a model, and Qwen3-VL's own
+for boxes (`qwen3`). Pure functions."""
 
 from reroute_jax.errors import RerouteError
 
@@ -11,6 +12,9 @@ _REC = {
     "full": _FORMAT + _REGION + "{}",
     "short": _REGION + "{}",
     "nuwa": "Locate {} in this image and output the bbox coordinates in JSON format.",
+    # Of its authors' own evaluation (QwenLM/Qwen3-VL issue 1721).
+    "qwen3": 'Locate every object that matches the description "{}" in the image. Report bbox coordinates in JSON '
+    "format.",
 }
 REC_STYLES = tuple(_REC)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache, PreTrainedModel
 
 from convert.crosscheck import reference as torch_reference
+from convert.crosscheck.plain import image_features
 from convert.families import abstract_params, table_of
 from convert.table import match
 from evals.speed.programs import Answer
@@ -51,6 +52,7 @@ def unrouted(subject: Subject, model: PreTrainedModel, batch: Sample, new_tokens
     attention and cache as they come."""
     config, device = subject.model.config, model.device
     decoder, ids = model.model.language_model, torch.tensor(batch.ids, device=device)
+    visual = ids == config.image_token
     images = {"pixel_values": torch.tensor(batch.pixels, device=device, dtype=model.dtype)}
     if batch.thw is not None:
         images["image_grid_thw"] = torch.tensor(batch.thw, device=device)
@@ -60,11 +62,15 @@ def unrouted(subject: Subject, model: PreTrainedModel, batch: Sample, new_tokens
     @torch.no_grad()
     def call() -> Answer:
         marks = [_now(device)]
-        features = torch.cat(list(model.get_image_features(**images).pooler_output))
+        features = image_features(model, images)
         marks.append(_now(device))
         embeds = decoder.embed_tokens(ids)
-        embeds[ids == config.image_token] = features.to(embeds.dtype)
-        out = decoder(inputs_embeds=embeds, position_ids=positions, past_key_values=DynamicCache(), use_cache=True)
+        own, *levels = features.to(embeds.dtype).split(embeds.shape[-1], dim=1)
+        embeds[visual] = own
+        given = {"inputs_embeds": embeds, "position_ids": positions, "past_key_values": DynamicCache()}
+        if levels:
+            given |= {"visual_pos_masks": visual, "deepstack_visual_embeds": levels}
+        out = decoder(**given, use_cache=True)
         logits = model.lm_head(out.last_hidden_state[:, -1])
         marks.append(_now(device))
         tokens = [logits.argmax(-1)]

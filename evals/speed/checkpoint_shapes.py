@@ -11,7 +11,7 @@ from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokeni
 
 @dataclass(frozen=True)
 class DecoderShape:
-    """The sizes of a decoder, which both families name alike."""
+    """The sizes of a decoder, which all families name alike."""
 
     vocab: int
     width: int
@@ -110,12 +110,6 @@ class QwenShape:
     first_special: int
     limits: tuple[int, int] = (4, 16384)
 
-    @property
-    def special(self) -> dict[int, str]:
-        """Names at the hub's distances."""
-        names = {0: "endoftext", 1: "im_start", 2: "im_end", 9: "vision_start", 10: "vision_end", 12: "image_pad"}
-        return {self.first_special + at: f"<|{name}|>" for at, name in {**names, 13: "video_pad"}.items()}
-
     def config(self, dtype: str) -> dict:
         """config.json as the hub's: flat, with `rope_scaling`."""
         return {
@@ -155,17 +149,94 @@ class QwenShape:
 
     def save_companions(self, folder: Path) -> None:
         """Tokenizer and image processor files."""
-        extra = {name.strip("<|>"): name for name in self.special.values()}
-        names = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
-        _byte_tokenizer(self.decoder.vocab, self.special, extra, **names).save_pretrained(folder)
+        _qwen_tokenizer(self.decoder.vocab, self.first_special).save_pretrained(folder)
         fewest, most = (tokens * 28**2 for tokens in self.limits)
         Qwen2VLImageProcessorPil(min_pixels=fewest, max_pixels=most).save_pretrained(folder)
 
 
+@dataclass(frozen=True)
+class Qwen3Shape:
+    """The sizes that set the parameter shapes of one Qwen3-VL. deepstack: blocks of the tower; table: its learned
+    positions. first_special: id of <|endoftext|>; limits: fewest and most visual tokens of an image."""
+
+    decoder: DecoderShape
+    vision_width: int
+    vision_mlp: int
+    vision_layers: int
+    vision_heads: int
+    deepstack: tuple[int, ...]
+    tied: bool
+    head_dim: int = 128
+    sections: tuple[int, int, int] = (24, 20, 20)
+    patch: int = 16
+    table: int = 2304
+    first_special: int = 151643
+    limits: tuple[int, int] = (64, 16384)
+
+    def config(self, dtype: str) -> dict:
+        """config.json as the hub's: nested, with `rope_scaling`."""
+        return {
+            "architectures": ["Qwen3VLForConditionalGeneration"],
+            "model_type": "qwen3_vl",
+            "tie_word_embeddings": self.tied,
+            "vision_start_token_id": self.first_special + 9,
+            "vision_end_token_id": self.first_special + 10,
+            "image_token_id": self.first_special + 12,
+            "video_token_id": self.first_special + 13,
+            "text_config": {
+                "model_type": "qwen3_vl_text",
+                "dtype": dtype,
+                **self.decoder.config(),
+                "head_dim": self.head_dim,
+                "attention_bias": False,
+                "hidden_act": "silu",
+                "max_position_embeddings": 262144,
+                "rms_norm_eps": 1e-6,
+                "rope_theta": 5000000,
+                "rope_scaling": {
+                    "mrope_interleaved": True,
+                    "mrope_section": list(self.sections),
+                    "rope_type": "default",
+                },
+                "bos_token_id": self.first_special,
+                "eos_token_id": self.first_special + 2,
+            },
+            "vision_config": {
+                "model_type": "qwen3_vl",
+                "depth": self.vision_layers,
+                "hidden_act": "gelu_pytorch_tanh",
+                "hidden_size": self.vision_width,
+                "intermediate_size": self.vision_mlp,
+                "num_heads": self.vision_heads,
+                "num_position_embeddings": self.table,
+                "in_channels": 3,
+                "out_hidden_size": self.decoder.width,
+                "patch_size": self.patch,
+                "spatial_merge_size": 2,
+                "temporal_patch_size": 2,
+                "deepstack_visual_indexes": list(self.deepstack),
+            },
+        }
+
+    def save_companions(self, folder: Path) -> None:
+        """Tokenizer and image processor files."""
+        _qwen_tokenizer(self.decoder.vocab, self.first_special).save_pretrained(folder)
+        fewest, most = (tokens * (2 * self.patch) ** 2 for tokens in self.limits)
+        half = [0.5] * 3
+        Qwen2VLImageProcessorPil(
+            patch_size=self.patch, min_pixels=fewest, max_pixels=most, image_mean=half, image_std=half
+        ).save_pretrained(folder)
+
+
+Shape = LlavaShape | QwenShape | Qwen3Shape
+
 _CLIP_L = (1024, 4096, 24, 16, 336)
 _QWEN_TOWER = (1280, 3420, 32, 16, (7, 15, 23, 31), (16, 24, 24))
 
-SHAPES: dict[str, LlavaShape | QwenShape] = {
+_QWEN3_SMALL = (1024, 4096, 24, 16, (5, 11, 17))
+_QWEN3_LARGE = (1152, 4304, 27, 16, (8, 16, 24))
+
+SHAPES: dict[str, Shape] = {
     "llava-1.5-7b": LlavaShape(DecoderShape(32064, 4096, 11008, 32, 32, 32), *_CLIP_L),
     "llava-1.5-13b": LlavaShape(DecoderShape(32064, 5120, 13824, 40, 40, 40), *_CLIP_L),
     # A two-core CPU runs it in a second; the tower has the share of the whole that CLIP-L has of the 7B.
@@ -178,7 +249,31 @@ SHAPES: dict[str, LlavaShape | QwenShape] = {
     "qwen-tiny": QwenShape(
         DecoderShape(384, 32, 48, 4, 4, 2), 24, 40, 4, 2, (1, 3), (1, 2, 1), False, 320, limits=(4, 64)
     ),
+    "qwen3-vl-2b": Qwen3Shape(DecoderShape(151936, 2048, 6144, 28, 16, 8), *_QWEN3_SMALL, True),
+    "qwen3-vl-4b": Qwen3Shape(DecoderShape(151936, 2560, 9728, 36, 32, 8), *_QWEN3_SMALL, True),
+    "qwen3-vl-8b": Qwen3Shape(DecoderShape(151936, 4096, 12288, 36, 32, 8), *_QWEN3_LARGE, False),
+    "qwen3-vl-32b": Qwen3Shape(DecoderShape(151936, 5120, 25600, 64, 64, 8), *_QWEN3_LARGE, False),
+    "qwen3-tiny": Qwen3Shape(
+        DecoderShape(384, 32, 48, 4, 4, 2),
+        *(24, 40, 4, 2, (0, 2)),
+        False,
+        head_dim=12,
+        sections=(2, 2, 2),
+        patch=4,
+        table=36,
+        first_special=320,
+        limits=(4, 64),
+    ),
 }
+
+
+def _qwen_tokenizer(vocab: int, first_special: int) -> PreTrainedTokenizerFast:
+    """Special tokens at the hub's distances."""
+    names = {0: "endoftext", 1: "im_start", 2: "im_end", 9: "vision_start", 10: "vision_end", 12: "image_pad"}
+    names |= {13: "video_pad"}
+    special = {first_special + at: f"<|{name}|>" for at, name in names.items()}
+    extra = {name: f"<|{name}|>" for name in names.values()}
+    return _byte_tokenizer(vocab, special, extra, eos_token="<|im_end|>", pad_token="<|endoftext|>")
 
 
 def _byte_tokenizer(

@@ -15,7 +15,7 @@ from flax import nnx
 
 from convert.embedded import EMBEDDED
 from evals.harness.cli import load_model
-from evals.speed.checkpoint_shapes import SHAPES, LlavaShape, QwenShape
+from evals.speed.checkpoint_shapes import SHAPES, Shape
 from reroute_jax.commandline.parsing import DATA, RUN, Parser, positive
 from reroute_jax.config import ModelConfig
 from reroute_jax.engine.batching import Batch
@@ -104,7 +104,7 @@ def add_subject_arguments(parser: Parser) -> None:
         type=positive,
         nargs=2,
         metavar=("ROWS", "COLS"),
-        help=f"visual tokens of an image, Qwen only (default: {QWEN_GRID[0]} {QWEN_GRID[1]})",
+        help=f"visual tokens of an image, Qwen families only (default: {QWEN_GRID[0]} {QWEN_GRID[1]})",
     )
 
 
@@ -126,9 +126,7 @@ def open_subject(args: argparse.Namespace, shapes_only: bool = False) -> Subject
     return Subject(args.random or args.model or EMBEDDED[0], model, hf_config, grid, args.text)
 
 
-def random_model(
-    shape: LlavaShape | QwenShape, dtype: str, seed: int = 0, shapes_only: bool = False
-) -> tuple[Model, dict[str, Any]]:
+def random_model(shape: Shape, dtype: str, seed: int = 0, shapes_only: bool = False) -> tuple[Model, dict[str, Any]]:
     """A model of this shape with random weights, and its config.json; it has no folder, so no tokenizer.
 
     shapes_only: shapes stand in for the weights; it compiles and does not run.

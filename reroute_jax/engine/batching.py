@@ -184,9 +184,10 @@ def make_batch(
     """The arrays of a batch, filled up to `size` rows. pixels: of all images as the image processor gives them.
     shape: one that holds all rows, None for the smallest.
 
-    Raises RerouteError for a schedule of another depth.
+    Raises RerouteError for a schedule of another depth, and for one that decides too early for `deepstack="late"`.
     """
     schedule.check_depth(config.num_layers)
+    schedule.check_deepstack(config.decoder.deepstack)
     filler = lay_out(Question(np.array([config.pad_token])), config, schedule)
     filled = (size or len(layouts)) - len(layouts)
     shape = shape or largest([one.shape for one in layouts])

@@ -15,7 +15,7 @@ What becomes of the modes of Pillow, and with them of every file it reads (the f
 An image is turned upright by its EXIF orientation, as transformers' `load_image` does; EXIF that cannot be read is no
 EXIF. Where transformers 5.24 has two answers, this has one: `load_image`, so everything given to it by path, drops
 transparency and shows what colours lie beneath; its image processors, given a PIL image, and qwen_vl_utils lay it on
-white. White it is, for both families.
+white. White it is, for all families.
 """
 
 from __future__ import annotations

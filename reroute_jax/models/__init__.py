@@ -10,10 +10,10 @@ from transformers import AutoConfig
 
 from reroute_jax.config import ModelConfig, with_generation
 from reroute_jax.errors import RerouteError
-from reroute_jax.models import llava, qwen2_5_vl
+from reroute_jax.models import llava, qwen2_5_vl, qwen3_vl
 from reroute_jax.models.family import Family
 
-FAMILIES: dict[str, Family] = {module.FAMILY.name: module.FAMILY for module in (llava, qwen2_5_vl)}
+FAMILIES: dict[str, Family] = {module.FAMILY.name: module.FAMILY for module in (llava, qwen2_5_vl, qwen3_vl)}
 
 
 def read_config(config: Mapping, generation: Mapping = MappingProxyType({})) -> ModelConfig:

@@ -54,10 +54,12 @@ class Released:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What the reference (lmms-eval v0.7.1 with the release's patch) runs a family with.
+    """What a family is evaluated with: by the reference (lmms-eval v0.7.1 with the release's patch), or by its authors
+    where that has no boxes of its kind.
 
     rec_style: of the prompt that asks for a box. coord_format: of the boxes in its answers, "normalized" to [0, 1],
-    "pixel" of the image as the model sees it, or "scale_1000". max_new_tokens: of an answer where the task sets none.
+    "pixel" of the image as the model sees it, or "scale_1000", thousandths of the image each way. max_new_tokens: of an
+    answer where the task sets none.
     """
 
     rec_style: str
@@ -77,8 +79,9 @@ class Family:
     evaluation: how the reference asks the family.
     read_config(hf): of config.json as transformers read it; raises RerouteError for a setting that is not implemented.
     model(config, rngs=, dtype=): the parameters, with a `decoder`.
-    encode_images(model, pixels, arrays, merge): features `[I, C, D]` at decoder width and, for each, the index of the
-        visual token it stands for, `[I, C]`; compiled. `arrays` are those of `merge_arrays`; `merge` is static.
+    encode_images(model, pixels, arrays, merge): features `[I, C, D]` at decoder width, `config.decoder.deepstack` times
+        as much more behind each where its decoder adds features later, and the index of the visual token that each
+        stands for, `[I, C]`; compiled. `arrays` are those of `merge_arrays`; `merge` is static.
     image_grids(pixel_values, image_grid_thw, config): grid of each image, as the HF processor returns them; raises
         RerouteError where they do not fit each other or the model.
     pack(pixel_values, grids, config, images): pixels for `encode_images`, padded to `images` images.

@@ -37,8 +37,8 @@ def constant(value: float, shape: tuple[int, ...], axes: tuple[str | None, ...],
 
 
 class RMSNorm(nnx.Module):
-    def __init__(self, width: int, eps: float, *, dtype):
-        self.scale = constant(1.0, (width,), ("embed",), dtype)
+    def __init__(self, width: int, eps: float, *, axis: str | None = "embed", dtype):
+        self.scale = constant(1.0, (width,), (axis,), dtype)
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
@@ -50,7 +50,7 @@ class RMSNorm(nnx.Module):
 class Linear(nnx.Module):
     """`x @ kernel.T (+ bias)`. axes: of inputs and outputs."""
 
-    def __init__(self, inputs: int, outputs: int, axes: tuple[str, str], *, bias: bool, rngs: nnx.Rngs, dtype):
+    def __init__(self, inputs: int, outputs: int, axes: tuple[str | None, str], *, bias: bool, rngs: nnx.Rngs, dtype):
         self.kernel = parameter(rngs, (outputs, inputs), axes[::-1], dtype, inputs)
         self.bias = constant(0.0, (outputs,), axes[1:], dtype) if bias else None
 
@@ -102,6 +102,18 @@ class Attention(nnx.Module):
         self.k = HeadProjection(width, config.num_kv_heads, dim, "kv_heads", bias=config.qkv_bias, **keep)
         self.v = HeadProjection(width, config.num_kv_heads, dim, "kv_heads", bias=config.qkv_bias, **keep)
         self.o = OutputProjection(config.num_heads, dim, width, bias=False, **keep)
+        self.q_norm = RMSNorm(dim, config.norm_eps, axis=None, dtype=dtype) if config.qk_norm else None
+        self.k_norm = RMSNorm(dim, config.norm_eps, axis=None, dtype=dtype) if config.qk_norm else None
+
+    def queries(self, x: Float[Array, "B T D"]) -> Float[Array, "B N T H"]:
+        """Before they are rotated."""
+        q = self.q(x)
+        return q if self.q_norm is None else self.q_norm(q)
+
+    def keys(self, x: Float[Array, "B T D"]) -> Float[Array, "B K T H"]:
+        """Before they are rotated."""
+        k = self.k(x)
+        return k if self.k_norm is None else self.k_norm(k)
 
 
 class GatedMLP(nnx.Module):
@@ -136,8 +148,8 @@ class DecoderLayer(nnx.Module):
         keys: this layer's, if known. lengths: real rows of each batch entry, which stand first."""
         with jax.named_scope("attention"):
             normed = self.attn_norm(x)
-            q = rotate(self.attn.q(normed), rope)
-            k = rotate(self.attn.k(normed), rope) if keys is None else keys
+            q = rotate(self.attn.queries(normed), rope)
+            k = rotate(self.attn.keys(normed), rope) if keys is None else keys
             v = self.attn.v(normed)
             seen = attention(q, k, v, causal=True, lengths=lengths) if mask is None else attention(q, k, v, mask)
             x = x + self.attn.o(seen)
@@ -155,8 +167,8 @@ class DecoderLayer(nnx.Module):
         """Run one token a row, writing its key and value at the row's slot of the cache; `visible` includes it."""
         with jax.named_scope("attention"):
             normed = self.attn_norm(x)
-            q = rotate(self.attn.q(normed), rope)
-            new_k = rotate(self.attn.k(normed), rope)
+            q = rotate(self.attn.queries(normed), rope)
+            new_k = rotate(self.attn.keys(normed), rope)
             keys = write_slots(keys, new_k, slots)
             values = write_slots(values, self.attn.v(normed), slots)
             # Without the barrier XLA's CPU backend writes twice, for the product and for the result, and copies the
@@ -177,8 +189,8 @@ class DecoderLayer(nnx.Module):
         their positions. rotated: whether the attention sees positions."""
         with jax.named_scope("scoring"):
             normed = self.attn_norm(x)
-            plain = self.attn.k(normed)
-            k, q = rotate(plain, rope), self.attn.q(take_rows(normed, queries))
+            plain, q = self.attn.keys(normed), self.attn.queries(take_rows(normed, queries))
+            k = rotate(plain, rope)
             if rotated:
                 q = rotate(q, Rope(*(take_rows(table, queries) for table in rope)))
             return query_probabilities(q, k if rotated else plain, mask), k

@@ -30,6 +30,7 @@ POSITION_MODES = ("original", "renumber")
 CUTS = ("no", "all", "all_but_first")
 PRIORS = ("random", "uniform")
 ACTIONS = ("delete", "reroute", "layout")
+DEEPSTACK = ("all", "running", "late")
 
 
 @dataclass(frozen=True)
@@ -132,13 +133,17 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class RoutingPlan:
-    """Static argument of the compiled functions: only what changes the program, so no labels, seeds or ratios."""
+    """Static argument of the compiled functions: only what changes the program, so no labels, seeds or ratios.
+
+    deepstack: "all" or "running", of a `Schedule`.
+    """
 
     stages: tuple[StagePlan, ...]
     position_mode: str
     bidirectional_layer: int | None = None
     cut_caches: str = "no"
     renumbers_input: bool = False
+    deepstack: str = "all"
 
 
 @dataclass(frozen=True)
@@ -151,6 +156,9 @@ class Schedule:
     bidirectional_layer: a layer that runs without the causal mask in prefill (a defect of Nuwa's Qwen release, 5.4).
     cut_caches: "all" leaves of earlier layers' caches too only what the last decision kept; "all_but_first" spares
     layer 0, as IVC-Prune's LLaVA release does (15.1).
+    deepstack: of a decoder that adds image features to the output of its first layers, which visual tokens get them:
+    "all", deferred ones too, since to skip a layer is not to skip what is added behind it; "running", those that ran
+    the layer; "late", all of them, because no decision may come before the last addition.
     """
 
     stages: tuple[Stage, ...]
@@ -161,6 +169,7 @@ class Schedule:
     first_image_only: bool = False
     bidirectional_layer: int | None = None
     cut_caches: str = "no"
+    deepstack: str = "all"
     label: str = ""
 
     def __post_init__(self) -> None:
@@ -181,6 +190,7 @@ class Schedule:
                 )
         one_of("position_mode", self.position_mode, POSITION_MODES)
         one_of("cut_caches", self.cut_caches, CUTS)
+        one_of("deepstack", self.deepstack, DEEPSTACK)
         if self.seed < 0:
             raise RerouteError(f"the seed is {self.seed}, expected a whole number from 0 on")
         self._check_scores()
@@ -279,6 +289,16 @@ class Schedule:
                 f"the schedule covers {self.num_layers} layers and the model has {num_layers}, make it for this model"
             )
 
+    def check_deepstack(self, layers: int) -> None:
+        """Raises RerouteError where deepstack="late" and a decision comes before the outputs of the first `layers`
+        layers have got their image features."""
+        early = [stage.lo for stage in self.decisions if stage.lo < layers]
+        if self.deepstack == "late" and early:
+            raise RerouteError(
+                f"deepstack='late' and a decision at layer {early[0]}: this model adds image features behind its first "
+                f"{layers} layers, decide from layer {layers} on (first_decision={layers})"
+            )
+
     def merged_count(self, visual: int, grid: tuple[int, int]) -> int:
         """Visual tokens at the decoder input for an image of `visual` tokens on a (rows, cols) grid."""
         return visual if self.merge is None else self.merge.anchors(visual, grid)
@@ -313,7 +333,12 @@ class Schedule:
         if decisions:
             stages[-1] = replace(stages[-1], action="delete")
         return RoutingPlan(
-            tuple(stages), self.position_mode, self.bidirectional_layer, self.cut_caches, self.renumbers_input
+            tuple(stages),
+            self.position_mode,
+            self.bidirectional_layer,
+            self.cut_caches,
+            self.renumbers_input,
+            deepstack="running" if self.deepstack == "running" else "all",
         )
 
     def keep_counts(self, visual_counts: Sequence[int] | np.ndarray) -> np.ndarray:

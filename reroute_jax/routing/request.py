@@ -43,6 +43,7 @@ class Request:
             self.action,
             position_mode=self.switches.position_mode,
             first_image_only=self.switches.first_image_only,
+            deepstack=self.switches.deepstack,
             label=self.label,
             **more,
         )

@@ -12,7 +12,7 @@ from typing import Any
 from reroute_jax.errors import RerouteError, one_of
 from reroute_jax.routing.hiprune import NEIGHBOURS
 from reroute_jax.routing.nuwa import SIM_ORDERS
-from reroute_jax.routing.plan import POSITION_MODES
+from reroute_jax.routing.plan import DEEPSTACK, POSITION_MODES
 
 # Of the switches, those that take a budget's place.
 AMOUNTS = ("keep_ratio", "keep")
@@ -173,6 +173,14 @@ class Switches:
         ("hiprune",),
         choices=NEIGHBOURS,
         defect=True,
+    )
+    deepstack: str = _switch(
+        "all",
+        "which visual tokens get the image features that its first layers add: also deferred ones, only those that ran "
+        "the layer, or every one because the first decision comes later (3.6)",
+        (*_STAGED, *_INSIDE),
+        choices=DEEPSTACK,
+        family="qwen3_vl",
     )
     seed: int = _switch(0, "of the random scores", ("random",), kind=int)
     first_image_only: bool = _switch(False, "of several images in a row, route the first one only", _ROUTED, kind=bool)

@@ -8,6 +8,8 @@ width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -124,7 +126,7 @@ class QwenTower(nnx.Module):
     def states(self, pixels: QwenPixels) -> list[Float[Array, "I P D"]]:
         """The patches after each block. At padding the numbers mean nothing."""
         pixels = jax.tree.map(jnp.asarray, pixels)
-        rope = rotary(pixels.place, self.config)
+        rope = rotary(pixels.place, self.config.hidden_size // self.config.num_heads)
         x, states = self.patch_embed(pixels.patches), []
         for layer in self.layers:
             x = layer(x, rope, pixels)
@@ -136,10 +138,10 @@ class QwenTower(nnx.Module):
         return self.merger(self.states(pixels)[-1])
 
 
-def rotary(place: Int[Array, "I P 2"], config: QwenVisionConfig) -> Rope:
+def rotary(place: Int[Array, "I P 2"], head_dim: int) -> Rope:
     """fp32 tables: a quarter of the head's dimensions turns with the row, the next with the column, and the other half
     of the head repeats them."""
-    half = config.hidden_size // config.num_heads // 2
+    half = head_dim // 2
     frequencies = 1 / ROPE_THETA ** (np.arange(0, half, 2, dtype=np.float32) / half)
     angles = (place[..., None] * frequencies).reshape(*place.shape[:2], half)
     return Rope(jnp.cos(angles), jnp.sin(angles))
@@ -197,10 +199,7 @@ class QwenImages(Tower):
         """
         if order not in ("raster", "window"):
             raise RerouteError(f"unknown order {order!r} of similarity features: expected 'raster' or 'window'")
-        first, final, of = _SIMILARITY_SPAN
-        depth, group = len(self.states), self.tower.config.merge**2
-        span = jnp.stack(self.states[first * depth // of : final * depth // of + 1])
-        similarity = self.tower.merger(span.astype(jnp.float32).mean(axis=0).astype(span.dtype))
+        group, similarity = self.tower.config.merge**2, self.tower.merger(middle_states(self.states))
         if order == "window":
             similarity = take_rows(similarity, jnp.argsort(self.pixels.slot[:, ::group], axis=1))
         return similarity
@@ -236,9 +235,20 @@ class QwenImages(Tower):
         """A block, what its attention reads, and the patches' places."""
         block = self.tower.layers[number]
         before = self.states[number - 1] if number else self.tower.patch_embed(self.pixels.patches)
-        return block, block.norm1(before), rotary(self.pixels.place, self.tower.config)
+        return (
+            block,
+            block.norm1(before),
+            rotary(self.pixels.place, self.tower.config.hidden_size // self.tower.config.num_heads),
+        )
 
     def _by_token(self, patches: Float[Array, "I P X"]) -> Float[Array, "I n X"]:
         """Mean over the patches of each token."""
         images, _, width = patches.shape
         return patches.reshape(images, -1, self.tower.config.merge**2, width).mean(axis=2)
+
+
+def middle_states(states: Sequence[Float[Array, "I P D"]]) -> Float[Array, "I P D"]:
+    """The mean of the middle blocks' outputs, which Nuwa compares patches by (5.2)."""
+    first, final, of = _SIMILARITY_SPAN
+    span = states[first * len(states) // of : final * len(states) // of + 1]
+    return jnp.stack(span).astype(jnp.float32).mean(axis=0).astype(states[0].dtype)

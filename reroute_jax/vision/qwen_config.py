@@ -1,4 +1,4 @@
-"""The sizes of Qwen2.5-VL's vision tower."""
+"""The sizes of the vision towers of Qwen2.5-VL and Qwen3-VL."""
 
 from __future__ import annotations
 
@@ -22,6 +22,30 @@ class QwenVisionConfig:
     merge: int
     window: int
     full_attention: tuple[int, ...]
+
+    @property
+    def patch_values(self) -> int:
+        """Numbers in one patch: channel, time, y, x."""
+        return 3 * self.temporal_patch_size * self.patch_size**2
+
+
+@dataclass(frozen=True)
+class Qwen3VisionConfig:
+    """The vision transformer of Qwen3-VL and its patch mergers. Images have any size.
+
+    merge: side of the block of patches that becomes one visual token. table_side: of the square of learned positions.
+    deepstack: the blocks, ascending, behind each of which a merger makes features for the decoder's first layers.
+    """
+
+    hidden_size: int
+    mlp_dim: int
+    num_layers: int
+    num_heads: int
+    patch_size: int
+    temporal_patch_size: int
+    merge: int
+    table_side: int
+    deepstack: tuple[int, ...]
 
     @property
     def patch_values(self) -> int:

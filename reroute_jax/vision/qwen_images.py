@@ -1,9 +1,10 @@
-"""Images as Qwen2.5-VL gets them: the two resizes of the reference (qwen_vl_utils, then the image processor)."""
+"""Images as the Qwen models get them: Qwen2.5-VL by the two resizes of the reference (qwen_vl_utils, then the image
+processor), Qwen3-VL by one."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
@@ -11,7 +12,7 @@ from PIL import Image
 
 from reroute_jax.errors import RerouteError
 from reroute_jax.types import Grid, Size
-from reroute_jax.vision.qwen_config import QwenVisionConfig
+from reroute_jax.vision.qwen_config import Qwen3VisionConfig, QwenVisionConfig
 
 LARGEST_RATIO = 200
 _FIRST_TOKENS = (4, 16384)  # limits of the first resize, in visual tokens
@@ -54,11 +55,21 @@ def final_size(size: Size, processor, name: str = "an image") -> Size:
     return smart_resize(first_size(size, factor, name), factor, *limits, name)
 
 
-def visual_grid(size: Size, processor, name: str = "an image") -> tuple[int, int]:
-    """(rows, cols) of visual tokens, after the merge, of an image of `size` (width, height); raises as `final_size`."""
+def single_size(size: Size, processor, name: str = "an image") -> Size:
+    """The same after the image processor's resize alone, which is all that Qwen3-VL's reference makes."""
     factor = processor.patch_size * processor.merge_size
-    width, height = final_size(size, processor, name)
-    return height // factor, width // factor
+    return smart_resize(size, factor, processor.size["shortest_edge"], processor.size["longest_edge"], name)
+
+
+def grid_of(size: Size, processor) -> Grid:
+    """(rows, cols) of visual tokens, after the merge, of an image that the model sees in `size` (width, height)."""
+    factor = processor.patch_size * processor.merge_size
+    return size[1] // factor, size[0] // factor
+
+
+def visual_grid(size: Size, processor, name: str = "an image") -> Grid:
+    """(rows, cols) of visual tokens of an image of `size` (width, height); raises as `final_size`."""
+    return grid_of(final_size(size, processor, name), processor)
 
 
 def resize_like_reference(image: Image.Image, factor: int) -> Image.Image:
@@ -77,6 +88,11 @@ def fit(image: Image.Image, processor, name: str = "an image") -> UInt8[np.ndarr
     return np.asarray(resized)
 
 
+def fit_once(image: Image.Image, processor, name: str = "an image") -> UInt8[np.ndarray, "height width 3"]:
+    """The same after the image processor's resize alone."""
+    return np.asarray(image.resize(single_size(image.size, processor, name), Image.Resampling(processor.resample)))
+
+
 def patches(
     fitted: Sequence[np.ndarray], processor
 ) -> tuple[Float[np.ndarray, "patches values"], Int[np.ndarray, "images 3"]]:
@@ -92,15 +108,18 @@ def patches(
 
 
 def preprocess(
-    images: Sequence[Image.Image], processor
+    images: Sequence[Image.Image], processor, fit: Callable[..., np.ndarray] = fit
 ) -> tuple[Float[np.ndarray, "patches values"], Int[np.ndarray, "images 3"]]:
-    """`patches` of opened images. Raises RerouteError for an image of a size that is not taken, naming it."""
+    """`patches` of opened images, each sized by `fit`. Raises RerouteError for a size that is not taken, naming the
+    image."""
     names = [f"image {getattr(image, 'filename', '') or number}" for number, image in enumerate(images, 1)]
     return patches([fit(image, processor, name) for image, name in zip(images, names, strict=True)], processor)
 
 
 def unpack(
-    pixel_values: Float[np.ndarray, "patches values"], grids: Sequence[Grid], config: QwenVisionConfig
+    pixel_values: Float[np.ndarray, "patches values"],
+    grids: Sequence[Grid],
+    config: QwenVisionConfig | Qwen3VisionConfig,
 ) -> list[Float[np.ndarray, "height width 3"]]:
     """The images that `preprocess` made patches of, normalised as these are. grids: of visual tokens."""
     images, first = [], 0

@@ -9,10 +9,12 @@ from transformers import AutoImageProcessor
 
 import reroute_jax
 from evals.harness.cli import load_model
-from evals.harness.pixels import HARNESS_PIXELS
+from evals.harness.pixels import HARNESS_PIXELS, with_harness_pixels
 from reroute_jax.errors import RerouteError
+from reroute_jax.models import FAMILIES, read_config
 from tests.tiny import tiny_llava
 from tests.tiny_qwen import TOKEN, tiny_qwen
+from tests.tiny_qwen3 import tiny_qwen3
 
 LIMITS = (200704, 1003520)
 SPELLINGS = {
@@ -63,6 +65,17 @@ def test_limits_of_the_caller_and_of_the_harness(checkpoint):
     assert narrow.config.pixel_limits is None and narrow.visual_grid(image) == (20, 20)
 
 
+def test_a_larger_token_gets_a_larger_limit_of_the_harness(tmp_path):
+    """Of 32 pixels a side: 576 tokens as of 28, and not 441."""
+    folder = tiny_qwen3(tmp_path, layers=3)
+    config = json.loads((folder / "config.json").read_text())
+    config["vision_config"]["patch_size"] = 16
+    processor = AutoImageProcessor.from_pretrained(folder, backend="pil", patch_size=16, max_pixels=16384 * 1024)
+    limited = with_harness_pixels(read_config(config), lambda: processor)
+    assert limited.pixel_limits == (200704, 589824)
+    assert FAMILIES["qwen3_vl"].typical_grid(limited, lambda: processor) == (24, 24)
+
+
 def test_plans_need_no_image_processor_where_the_grid_is_known(checkpoint, tmp_path):
     set_limits(checkpoint, SPELLINGS["size"])
     (checkpoint / "preprocessor_config.json").rename(tmp_path / "preprocessor_config.json")
@@ -84,7 +97,7 @@ def test_limits_that_cannot_be(checkpoint, limits):
 
 
 def test_limits_are_for_families_that_have_them(tmp_path):
-    with pytest.raises(RerouteError, match="pixel_limits is for qwen2_5_vl"):
+    with pytest.raises(RerouteError, match="pixel_limits is for qwen2_5_vl and qwen3_vl, this model is llava"):
         reroute_jax.load(tiny_llava(tmp_path, kv_heads=2, layers=1), pixel_limits=(1, 10**6))
 
 

@@ -197,7 +197,7 @@ def test_an_elongated_image_that_is_taken(processor) -> None:
 def test_fitted_images_are_held_in_8_bits_and_give_the_same_pixels(processor) -> None:
     images = [photo(size) for size in ((640, 200), (1200, 900), (9, 40))]
     fitted = [fit(image, processor) for image in images]
-    assert [one.size for one in fitted] == [final_size(image.size, processor) for image in images]
+    assert [one.shape[1::-1] for one in fitted] == [final_size(image.size, processor) for image in images]
     first = [image.resize(first_size(image.size, FACTOR), Image.Resampling.BICUBIC) for image in images]
     theirs = processor(images=first, return_tensors="np")
     found, grid = patches_of(fitted, processor)

@@ -246,8 +246,8 @@ def shared_prefix_layer(layer: DecoderLayer, prefix, x, ropes: tuple[Rope, Rope]
     causal = jnp.tril(jnp.ones((prefix.shape[1],) * 2, bool)) & runs[:, None]
     passed, k_prefix, v_prefix = layer.prefill(prefix, ropes[0], causal)
     normed = layer.attn_norm(x)
-    q = rotate(layer.attn.q(normed), ropes[1]) * layer.attn.q.kernel.shape[1] ** -0.5
-    k, v = rotate(layer.attn.k(normed), ropes[1]), layer.attn.v(normed)
+    q = rotate(layer.attn.queries(normed), ropes[1]) * layer.attn.q.kernel.shape[1] ** -0.5
+    k, v = rotate(layer.attn.keys(normed), ropes[1]), layer.attn.v(normed)
     group = q.shape[1] // k.shape[1]
     k_prefix, v_prefix, k, v = (jnp.repeat(heads, group, axis=1) for heads in (k_prefix, v_prefix, k, v))
     apart = (*q.shape[:2], asked, -1, q.shape[-1])

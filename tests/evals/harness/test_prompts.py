@@ -30,6 +30,13 @@ def test_expression_is_inserted_as_it_is(expression: str, style: str) -> None:
     assert prompts.rec(expression, style) == before + expression + after
 
 
+def test_qwen3s_own_prompt_for_boxes() -> None:
+    assert prompts.rec("left man", "qwen3") == (
+        'Locate every object that matches the description "left man" in the image. Report bbox coordinates in JSON '
+        "format."
+    )
+
+
 def test_unknown_style_is_refused_with_the_known_ones() -> None:
     with pytest.raises(RerouteError, match=r"'qwen'.*full, short, nuwa"):
         prompts.rec("left man", "qwen")
@@ -42,5 +49,5 @@ def test_single_word_suffix() -> None:
 
 def test_each_family_gets_the_references_style() -> None:
     styles = {name: family.evaluation.rec_style for name, family in FAMILIES.items()}
-    assert styles == {"llava": "full", "qwen2_5_vl": "nuwa"}
+    assert styles == {"llava": "full", "qwen2_5_vl": "nuwa", "qwen3_vl": "qwen3"}
     assert set(styles.values()) <= set(prompts.REC_STYLES)

@@ -1,0 +1,164 @@
+"""Routed Qwen3-VL against the eager torch reference, whose decisions fall between DeepStack's additions: every method
+and action, the three policies, rows with images of different sizes in one batch, decode."""
+
+import zlib
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+
+from convert.crosscheck.layers import RaggedRows
+from convert.crosscheck.reference import route, run
+from reroute_jax.errors import RerouteError
+from reroute_jax.routing.methods import plan
+from reroute_jax.routing.plan import Schedule
+from reroute_jax.routing.prior import prior_scores
+from tests.checkpoints import qwen3_pair
+from tests.tiny_qwen import random_ids, random_patches
+from tests.tiny_qwen3 import LAYERS
+
+NEW = 5
+# By method, action and switches; decisions at 1, 2, 3, 4 unless they say otherwise, and additions behind 0, 1, 2.
+ROUTES = {
+    "fastv-delete": {"method": "fastv", "action": "delete"},
+    "fastv-previous": {"method": "fastv", "action": "delete", "score_source": "previous_layer", "first_decision": 2},
+    "fastv-reroute": {"method": "fastv", "action": "reroute"},
+    "pdrop-delete": {"method": "pdrop", "action": "delete"},
+    "pdrop-reroute": {"method": "pdrop", "action": "reroute"},
+    "pdrop-running": {"method": "pdrop", "action": "reroute", "deepstack": "running"},
+    "pdrop-late": {"method": "pdrop", "action": "reroute", "deepstack": "late", "first_decision": 3},
+    "pdrop-first-image": {"method": "pdrop", "action": "reroute", "first_image_only": True},
+    "layout": {"method": "layout"},
+    "layout-running": {"method": "layout", "deepstack": "running"},
+    "nuwa-delete": {"method": "nuwa", "action": "delete"},
+    "nuwa-reroute": {"method": "nuwa", "action": "reroute"},
+    "random-reroute": {"method": "random", "action": "reroute", "seed": 3},
+    "uniform-running": {"method": "uniform", "action": "reroute", "deepstack": "running"},
+    "v2drop-reroute": {"method": "v2drop", "action": "reroute", "layers": (1, 2, 4)},
+    "pool": {"method": "pool"},
+}
+EDGES = {
+    "every-layer": Schedule.from_decisions((0, 1, 2, 3, 4), (0.5, 9, 14, 5, 9), LAYERS, "reroute"),
+    "mixed": Schedule.from_decisions((0, 2, 3), (20, 8, 5), LAYERS, ("reroute", "delete", "reroute")),
+}
+# Nuwa reaches 4/7; before a first decision at layer 3 half of the budget is spent.
+BUDGETS = {"nuwa-delete": 0.4, "nuwa-reroute": 0.4, "pdrop-late": 0.7}
+GENERATED = {"pdrop-delete", "pdrop-reroute", "pdrop-running"}
+
+# A row with two images, one with a small one, one without.
+GRIDS = (((5, 6), (7, 3)), ((3, 4),), ())
+ROWS = [
+    random_ids(size, grids, start=start, seed=size)
+    for size, grids, start in zip((90, 40, 30), GRIDS, (6, 20, 0), strict=True)
+]
+PIXELS = [
+    random_patches(grids, seed=len(ids)) if grids else (None, None) for ids, grids in zip(ROWS, GRIDS, strict=True)
+]
+
+
+@cache
+def schedule_of(name):
+    if name in EDGES:
+        return EDGES[name]
+    return qwen3_pair()[1].plan(**ROUTES[name], budget=BUDGETS.get(name, 0.5))
+
+
+@cache
+def expected(name, row):
+    """The reference's run of one row by itself."""
+    schedule, ids, grids = schedule_of(name), ROWS[row], GRIDS[row]
+    prior = None
+    if schedule.prior is not None and grids:
+        prior = prior_scores(schedule, grids, zlib.crc32(ids.astype(np.int64).tobytes()))
+    pixels, thw = PIXELS[row]
+    return run(qwen3_pair()[0], ids, pixels, schedule, image_grid_thw=thw, prior=prior, max_new_tokens=NEW)
+
+
+def batch():
+    """Left-padded inputs; padding slots hold an id that must not matter."""
+    width = max(len(ids) for ids in ROWS)
+    ids, mask = np.full((len(ROWS), width), 9), np.zeros((len(ROWS), width), int)
+    for number, row in enumerate(ROWS):
+        ids[number, width - len(row) :], mask[number, width - len(row) :] = row, 1
+    pixels, thw = (np.concatenate(part) for part in zip(*PIXELS[:2], strict=True))
+    return {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels, "image_grid_thw": thw}
+
+
+@pytest.mark.parametrize("name", [*ROUTES, *EDGES])
+def test_equals_the_reference(name):
+    """Selections, scores, cached rows, logits and greedy tokens; each row of a ragged batch as if alone."""
+    _, model = qwen3_pair()
+    schedule = schedule_of(name)
+    result = model.prefill(**batch(), schedule=schedule, trace=True)
+    for row, grids in enumerate(GRIDS):
+        wanted, count = expected(name, row), sum(rows * cols for rows, cols in grids)
+        np.testing.assert_allclose(result.logits[row], wanted.logits, atol=1e-4)
+        np.testing.assert_array_equal(result.trace.kv_tokens[row], [len(ran) for ran in wanted.ran])
+        for number, decision in enumerate(wanted.decisions):
+            selected = result.trace.selected[number][row]
+            np.testing.assert_array_equal(selected[selected >= 0], decision.selected)
+            np.testing.assert_allclose(result.trace.scores[number][row][:count], decision.scores, rtol=1e-5, atol=1e-5)
+    if name in GENERATED:
+        tokens = model.generate_ids(**batch(), schedule=schedule, max_new_tokens=NEW)
+        np.testing.assert_array_equal(tokens, [expected(name, row).tokens for row in range(len(ROWS))])
+
+
+def test_policies_differ_where_a_decision_comes_before_an_addition():
+    """What no policy changed would prove none of them."""
+    for one, other in (("pdrop-reroute", "pdrop-running"), ("layout", "layout-running")):
+        assert np.abs(expected(one, 0).logits - expected(other, 0).logits).max() > 1e-2
+
+
+def test_keeping_everything_is_an_unrouted_run_under_every_policy():
+    _, model = qwen3_pair()
+    plain = model.prefill(**batch()).logits
+    for policy, layers in (("all", (1, 2)), ("running", (1, 2)), ("late", (3, 4))):
+        schedule = Schedule.from_decisions(layers, (1.0, 1.0), LAYERS, "reroute", deepstack=policy)
+        np.testing.assert_allclose(model.prefill(**batch(), schedule=schedule).logits, plain, atol=1e-5)
+
+
+# --- The specification's toy: a layer adds 1, additions of 10, 100 and 1000, all rows start at 0 ----------------------
+
+
+@pytest.mark.parametrize(
+    ("action", "policy", "selected", "seen", "final"),
+    [
+        ("reroute", "all", [0, 2], "3 1111 1113 1111 1113 1113 1111 3", "6 1114 1113 1114 1113 1113 1111 6"),
+        ("reroute", "running", [0, 2], "3 11 1113 11 1113 1113 11 3", "6 14 1113 14 1113 1113 11 6"),
+        ("delete", "all", [3, 4], "3 1113 1113 1113 3", "6 1116 1116 6"),
+        ("delete", "running", [3, 4], "3 1113 1113 1113 3", "6 1116 1116 6"),
+    ],
+)
+def test_routing_toy(action, policy, selected, seen, final):
+    visual = torch.tensor([-1, 0, 1, 2, 3, 4, 5, -1])
+    added = torch.where(visual[:, None] < 0, 0.0, torch.tensor([[10.0, 100.0, 1000.0]]))
+    rows = RaggedRows(torch.zeros(8, 1), torch.arange(8)[None], torch.arange(8), visual, added)
+    scores = {1: [0.1, 0.6, 0.2, 0.5, 0.4, 0.3], 3: [0.9, 0.1, 0.8, 0.2, 0.3, 0.0]}
+    at = []
+
+    def score(given):
+        at.append(given.rows.hidden[:, 0].tolist())
+        return torch.tensor(scores[given.stage.lo])[given.rows.visual.clamp(min=0)]
+
+    schedule = Schedule.from_decisions((1, 3), (3, 2), 6, action, deepstack=policy)
+    left, walk = route(rows, schedule, lambda number, rows: (rows.hidden + 1, None), score, 6, 8)
+    assert at[0] == [1, 11, 11, 11, 11, 11, 11, 1]
+    assert at[1] == [float(value) for value in seen.split()]
+    assert walk.decisions[0].selected.tolist() == [1, 3, 4] and walk.decisions[1].selected.tolist() == selected
+    assert left.hidden[:, 0].tolist() == [float(value) for value in final.split()]
+    assert [len(ran) for ran in walk.ran] == [8, 5, 5, 4, 4, 4]
+
+
+def test_what_cannot_be_is_refused():
+    _, model = qwen3_pair()
+    late = Schedule.from_decisions((2,), (0.5,), LAYERS, "reroute", deepstack="late")
+    with pytest.raises(RerouteError, match=r"'late' and a decision at layer 2: .* first 3 layers, decide from layer 3"):
+        model.inputs(**batch(), schedule=late)
+    with pytest.raises(RerouteError, match="deepstack is 'never'"):
+        Schedule.from_decisions((2,), (0.5,), LAYERS, "reroute", deepstack="never")
+    sizes = {"num_layers": 8, "visual": 576, "grid": (24, 24), "budget": 192}
+    with pytest.raises(RerouteError, match="deepstack of method 'pdrop' is for qwen3_vl"):
+        plan("pdrop", **sizes, deepstack="running")
+    with pytest.raises(RerouteError, match="method 'nuwa' has no use for deepstack"):
+        plan("nuwa", **sizes, family="qwen3_vl", deepstack="running")
