@@ -37,6 +37,9 @@ ROUTES = {
     "uniform-running": {"method": "uniform", "action": "reroute", "deepstack": "running"},
     "v2drop-reroute": {"method": "v2drop", "action": "reroute", "layers": (1, 2, 4)},
     "pool": {"method": "pool"},
+    "divprune": {"method": "divprune"},
+    "visionzip": {"method": "visionzip"},
+    "hiprune": {"method": "hiprune"},
 }
 EDGES = {
     "every-layer": Schedule.from_decisions((0, 1, 2, 3, 4), (0.5, 9, 14, 5, 9), LAYERS, "reroute"),
