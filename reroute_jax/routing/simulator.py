@@ -137,7 +137,10 @@ def start(
     kept: Sequence[int] = (0,),
 ) -> Started:
     """Run all tokens of a batch. prompt, features, anchors: as of `decoder.walk`. answers, slots: as of `forcing`.
-    kept: layers whose input is kept, 0 whether named or not."""
+    kept: layers whose input is kept, 0 whether named or not. Raises RerouteError for a decoder with DeepStack, whose
+    first layers add image features."""
+    if decoder.config.deepstack:
+        raise RerouteError("a decoder with DeepStack cannot be simulated: search on a LLaVA-1.5 or Qwen2.5-VL model")
     last = jnp.asarray(prompt.valid.sum(axis=1) - 1, jnp.int32)
     longer = jax.tree.map(jnp.asarray, forcing(prompt, answers, slots))
     rows = _rows(decoder, longer, features, anchors)

@@ -111,6 +111,13 @@ def test_what_cannot_be_simulated_is_refused(what, schedule):
         simulator.simulate(started(small(), given_rows()), schedule)
 
 
+def test_deepstack_is_refused(monkeypatch):
+    decoder = small().module.decoder
+    monkeypatch.setattr(decoder, "config", replace(decoder.config, deepstack=1))
+    with pytest.raises(RerouteError, match="DeepStack cannot be simulated"):
+        started(small(), given_rows())
+
+
 def test_an_answer_needs_its_slots():
     with pytest.raises(RerouteError, match="3 tokens, expected at most the 2 slots"):
         started(small(), given_rows(), [[1, 2, 3]], 2)
