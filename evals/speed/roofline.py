@@ -83,7 +83,7 @@ def prefill_bound(
     visual: at the decoder input. A layer moves its weights once, its rows in and out, and the keys and values it
     caches; a score that projects moves the key and query projections and its rows; the head its weights.
     """
-    d, kv = config.hidden_size, kv_width(config)
+    d, kv, heads = config.hidden_size, kv_width(config), config.num_heads * config.head_dim
     weights = layer_weights(config)
     total = 0.0
     for present in visual_per_layer(schedule, visual):
@@ -92,7 +92,7 @@ def prefill_bound(
         total += machine.seconds(macs, itemsize * (weights + rows * 2 * (d + kv)))
     for present, score in scored_rows(schedule, visual):
         macs, rows = batch * score.macs(config, present, text), batch * (present + text)
-        moved = d * (d + kv) + rows * (d + kv) if score.projects else 0
+        moved = d * (heads + kv) + rows * (d + kv) if score.projects else 0
         total += machine.seconds(macs, itemsize * moved)
     return total + machine.seconds(batch * d * config.vocab_size, itemsize * d * config.vocab_size)
 

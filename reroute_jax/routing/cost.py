@@ -139,13 +139,15 @@ def kv_width(config: DecoderConfig) -> int:
 
 
 def compute(config: DecoderConfig, layers: Sequence[int], scoring: Sequence[int]) -> Compute:
-    """Of layers with so many tokens, and decisions with so many multiply-accumulates."""
+    """Of layers with so many tokens, and decisions with so many multiply-accumulates. The papers' heads are as wide
+    together as the model (8.1); where they are not, as in Qwen3-VL, their own width counts."""
     d, m, kv = config.hidden_size, config.mlp_dim, kv_width(config)
-    attention = sum(2 * t * t * d for t in layers)
+    heads = config.num_heads * config.head_dim
+    attention = sum(2 * t * t * heads for t in layers)
     tokens = sum(layers)
     return Compute(
-        fastv=attention + tokens * (4 * d * d + 2 * d * m),
-        swiglu=attention + tokens * (4 * d * d + 3 * d * m),
-        gqa=attention + tokens * (2 * d * d + 2 * d * kv + 3 * d * m),
+        fastv=attention + tokens * (4 * d * heads + 2 * d * m),
+        swiglu=attention + tokens * (4 * d * heads + 3 * d * m),
+        gqa=attention + tokens * (2 * d * heads + 2 * d * kv + 3 * d * m),
         scoring=sum(scoring),
     )

@@ -259,4 +259,5 @@ def _attention(sight: Sight, previous: bool, queries: int, rotated: bool, visual
 def _attention_macs(config: DecoderConfig, rows: int, queries: int) -> int:
     """In the least form: the keys of these rows, and the queries (8.2)."""
     width, keys = config.hidden_size, config.num_kv_heads * config.head_dim
-    return rows * width * keys + queries * (width * width + rows * width)
+    heads = config.num_heads * config.head_dim
+    return rows * width * keys + queries * (width * heads + rows * heads)

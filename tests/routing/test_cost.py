@@ -42,6 +42,14 @@ def test_one_layer():
     assert qwen.gqa == 136_612_675_584
 
 
+def test_heads_that_are_not_as_wide_as_the_model():
+    """One layer of Qwen3-VL-4B on 100 tokens: 100^2 * 2 * 4096 for the attention, and 100 times 2 * 2560 * 4096 for
+    queries and output, 2 * 2560 * 1024 for keys and values, 3 * 2560 * 9728 for the MLP."""
+    sizes = {"hidden_size": 2560, "mlp_dim": 9728, "num_kv_heads": 8, "num_layers": 1}
+    cost = account(full(1), replace(LLAVA_7B, **sizes), text=0, visual=100, grid=(10, 10))
+    assert cost.visual_only.gqa == 10_174_464_000
+
+
 def test_all_layers():
     llava = account(full(32), LLAVA_7B, text=64, **IMAGE)
     assert round(llava.visual_only.swiglu / 1e12, 6) == 3.817152
