@@ -252,7 +252,7 @@ def test_no_resized_metrics_where_the_model_answers_in_fractions(tmp_path: Path)
         (["--preset", "llava15_fastv_K3_avg64", "--budget", "64"], "leave out --budget"),
         (["--preset", "llava15_fastv_K3_avg64", "--compare"], "leave out --compare"),
         (["--preset", "llava15_fastv_K3_avg64"], "is for 32 decoder layers and the model has 12"),
-        (["--preset", "nonsense"], "unknown preset 'nonsense'"),
+        (["--preset", "nonsense"], "preset is 'nonsense', expected one of"),
         (["--jpeg-roundtrips", "1"], "invalid choice: 1"),
     ],
 )
