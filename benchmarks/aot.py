@@ -31,7 +31,7 @@ from evals.speed.subjects import open_subject, sample
 from reroute_jax.commandline.parsing import DATA, OUTPUT, ROUTE, RUN, Parser, exit_code, positive
 from reroute_jax.errors import RerouteError
 from reroute_jax.routing.methods import TIERS
-from reroute_jax.routing.plan import ACTIONS
+from reroute_jax.routing.stages import ACTIONS
 from reroute_jax.types import FLOATS
 
 PROGRAMS = ("encode", "prefill", "decode")

@@ -41,7 +41,8 @@ from reroute_jax.commandline.parsing import (
 )
 from reroute_jax.errors import RerouteError
 from reroute_jax.routing.methods import METHODS
-from reroute_jax.routing.plan import ACTIONS, Schedule
+from reroute_jax.routing.plan import Schedule
+from reroute_jax.routing.stages import ACTIONS
 from reroute_jax.routing.switches import SWITCHES
 
 Call = Callable[[], Answer]

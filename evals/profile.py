@@ -27,7 +27,8 @@ from reroute_jax.engine.batching import Batch
 from reroute_jax.errors import RerouteError
 from reroute_jax.nn.cache import ROOM
 from reroute_jax.routing.cost import compute, kv_width, scored_rows
-from reroute_jax.routing.plan import RoutingPlan, Schedule, StagePlan
+from reroute_jax.routing.plan import Schedule
+from reroute_jax.routing.static_plan import RoutingPlan, StagePlan
 
 # Scopes of `decoder.prefill` in the names of operations; an operation belongs to the first that it names.
 PARTS = ("embedding", "scoring", "select", "gather", "scatter", "attention", "mlp", "head")

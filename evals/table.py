@@ -47,8 +47,9 @@ from reroute_jax.config import ModelConfig
 from reroute_jax.errors import RerouteError
 from reroute_jax.models import FAMILIES, read_config
 from reroute_jax.routing.methods import METHODS, plan
-from reroute_jax.routing.plan import ACTIONS, Schedule
+from reroute_jax.routing.plan import Schedule
 from reroute_jax.routing.presets import PRESETS, preset, preset_name
+from reroute_jax.routing.stages import ACTIONS
 from reroute_jax.routing.switches import SWITCHES
 from reroute_jax.types import FLOATS
 

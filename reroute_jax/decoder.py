@@ -37,8 +37,8 @@ from reroute_jax.routing.ops import (
     scatter,
     share_of,
 )
-from reroute_jax.routing.plan import RoutingPlan, StagePlan
 from reroute_jax.routing.scores import SCORES, LastLayer, Ranked, Sight, hidden_change
+from reroute_jax.routing.static_plan import RoutingPlan, StagePlan
 from reroute_jax.types import AnyArray
 
 

@@ -22,7 +22,7 @@ from reroute_jax.decoder import Decision, Prompt, walk
 from reroute_jax.engine.batching import Images
 from reroute_jax.models import FAMILIES
 from reroute_jax.nn.cache import KVCache
-from reroute_jax.routing.plan import RoutingPlan
+from reroute_jax.routing.static_plan import RoutingPlan
 
 
 @jax.tree_util.register_dataclass

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from convert.crosscheck.floors import floor_of
 from convert.crosscheck.layers import RaggedRows, attention_weights, project, run_layer, unseen_rows
 from convert.crosscheck.scores import hidden_change, last_three, last_token, text_queries, value_similarity
-from reroute_jax.routing.plan import Schedule, Stage
+from reroute_jax.routing.plan import Schedule
+from reroute_jax.routing.stages import Stage
 
 Grid = tuple[int, int]
 

@@ -21,7 +21,8 @@ from transformers import PreTrainedModel
 from convert.crosscheck.decisions import Decider, Given
 from convert.crosscheck.layers import RaggedRows, attend, finish_layer, head, project
 from convert.crosscheck.nuwa import ImageTensors
-from reroute_jax.routing.plan import Schedule, Stage
+from reroute_jax.routing.plan import Schedule
+from reroute_jax.routing.stages import Stage
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ from reroute_jax.commandline.parsing import DEFECT, ROUTE, SWITCH, Parser, budge
 from reroute_jax.errors import RerouteError
 from reroute_jax.routing.found import FOUND
 from reroute_jax.routing.methods import METHODS
-from reroute_jax.routing.plan import ACTIONS, Schedule
+from reroute_jax.routing.plan import Schedule
 from reroute_jax.routing.presets import preset
+from reroute_jax.routing.stages import ACTIONS
 from reroute_jax.routing.switches import SWITCHES, Switch
 
 DEFAULT_ACTION, DEFAULT_BUDGET = "reroute", 128

@@ -22,8 +22,9 @@ from reroute_jax.decoder import Prompt
 from reroute_jax.errors import RerouteError
 from reroute_jax.models import FAMILIES
 from reroute_jax.routing.merge import Merge, merge_arrays
-from reroute_jax.routing.plan import RoutingPlan, Schedule, floors
+from reroute_jax.routing.plan import Schedule, floors
 from reroute_jax.routing.prior import prior_scores
+from reroute_jax.routing.static_plan import RoutingPlan
 from reroute_jax.types import AnyArray, Grid
 
 

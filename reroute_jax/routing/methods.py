@@ -15,10 +15,11 @@ from reroute_jax.routing.decoder_methods import feather, ivc, v2drop
 from reroute_jax.routing.divprune import DivPrune
 from reroute_jax.routing.hiprune import HiPrune
 from reroute_jax.routing.nuwa_schedule import nuwa
-from reroute_jax.routing.plan import ACTIONS, Schedule
+from reroute_jax.routing.plan import Schedule
 from reroute_jax.routing.pool import PoolMerge
 from reroute_jax.routing.request import Request
 from reroute_jax.routing.solver import OFFICIAL_RATIOS, decision_layers, solve
+from reroute_jax.routing.stages import ACTIONS
 from reroute_jax.routing.switches import SWITCHES, Switches, shown
 from reroute_jax.routing.visionzip import VisionZip
 

@@ -34,7 +34,8 @@ from reroute_jax.errors import RerouteError
 from reroute_jax.nn.cache import ROOM, KVCache, StageCache, with_room
 from reroute_jax.nn.layers import DecoderLayer, take_rows
 from reroute_jax.routing.ops import Rows, compact_slots, gather, scatter, select
-from reroute_jax.routing.plan import ACTIONS, Schedule
+from reroute_jax.routing.plan import Schedule
+from reroute_jax.routing.stages import ACTIONS
 from reroute_jax.types import AnyArray
 
 CAPS = (4, 8, 16, 24, 40, 64, 80, 128, 192, 320, 512, 768, 1280, 2048, 4096, 8192, 16384)
@@ -210,7 +211,7 @@ def bytes_kept(config: DecoderConfig, kept: int, prompts: int, slots: int, items
 @dataclass
 class ScheduleArrays:
     """A schedule by decoder layer. decide: whether there is a decision at the layer's input; keep: tokens it selects of
-    each row; action: index in `plan.ACTIONS` of what becomes of the others."""
+    each row; action: index in `stages.ACTIONS` of what becomes of the others."""
 
     decide: Bool[AnyArray, " L"]
     keep: Int[AnyArray, "L B"]

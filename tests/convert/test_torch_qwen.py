@@ -13,8 +13,9 @@ from convert.crosscheck.qwen2_5_vl import vision_tower, window_of
 from convert.crosscheck.reference import run
 from convert.crosscheck.scores import last_three
 from reroute_jax.routing.nuwa import NuwaMerge
-from reroute_jax.routing.plan import Schedule, Stage
+from reroute_jax.routing.plan import Schedule
 from reroute_jax.routing.pool import PoolMerge
+from reroute_jax.routing.stages import Stage
 from tests.tiny_qwen import IMAGE, PAD, VISION_START, load_torch, random_ids, random_patches, tiny_qwen
 
 # Neither is a multiple of the window, 4 x 4; the first has an odd side each way.

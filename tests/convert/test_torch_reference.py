@@ -13,8 +13,9 @@ from convert.crosscheck.nuwa import nuwa_stage_one, pool
 from convert.crosscheck.reference import keep_count, penalised, route, run, select
 from convert.crosscheck.scores import head_mean
 from reroute_jax.routing.nuwa import NuwaMerge
-from reroute_jax.routing.plan import Schedule, Stage
+from reroute_jax.routing.plan import Schedule
 from reroute_jax.routing.pool import PoolMerge
+from reroute_jax.routing.stages import Stage
 from tests.tiny import load_torch, random_ids, random_pixels, tiny_llava
 
 VISUAL = 36

@@ -7,8 +7,10 @@ import pytest
 
 from reroute_jax.errors import RerouteError
 from reroute_jax.routing.nuwa import NuwaMerge, candidate_count
-from reroute_jax.routing.plan import RoutingPlan, Schedule, Stage, StagePlan
+from reroute_jax.routing.plan import Schedule
 from reroute_jax.routing.pool import PoolMerge
+from reroute_jax.routing.stages import Stage
+from reroute_jax.routing.static_plan import RoutingPlan, StagePlan
 
 # Section 11, vector 1: ratio -> count at n = 576.
 KEEP_576 = {

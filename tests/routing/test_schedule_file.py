@@ -7,7 +7,8 @@ import pytest
 
 from reroute_jax.errors import RerouteError
 from reroute_jax.routing.methods import METHODS, plan
-from reroute_jax.routing.plan import ACTIONS, Schedule
+from reroute_jax.routing.plan import Schedule
+from reroute_jax.routing.stages import ACTIONS
 
 ROUTES = [
     (name, action)

@@ -17,7 +17,8 @@ from reroute_jax.engine.sampling import Sampling, row_sampling
 from reroute_jax.engine.segments import decode_segments
 from reroute_jax.errors import RerouteError
 from reroute_jax.routing import simulator
-from reroute_jax.routing.plan import ACTIONS, Schedule
+from reroute_jax.routing.plan import Schedule
+from reroute_jax.routing.stages import ACTIONS
 from tests import tiny_qwen
 from tests.checkpoints import qwen_pair, small
 from tests.routing.test_routed import pad
