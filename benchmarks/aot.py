@@ -166,7 +166,7 @@ def account(program: jax.stages.Traced, device: jax.Device, seconds: float) -> A
         moved_bytes=cost.get("bytes accessed", 0.0),
         operations=text.count(" = stablehlo.") + text.count(' = "stablehlo.'),
         sorts=text.count("stablehlo.sort") + text.count("chlo.top_k"),
-        scatters=text.count("stablehlo.scatter"),
+        scatters=text.count('"stablehlo.scatter"('),
     )
 
 

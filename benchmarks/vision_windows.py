@@ -18,8 +18,9 @@ from flax import nnx
 
 from reroute_jax.commandline.parsing import DATA, RUN, Parser, exit_code, positive
 from reroute_jax.nn.attention import attention
-from reroute_jax.vision.qwen2_5 import VisionLayer, image_attention, rotary, window_attention
+from reroute_jax.vision.qwen2_5 import VisionLayer, image_attention, window_attention
 from reroute_jax.vision.qwen_config import QwenVisionConfig
+from reroute_jax.vision.qwen_layers import rotary
 from reroute_jax.vision.qwen_windows import QwenPixels, pack
 
 # Qwen2.5-VL-3B, -7B and -72B have this tower (the MLP of -72B is 3456 wide).

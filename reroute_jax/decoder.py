@@ -35,7 +35,7 @@ from reroute_jax.routing.ops import (
     gather_keys,
     put_rows,
     scatter,
-    share_of,
+    whole_share,
 )
 from reroute_jax.routing.scores import SCORES, LastLayer, Ranked, Sight, hidden_change
 from reroute_jax.routing.static_plan import RoutingPlan, StagePlan
@@ -175,19 +175,20 @@ def walk(
     (unmerged) features. plan: static.
     """
     deepstack = partial(_deepstack, prompt.feature, features)
+    tracked = any(SCORES[stage.score].reads_change for stage in plan.stages if stage.score is not None)
     with jax.named_scope("embedding"):
         rows = prompt_rows(decoder, prompt, features, anchors, plan.renumbers_input)
-    stages, finite, decisions, ran, last = [], [], [], [], None
+    stages, finite, decisions, ran, last, change = [], [], [], [], None, None
     for stage in plan.stages:
         if stage.cap is None:
             active, slots, keys = rows, None, None
         else:
             number = len(decisions)
-            ranked = SCORES[stage.score].rank(_sight(decoder, stage, rows, last, prompt, number, plan))
+            ranked = SCORES[stage.score].rank(_sight(decoder, stage, rows, last, change, prompt, number, plan))
             with jax.named_scope("select"):
                 keep = prompt.keep[number]
                 if stage.share is not None:
-                    keep = jnp.maximum(1, share_of(stage.share, decisions[-1].selected.sum(axis=1)))
+                    keep = jnp.maximum(1, whole_share(stage.share, decisions[-1].selected.sum(axis=1)))
                 chosen = _choose(ranked, rows, prompt, stage, number, keep)
                 decisions.append(decision_of(ranked.scores, chosen, rows, prompt))
                 slots = compact_slots(chosen | (rows.valid & (rows.visual < 0)), prompt.text_slots + stage.cap)
@@ -199,22 +200,23 @@ def walk(
                     # The keys that scoring computed are rotated by the old positions.
                     active, keys = replace(active, rope=_consecutive(active.valid, decoder.config)), None
                 keys = None if keys is None else gather_keys(keys, slots)
-        before = last
         active, last, cached = _run_stage(decoder, stage, active, keys, plan, deepstack)
         finite.append(jnp.isfinite(take_rows(active.hidden, active.last[:, None])).all(axis=(1, 2)))
         compacted = plan.position_mode == "renumber" and stage.cap is not None
         next_position = active.last + 1 if compacted else prompt.next_position
         stages.append(StageCache(*cached, length=active.last + 1, next_position=next_position))
         ran.append(active.slot)
+        moved = hidden_change(last.hidden, last.output) if tracked else None
         with jax.named_scope("scatter"):
             if stage.action in (None, "delete"):
-                rows = active
+                rows, change = active, moved
             else:
                 if plan.deepstack == "all":
                     rows = replace(rows, hidden=deepstack(rows.hidden, rows.slot, range(stage.lo, stage.hi)))
                 rows = scatter(rows, slots, active)
-                change = jnp.zeros(rows.valid.shape, jnp.float32) if before is None else before.change
-                last = replace(last, change=put_rows(change, slots, last.change))
+                if tracked:
+                    before = jnp.zeros(rows.valid.shape, jnp.float32) if change is None else change
+                    change = put_rows(before, slots, moved)
     if plan.cut_caches != "no" and decisions:
         stages = cut(stages, ran, first_too=plan.cut_caches == "all")
     return Walked(active, jnp.stack(finite), KVCache(tuple(stages)), tuple(decisions))
@@ -263,17 +265,17 @@ def prompt_rows(decoder: Decoder, prompt: Prompt, features, anchors, renumbered:
 
 
 def _sight(
-    decoder: Decoder, stage: StagePlan, rows: Rows, last: LastLayer | None, prompt: Prompt, number: int, plan
+    decoder: Decoder, stage: StagePlan, rows: Rows, last: LastLayer | None, change, prompt: Prompt, number: int, plan
 ) -> Sight:
-    slots = jnp.arange(prompt.routed.shape[1])
     return Sight(
         layers=decoder.layers,
         lo=stage.lo,
         rows=rows,
         last=last,
+        change=change,
         prior=prompt.prior[number] if stage.score == "prior" else None,
-        behind=jnp.where(prompt.routed, slots + 1, 0).max(axis=1),
-        seeds=prompt.seeds[number],
+        routed=prompt.routed,
+        seeds=prompt.seeds[number] if SCORES[stage.score].has_seeds else None,
         seed_cap=stage.seed_cap,
         text_slots=prompt.text_slots,
         bidirectional_layer=plan.bidirectional_layer,
@@ -284,12 +286,12 @@ def _choose(
     ranked: Ranked, rows: Rows, prompt: Prompt, stage: StagePlan, number: int, keep: Int[Array, " B"]
 ) -> Bool[Array, "B T"]:
     """The best rows, and those of the floor: inside the count (14.3) or on top of it."""
-    floor = jnp.zeros(rows.valid.shape, bool)
+    floor = None
     if stage.floor:
         count = prompt.floor.shape[-1]
-        floor |= take_rows(jnp.asarray(prompt.floor[number]), jnp.where(rows.visual < 0, count, rows.visual))
+        floor = take_rows(jnp.asarray(prompt.floor[number]), jnp.where(rows.visual < 0, count, rows.visual))
     if stage.keeps_seeds:
-        floor |= ranked.seeds
+        floor = floor | ranked.seeds
     return choose(ranked.scores, rows.eligible, keep, stage.cap, floor, stage.union)
 
 
@@ -333,7 +335,7 @@ def _run_stage(
             after, x = x, deepstack(x, rows.slot, range(number, number + 1))
             cached_keys.append(with_room(k, ROOM))
             cached_values.append(with_room(v, ROOM))
-    last = LastLayer(before, v, hidden_change(before, after)) if stage.lo < stage.hi else None
+    last = LastLayer(before, after, v) if stage.lo < stage.hi else None
     return replace(rows, hidden=x), last, (tuple(cached_keys), tuple(cached_values))
 
 

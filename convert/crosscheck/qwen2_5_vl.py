@@ -4,6 +4,8 @@ reordered patches, Nuwa as section 5 has it."""
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,13 +37,15 @@ def images(
     pixel_values: np.ndarray,
     image_grid_thw: np.ndarray,
     merge: Merge | None,
+    read: Callable[..., Any] | None = None,
 ) -> list[ImageTensors]:
-    """Every image of `[P, values]` patches by itself; `image_grid_thw [I, 3]` counts patches."""
+    """Every image of `[P, values]` patches by itself; `image_grid_thw [I, 3]` counts patches. read: one image in the
+    tower, None for `QwenImage`."""
     pixels, merged = torch.as_tensor(np.asarray(pixel_values)).to(model.dtype), model.model.visual.spatial_merge_size
     grids = [(rows, cols) for _, rows, cols in np.asarray(image_grid_thw).tolist()]
     parts = pixels.split([rows * cols for rows, cols in grids])
     return [
-        reduced(merge, QwenImage(model, part, (rows // merged, cols // merged)))
+        reduced(merge, (read or QwenImage)(model, part, (rows // merged, cols // merged)))
         for part, (rows, cols) in zip(parts, grids, strict=True)
     ]
 
@@ -51,8 +55,11 @@ class QwenImage:
 
     def __init__(self, model: Qwen2_5_VLForConditionalGeneration, patches: Tensor, grid: Grid):
         self.tower, self.patches, self.grid = model.model.visual, patches, grid
-        self.states, self.attention = vision_tower(self.tower, patches, grid)
+        self.states, self.attention = self.run()
         self.depth = len(self.states)
+
+    def run(self) -> tuple[list[Tensor], list[Tensor]]:
+        return vision_tower(self.tower, self.patches, self.grid)
 
     def features(self) -> Tensor:
         return self.tower.merger(self.states[-1])
@@ -99,14 +106,22 @@ def vision_tower(tower: nn.Module, patches: Tensor, grid: Grid) -> tuple[list[Te
     group = tower.spatial_merge_size**2
     window = window_of(tower, grid).repeat_interleave(group)
     elsewhere = window[:, None] != window
+    local = [number not in tower.fullatt_block_indexes for number in range(len(tower.blocks))]
+    return blocks(tower, tower.patch_embed(patches), grid, [elsewhere if here else None for here in local])
+
+
+def blocks(
+    tower: nn.Module, x: Tensor, grid: Grid, unseen: Sequence[Tensor | None]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """As `vision_tower`, from the embedded patches on. unseen: by block the patches [P, P] that each does not see."""
     cos, sin = rotary(tower, grid)
-    x, states, attention = tower.patch_embed(patches), [], []
-    for number, block in enumerate(tower.blocks):
+    states, attention = [], []
+    for block, hidden in zip(tower.blocks, unseen, strict=True):
         module = block.attn
         q, k, v = module.qkv(block.norm1(x)).unflatten(-1, (3, module.num_heads, -1)).permute(1, 2, 0, 3)
         logits = (rotate(q, cos, sin) @ rotate(k, cos, sin).transpose(-1, -2)).float() * q.shape[-1] ** -0.5
-        if number not in tower.fullatt_block_indexes:
-            logits = logits.masked_fill(elsewhere, -torch.inf)
+        if hidden is not None:
+            logits = logits.masked_fill(hidden, -torch.inf)
         weights = torch.softmax(logits, dim=-1)
         x = x + module.proj((weights.to(v.dtype) @ v).transpose(0, 1).flatten(1))
         x = x + block.mlp(block.norm2(x))

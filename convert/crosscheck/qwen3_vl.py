@@ -9,44 +9,30 @@ from torch import Tensor, nn
 from transformers import Qwen3VLForConditionalGeneration
 
 from convert.crosscheck import qwen2_5_vl
-from convert.crosscheck.merges import reduced
 from convert.crosscheck.nuwa import ImageTensors
 from reroute_jax.routing.merge import Merge
 
 Grid = tuple[int, int]
 
 
-def positions(
-    model: Qwen3VLForConditionalGeneration, ids: Tensor, image_grid_thw: np.ndarray | None
-) -> tuple[Tensor, int]:
-    """M-RoPE positions [3, S] of a prompt, by transformers' own rule, and the next token's."""
-    return qwen2_5_vl.positions(model, ids, image_grid_thw)
+# M-RoPE positions by transformers' own rule, which its model has as Qwen2.5-VL's does.
+positions = qwen2_5_vl.positions
 
 
 def images(
-    model: Qwen3VLForConditionalGeneration,
-    pixel_values: np.ndarray,
-    image_grid_thw: np.ndarray,
-    merge: Merge | None,
+    model: Qwen3VLForConditionalGeneration, pixel_values: np.ndarray, image_grid_thw: np.ndarray, merge: Merge | None
 ) -> list[ImageTensors]:
-    """Every image of `[P, values]` patches by itself; `image_grid_thw [I, 3]` counts patches."""
-    pixels, merged = torch.as_tensor(np.asarray(pixel_values)).to(model.dtype), model.model.visual.spatial_merge_size
-    grids = [(rows, cols) for _, rows, cols in np.asarray(image_grid_thw).tolist()]
-    parts = pixels.split([rows * cols for rows, cols in grids])
-    return [
-        reduced(merge, Qwen3Image(model, part, (rows // merged, cols // merged)))
-        for part, (rows, cols) in zip(parts, grids, strict=True)
-    ]
+    """As of Qwen2.5-VL."""
+    return qwen2_5_vl.images(model, pixel_values, image_grid_thw, merge, Qwen3Image)
 
 
 class Qwen3Image(qwen2_5_vl.QwenImage):
     """One image in the tower: what merges read on Qwen2.5-VL in this tower's places. The features of DeepStack stand
     behind a token's own, so that a merge takes both with the same weights."""
 
-    def __init__(self, model: Qwen3VLForConditionalGeneration, patches: Tensor, grid: Grid):
-        self.tower, self.patches, self.grid = model.model.visual, patches, grid
-        self.states, self.attention = vision_tower(self.tower, patches, grid)
-        self.depth = len(self.states)
+    def run(self) -> tuple[list[Tensor], list[Tensor]]:
+        x = self.tower.patch_embed(self.patches) + table_positions(self.tower, self.grid)
+        return qwen2_5_vl.blocks(self.tower, x, self.grid, [None] * len(self.tower.blocks))
 
     def features(self) -> Tensor:
         levels = zip(self.tower.deepstack_merger_list, self.tower.deepstack_visual_indexes, strict=True)
@@ -55,23 +41,6 @@ class Qwen3Image(qwen2_5_vl.QwenImage):
 
     def objects(self) -> Tensor:
         return self._received(max(0, round(16 * self.depth / 32) - 1))
-
-
-def vision_tower(tower: nn.Module, patches: Tensor, grid: Grid) -> tuple[list[Tensor], list[Tensor]]:
-    """Each block's output [P, C] and attention [N, P, P] (fp32), for one image whose patches come in
-    groups, one a merged token in raster order of the (rows, cols) `grid`."""
-    cos, sin = qwen2_5_vl.rotary(tower, grid)
-    x, states, attention = tower.patch_embed(patches) + table_positions(tower, grid), [], []
-    for block in tower.blocks:
-        module = block.attn
-        q, k, v = module.qkv(block.norm1(x)).unflatten(-1, (3, module.num_heads, -1)).permute(1, 2, 0, 3)
-        q, k = (qwen2_5_vl.rotate(part, cos, sin) for part in (q, k))
-        weights = torch.softmax((q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5, dim=-1)
-        x = x + module.proj((weights.to(v.dtype) @ v).transpose(0, 1).flatten(1))
-        x = x + block.mlp(block.norm2(x))
-        states.append(x)
-        attention.append(weights)
-    return states, attention
 
 
 def table_positions(tower: nn.Module, grid: Grid) -> Tensor:

@@ -6,6 +6,7 @@ Letters: I images, n visual tokens of the largest one (a bucket), C tokens left 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -15,14 +16,24 @@ from jaxtyping import Array, Float, Int
 from PIL import Image
 from transformers import Qwen2_5_VLConfig
 
-from reroute_jax.config import ModelConfig, decoder_config, require, token_ids
+from reroute_jax.config import ModelConfig, decoder_config, require
 from reroute_jax.decoder import Decoder
 from reroute_jax.errors import RerouteError
 from reroute_jax.models.family import Evaluation, Family, Released
-from reroute_jax.models.qwen_shared import TURNS, image_grids, open_processor, token_bucket, typical_grid
+from reroute_jax.models.qwen_shared import (
+    NUWA_RULES,
+    TURNS,
+    image_grids,
+    open_processor,
+    pixel_limits,
+    special_tokens,
+    token_bucket,
+    typical_grid,
+    vision_sizes,
+    whole_image,
+)
 from reroute_jax.nn.mrope import mrope_positions
 from reroute_jax.routing.merge import Merge, reduced
-from reroute_jax.routing.nuwa_rules import NuwaRules
 from reroute_jax.types import AnyArray, Grid
 from reroute_jax.vision.qwen2_5 import QwenImages, QwenTower
 from reroute_jax.vision.qwen_config import QwenVisionConfig
@@ -62,21 +73,11 @@ def _read_config(hf: Qwen2_5_VLConfig) -> ModelConfig:
             text, qkv_bias=True, rope_sections=_rope_sections(text), tied_head=hf.tie_word_embeddings
         ),
         vision=QwenVisionConfig(
-            hidden_size=vision.hidden_size,
-            mlp_dim=vision.intermediate_size,
-            num_layers=vision.depth,
-            num_heads=vision.num_heads,
-            patch_size=vision.patch_size,
-            temporal_patch_size=vision.temporal_patch_size,
-            merge=vision.spatial_merge_size,
+            **vision_sizes(vision),
             window=patches // vision.spatial_merge_size * vision.spatial_merge_size,
             full_attention=tuple(vision.fullatt_block_indexes),
         ),
-        image_token=hf.image_token_id,
-        bos_token=None,
-        eos_tokens=token_ids(text.eos_token_id),
-        pad_token=text.bos_token_id if text.pad_token_id is None else text.pad_token_id,
-        video_token=hf.video_token_id,
+        **special_tokens(hf),
         temporal_rate=vision.tokens_per_second,
     )
 
@@ -113,21 +114,14 @@ def _visual_grid(image: Image.Image, config: ModelConfig, processor) -> Grid:
 
 
 def _settings(config: ModelConfig, open_processor: Callable[[], Any]) -> dict[str, Any]:
-    limits = [open_processor().size[edge] for edge in ("shortest_edge", "longest_edge")]
-    return {"image_resizes": 2, "pixel_limits": limits, "mrope_compat": config.mrope_compat}
+    return {"image_resizes": 2, "pixel_limits": pixel_limits(open_processor()), "mrope_compat": config.mrope_compat}
 
 
 FAMILY = Family(
     name=NAME,
     options=("mrope_compat", "pixel_limits"),
-    nuwa=NuwaRules(
-        "previous_layer_last_three",
-        quantile=Fraction(1, 10),
-        diagonal_radius=True,
-        self_weight_override=False,
-        first=15,
-        depth=28,
-        fixed_counts=False,
+    nuwa=replace(
+        NUWA_RULES,
         released={
             0.25: (Fraction(35, 100), 0.42, 3),
             0.5: (Fraction(60, 100), 0.66, 3),
@@ -152,7 +146,7 @@ FAMILY = Family(
     typical_grid=typical_grid,
     settings=_settings,
     unpack=lambda pixel_values, grids, config: unpack(pixel_values, grids, config.vision),
-    seen_part=lambda size, processor: (0.0, 0.0, 1.0, 1.0),
+    seen_part=whole_image,
     chat_template=CHAT_TEMPLATE,
     opening=lambda config: "",
 )

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -19,14 +18,24 @@ from jaxtyping import Array, Float, Int
 from PIL import Image
 from transformers import Qwen3VLConfig
 
-from reroute_jax.config import ModelConfig, decoder_config, require, token_ids
+from reroute_jax.config import ModelConfig, decoder_config, require
 from reroute_jax.decoder import Decoder
 from reroute_jax.errors import RerouteError
 from reroute_jax.models.family import Evaluation, Family
-from reroute_jax.models.qwen_shared import TURNS, image_grids, open_processor, token_bucket, typical_grid
+from reroute_jax.models.qwen_shared import (
+    NUWA_RULES,
+    TURNS,
+    image_grids,
+    open_processor,
+    pixel_limits,
+    special_tokens,
+    token_bucket,
+    typical_grid,
+    vision_sizes,
+    whole_image,
+)
 from reroute_jax.nn.mrope import mrope_positions
 from reroute_jax.routing.merge import Merge, reduced
-from reroute_jax.routing.nuwa_rules import NuwaRules
 from reroute_jax.types import AnyArray, Grid
 from reroute_jax.vision.qwen3 import Qwen3Images, Qwen3Tower
 from reroute_jax.vision.qwen3_packing import Qwen3Pixels, pack
@@ -67,21 +76,11 @@ def _read_config(hf: Qwen3VLConfig) -> ModelConfig:
         family=NAME,
         decoder=replace(decoder, rope_interleaved=True, qk_norm=True, deepstack=len(deepstack)),
         vision=Qwen3VisionConfig(
-            hidden_size=vision.hidden_size,
-            mlp_dim=vision.intermediate_size,
-            num_layers=vision.depth,
-            num_heads=vision.num_heads,
-            patch_size=vision.patch_size,
-            temporal_patch_size=vision.temporal_patch_size,
-            merge=vision.spatial_merge_size,
+            **vision_sizes(vision),
             table_side=_table_side(vision.num_position_embeddings),
             deepstack=deepstack,
         ),
-        image_token=hf.image_token_id,
-        bos_token=None,
-        eos_tokens=token_ids(text.eos_token_id),
-        pad_token=text.bos_token_id if text.pad_token_id is None else text.pad_token_id,
-        video_token=hf.video_token_id,
+        **special_tokens(hf),
     )
 
 
@@ -125,23 +124,14 @@ def _visual_grid(image: Image.Image, config: ModelConfig, processor) -> Grid:
 
 
 def _settings(config: ModelConfig, open_processor: Callable[[], Any]) -> dict[str, Any]:
-    limits = [open_processor().size[edge] for edge in ("shortest_edge", "longest_edge")]
-    return {"image_resizes": 1, "pixel_limits": limits}
+    return {"image_resizes": 1, "pixel_limits": pixel_limits(open_processor())}
 
 
 FAMILY = Family(
     name=NAME,
     options=("pixel_limits",),
-    # Nuwa was not released for this family: its rules on Qwen2.5-VL, from the middle of the depth on.
-    nuwa=NuwaRules(
-        "previous_layer_last_three",
-        quantile=Fraction(1, 10),
-        diagonal_radius=True,
-        self_weight_override=False,
-        first=15,
-        depth=28,
-        fixed_counts=False,
-    ),
+    # Nuwa was not released for this family: those of Qwen2.5-VL.
+    nuwa=NUWA_RULES,
     released=None,
     evaluation=Evaluation("qwen3", "scale_1000", 128),
     read_config=_read_config,
@@ -162,7 +152,7 @@ FAMILY = Family(
     typical_grid=typical_grid,
     settings=_settings,
     unpack=lambda pixel_values, grids, config: unpack(pixel_values, grids, config.vision),
-    seen_part=lambda size, processor: (0.0, 0.0, 1.0, 1.0),
+    seen_part=whole_image,
     chat_template=CHAT_TEMPLATE,
     opening=lambda config: "",
 )

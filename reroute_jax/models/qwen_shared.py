@@ -1,9 +1,10 @@
-"""What both Qwen families share: the image processor they are released with, and the grids that it makes."""
+"""What both Qwen families share: settings of the same name, Nuwa's rules, and the image processor with its grids."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ import numpy as np
 from transformers import AutoImageProcessor
 
 from reroute_jax.buckets import VISUAL_BUCKETS, bucket
-from reroute_jax.config import ModelConfig
+from reroute_jax.config import ModelConfig, token_ids
 from reroute_jax.errors import RerouteError
 from reroute_jax.models.family import check_processor
-from reroute_jax.types import Grid
+from reroute_jax.routing.nuwa_rules import NuwaRules
+from reroute_jax.types import Grid, Size
 
 # What stands in a chat for an image, and the turns, as the hub's checkpoints write them.
 TURNS = (
@@ -25,6 +27,53 @@ TURNS = (
     "{% endfor %}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+
+
+# Of Nuwa on Qwen2.5-VL (5), from the middle of the depth on.
+NUWA_RULES = NuwaRules(
+    "previous_layer_last_three",
+    quantile=Fraction(1, 10),
+    diagonal_radius=True,
+    self_weight_override=False,
+    first=15,
+    depth=28,
+    fixed_counts=False,
+)
+
+
+def vision_sizes(vision) -> dict[str, int]:
+    """Of a vision_config, as `PatchedVisionConfig` calls them."""
+    return {
+        "hidden_size": vision.hidden_size,
+        "mlp_dim": vision.intermediate_size,
+        "num_layers": vision.depth,
+        "num_heads": vision.num_heads,
+        "patch_size": vision.patch_size,
+        "temporal_patch_size": vision.temporal_patch_size,
+        "merge": vision.spatial_merge_size,
+    }
+
+
+def special_tokens(hf) -> dict[str, Any]:
+    """Of a config.json, as `ModelConfig` calls them."""
+    text = hf.text_config
+    return {
+        "image_token": hf.image_token_id,
+        "bos_token": None,
+        "eos_tokens": token_ids(text.eos_token_id),
+        "pad_token": text.bos_token_id if text.pad_token_id is None else text.pad_token_id,
+        "video_token": hf.video_token_id,
+    }
+
+
+def pixel_limits(processor) -> list[int]:
+    """Fewest and most pixels of an image."""
+    return [processor.size[edge] for edge in ("shortest_edge", "longest_edge")]
+
+
+def whole_image(size: Size, processor) -> tuple[float, float, float, float]:
+    """The model sees all of an image."""
+    return 0.0, 0.0, 1.0, 1.0
 
 
 def image_grids(pixel_values, image_grid_thw, config: ModelConfig) -> list[Grid]:

@@ -59,11 +59,13 @@ def choose(
     eligible: Bool[Array, "B T"],
     keep: Int[Array, " B"],
     cap: int,
-    floor: Bool[Array, "B T"],
+    floor: Bool[Array, "B T"] | None,
     union: bool,
 ) -> Bool[Array, "B T"]:
     """`select`, with the eligible slots of a floor inside the count, or with `union` on top of it (14.3). A floor that
     is larger than the count gives its lowest slots."""
+    if floor is None:
+        return select(scores, eligible, keep, cap)
     if union:
         return select(scores, eligible, keep, cap) | (floor & eligible)
     return select(jnp.where(floor, jnp.inf, scores), eligible, keep, cap)
@@ -104,14 +106,15 @@ def _running_counted(running: Bool[Array, "B T"], size: int) -> Int[Array, "B C"
 
 def gather(rows: Rows, slots: Int[Array, "B C"]) -> Rows:
     """The rows at `slots`; out-of-range slots become invalid padding."""
-    inside = slots < rows.valid.shape[1]
+    # In one gather, where zeros of padding become -1.
+    marks = take_rows(jnp.stack([rows.slot + 1, rows.visual + 1, rows.eligible], axis=-1), slots)
     return Rows(
         hidden=take_rows(rows.hidden, slots),
         rope=Rope(*(take_rows(table, slots) for table in rows.rope)),
-        slot=jnp.where(inside, take_rows(rows.slot, slots), -1),
-        visual=jnp.where(inside, take_rows(rows.visual, slots), -1),
-        valid=inside,
-        eligible=take_rows(rows.eligible, slots),
+        slot=marks[..., 0] - 1,
+        visual=marks[..., 1] - 1,
+        valid=slots < rows.valid.shape[1],
+        eligible=marks[..., 2] > 0,
     )
 
 
@@ -130,7 +133,7 @@ def scatter(rows: Rows, slots: Int[Array, "B C"], processed: Rows) -> Rows:
     return replace(rows, hidden=put_rows(rows.hidden, slots, processed.hidden))
 
 
-def share_of(share: Fraction, counts: Int[Array, " B"]) -> Int[Array, " B"]:
+def whole_share(share: Fraction, counts: Int[Array, " B"]) -> Int[Array, " B"]:
     """`int(share * count)` in whole numbers: a float product could fall short of one."""
     return counts * share.numerator // share.denominator
 

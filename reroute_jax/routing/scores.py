@@ -22,30 +22,30 @@ from reroute_jax.routing.ops import Rows, compact_slots, gather_keys, select
 @jax.tree_util.register_dataclass
 @dataclass
 class LastLayer:
-    """The layer before a decision. hidden: its input, values: what it cached, both of the rows that it ran and read
-    only where that is all of them. change: how far each row moved when a layer last ran it, fp32."""
+    """The layer before a decision: its input, its output, and the values that it cached, of the rows that it ran."""
 
     hidden: Float[Array, "B S D"]
+    output: Float[Array, "B S D"]
     values: Float[Array, "B K S H"]
-    change: Float[Array, "B T"]
 
 
 @dataclass(frozen=True)
 class Sight:
     """What a decision at the input of layer `lo` sees.
 
-    rows: that input. last: of layer lo - 1, None at layer 0. prior: host-made scores by original visual index.
-    behind: slot of the prompt behind a row's last visual token that is routed. seeds: how many tokens of its first pass
-    a score of two passes looks from, at most seed_cap. text_slots: no row has more tokens that are not routed.
-    bidirectional_layer: that runs without the causal mask.
+    rows: that input. last: layer lo - 1, None at layer 0. change: of a score that `reads_change`, how far each row
+    moved when a layer last ran it, fp32. prior: host-made scores by original visual index. routed: of the prompt's
+    slots. seeds: of a score that `has_seeds`, how many tokens of its first pass it looks from, at most seed_cap.
+    text_slots: no row has more tokens that are not routed. bidirectional_layer: that runs without the causal mask.
     """
 
     layers: Sequence[DecoderLayer]
     lo: int
     rows: Rows
     last: LastLayer | None
+    change: Float[Array, "B T"] | None
     prior: Float[Array, "B n"] | None
-    behind: Int[Array, " B"]
+    routed: Bool[Array, "B S"]
     seeds: Int[Array, " B"] | None
     seed_cap: int
     text_slots: int
@@ -64,13 +64,14 @@ class Ranked(NamedTuple):
 class Score:
     """previous: needs a layer before the decision. all_rows: needs every candidate to have run it, so that no reroute
     may come before. projects: multiplies with a layer's projections. reuses_keys: leaves layer lo its keys. has_seeds:
-    looks a second time, from the best of the first."""
+    looks a second time, from the best of the first. reads_change: ranks by how far layers moved a row."""
 
     previous: ClassVar[bool] = False
     all_rows: ClassVar[bool] = False
     projects: ClassVar[bool] = False
     reuses_keys: ClassVar[bool] = False
     has_seeds: ClassVar[bool] = False
+    reads_change: ClassVar[bool] = False
 
     def rank(self, sight: Sight) -> Ranked:
         raise NotImplementedError
@@ -175,7 +176,8 @@ class ValueSimilarity(Score):
                 there = slots < chosen.shape[1]
                 return jnp.where(there[..., None], weights, 0).sum(axis=1)
 
-            queries = text_queries(rows, sight.behind)
+            behind = jnp.where(sight.routed, jnp.arange(sight.routed.shape[1]) + 1, 0).max(axis=1)
+            queries = text_queries(rows, behind)
             first, count = similarity(queries, sight.text_slots), queries.sum(axis=1)
             seeds = select(first, rows.eligible, sight.seeds, sight.seed_cap)
             second = first + similarity(seeds, sight.seed_cap)
@@ -198,10 +200,10 @@ class ValueSimilarity(Score):
 class HiddenChange(Score):
     """How far the last layer that ran a token moved its hidden state (13.4)."""
 
-    previous = True
+    previous = reads_change = True
 
     def rank(self, sight: Sight) -> Ranked:
-        return Ranked(sight.last.change)
+        return Ranked(sight.change)
 
     def macs(self, config: DecoderConfig, visual: int, text: int) -> int:
         return visual * config.hidden_size
@@ -229,7 +231,7 @@ def default_seeds(visual: int) -> int:
 
 def text_queries(rows: Rows, behind: Int[Array, " B"]) -> Bool[Array, "B T"]:
     """The text from the third token behind the image on; where there is none all that is behind it, and where nothing
-    is the last token (13.3)."""
+    is the last token (13.3). behind: slot of the prompt behind a row's last visual token that is routed."""
     distance = jnp.where(rows.valid, rows.slot - behind[:, None], -1)
     far, near = distance >= 2, distance >= 0
     last = jnp.arange(far.shape[1]) == rows.last[:, None]

@@ -13,32 +13,20 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from reroute_jax.nn.attention import attention, received_attention
-from reroute_jax.nn.layers import Linear, OutputProjection, Rope, parameter, rotate
-from reroute_jax.routing.tower import Tower
+from reroute_jax.nn.attention import attention
+from reroute_jax.nn.layers import Linear, Rope, parameter
 from reroute_jax.vision.clip import LayerNorm
-from reroute_jax.vision.qwen2_5 import FusedProjection, middle_states, rotary
 from reroute_jax.vision.qwen3_packing import Qwen3Pixels
 from reroute_jax.vision.qwen_config import Qwen3VisionConfig
+from reroute_jax.vision.qwen_layers import NORM_EPS, RotaryAttention, rotary
+from reroute_jax.vision.qwen_read import QwenRead
 
-NORM_EPS = 1e-6
 
-
-class VisionAttention(nnx.Module):
-    def __init__(self, config: Qwen3VisionConfig, *, rngs: nnx.Rngs, dtype):
-        width, heads = config.hidden_size, config.num_heads
-        self.qkv = FusedProjection(width, heads, rngs=rngs, dtype=dtype)
-        self.o = OutputProjection(heads, width // heads, width, bias=True, rngs=rngs, dtype=dtype)
-
+class VisionAttention(RotaryAttention):
     def __call__(self, x: Float[Array, "I P D"], rope: Rope, count: Int[Array, " I"]) -> Float[Array, "I P D"]:
         """Every patch sees the real patches of its image."""
         q, k, v = self.rotated(x, rope)
         return self.o(attention(q, k, v, lengths=count))
-
-    def rotated(self, x: Float[Array, "I P D"], rope: Rope) -> tuple[Float[Array, "I N P H"], ...]:
-        """Queries and keys at their positions, and values."""
-        q, k, v = self.qkv(x)
-        return rotate(q, rope), rotate(k, rope), v
 
 
 class VisionMLP(nnx.Module):
@@ -120,55 +108,12 @@ class Qwen3Tower(nnx.Module):
         return jnp.concatenate([self.merger(states[-1]), *levels], axis=-1)
 
 
-class Qwen3Images(Tower):
-    """Images in the tower, as merges read them (`routing/tower.py`): what they read on Qwen2.5-VL (5.2, 16) in this
-    tower's places. Features hold DeepStack's behind a token's own. Rows at padding mean nothing."""
-
-    def __init__(self, tower: Qwen3Tower, pixels: Qwen3Pixels):
-        self.tower, self.pixels = tower, jax.tree.map(jnp.asarray, pixels)
-        self.states = tower.states(self.pixels)
-        self.depth = len(tower.layers)
+class Qwen3Images(QwenRead):
+    """Of Qwen3-VL, at Qwen2.5-VL's places. Features hold DeepStack's behind a token's own."""
 
     def features(self) -> Float[Array, "I n E"]:
-        """Visual tokens in raster order."""
         return self.tower.merged(self.states)
 
-    def project(self, features: Float[Array, "I C E"]) -> Float[Array, "I C E"]:
-        return features
-
-    def metric(self) -> Float[Array, "I n"]:
-        """Attention that a token's patches receive in the last block: mean over heads, sum over queries, mean over its
-        patches."""
-        return self._received(self.depth - 1)
-
-    def similarity(self, order: str) -> Float[Array, "I n D"]:
-        """Mean of the middle blocks' patches, sent through the main merger; always in raster order."""
-        return self.tower.merger(middle_states(self.states[1:]))
-
-    def keys(self) -> Float[Array, "I n H"]:
-        """Of the last block at their places, mean over heads and over a token's patches."""
-        _, keys = self._queries_and_keys(self.depth - 1)
-        return self._by_token(keys.astype(jnp.float32).mean(axis=1))
-
     def objects(self) -> Float[Array, "I n"]:
-        """Block 16 of 32, counted from 1."""
-        return self._received(max(0, round(16 * self.depth / 32) - 1))
-
-    def registers(self) -> Float[Array, "I n"]:
-        """The last block."""
-        return self._received(self.depth - 1)
-
-    def _received(self, number: int) -> Float[Array, "I n"]:
-        q, k = self._queries_and_keys(number)
-        return self._by_token(received_attention(q, k, self.pixels.count)[..., None])[..., 0]
-
-    def _queries_and_keys(self, number: int) -> tuple[Float[Array, "I N P H"], Float[Array, "I N P H"]]:
-        """Of a block, at their places."""
-        block = self.tower.layers[number]
-        q, k, _ = block.attn.rotated(block.norm1(self.states[number]), self.tower.rope(self.pixels))
-        return q, k
-
-    def _by_token(self, patches: Float[Array, "I P X"]) -> Float[Array, "I n X"]:
-        """Mean over the patches of each token."""
-        images, _, width = patches.shape
-        return patches.reshape(images, -1, self.tower.config.merge**2, width).mean(axis=2)
+        """The middle block (16.3)."""
+        return self._received(self.middle)

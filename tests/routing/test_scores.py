@@ -16,7 +16,7 @@ from reroute_jax.nn.attention import query_probabilities
 from reroute_jax.nn.layers import Rope
 from reroute_jax.routing.cost import cached_per_layer, visual_per_layer
 from reroute_jax.routing.floors import RotaryAnchors, StrideGrid, rotary_means, stride_grid
-from reroute_jax.routing.ops import Rows, choose, share_of
+from reroute_jax.routing.ops import Rows, choose, whole_share
 from reroute_jax.routing.plan import Schedule
 from reroute_jax.routing.scores import SCORES, LastLayer, Sight, default_seeds, hidden_change, text_queries
 from tests.routing.test_cost import LLAVA_7B, QWEN_7B
@@ -64,9 +64,9 @@ VALUES = np.array(
 )
 def test_value_similarity(name, seed, expected):
     rows, values = rows_of(1, 4, 4), jnp.array(VALUES)[None]
-    last = LastLayer(jnp.zeros((1, 9, 1)), values, jnp.zeros((1, 9)))
+    last = LastLayer(jnp.zeros((1, 9, 1)), jnp.zeros((1, 9, 1)), values)
     one = jnp.ones(1, jnp.int32)
-    ranked = SCORES[name].rank(Sight((), 1, rows, last, None, 5 * one, one, 1, 8, None))
+    ranked = SCORES[name].rank(Sight((), 1, rows, last, None, None, rows.eligible, one, 1, 8, None))
     np.testing.assert_allclose(ranked.scores[0, 1:5], expected, atol=1e-6)
     assert np.flatnonzero(ranked.seeds[0]).tolist() == [1 + seed]
     candidates = torch.tensor(np.array(rows.eligible[0]))
@@ -120,7 +120,7 @@ def test_a_floor_that_is_gone_is_not_kept():
 
 def test_a_share_of_a_number_on_the_device():
     """9 % of 100 is 9, which a float32 product need not reach."""
-    assert share_of(Fraction(9, 100), jnp.array([100, 99, 217, 0])).tolist() == [9, 8, 19, 0]
+    assert whole_share(Fraction(9, 100), jnp.array([100, 99, 217, 0])).tolist() == [9, 8, 19, 0]
 
 
 def anchors(positions, grid, share, config: DecoderConfig):

@@ -165,7 +165,7 @@ def test_features_and_states_match_torch(patches, pixels):
     found, ours = jax.jit(lambda model, x: (model.features(x), model.states(x)))(tower(), pixels)
     for image, expected in enumerate(per_image(features, GRIDS)):
         close(found[image, : len(expected)], expected)
-    for layer, state in enumerate(states):
+    for layer, state in enumerate(states, 1):  # 0 is the first one's input
         raster = state.reshape(-1, 4, WIDTH)[torch.argsort(order)].reshape(-1, WIDTH).numpy()
         for image, expected in enumerate(per_image(raster, GRIDS, 4)):
             close(ours[layer][image, : len(expected)], expected)
