@@ -55,7 +55,7 @@ def rows(num_layers: int = 32) -> list[Row]:
         Row(
             "FEATHER, layers 8 and 16 (its paper)", None, by_hand((8, 16), (217, 19), score="previous_layer_unrotated")
         ),
-        Row("V2Drop, layers 3, 17, 22 (its release)", 192, by_hand((3, 17, 22), (288, 144, 1), score="hidden_change")),
+        Row("V2Drop, layers 3, 17, 22 (its release)", 192, preset("v2drop_llava15", num_layers)),
         Row("IVC-Prune, half at layer 16 (its paper)", 288, made("ivc", keep=(half,), layers=(16,), action="delete")),
     ]
     least = (1, 1, 1)

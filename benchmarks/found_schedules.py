@@ -53,7 +53,7 @@ BOXES, KINDS = "ACC@0.5", tuple(f"exact_match_{kind}" for kind in ("yesno", "col
 
 
 @dataclass(frozen=True)
-class Run:
+class Contender:
     """budget: that it competes under, empty for all tokens."""
 
     name: str
@@ -61,20 +61,20 @@ class Run:
     schedule: Schedule
 
 
-def runs_of(model: Model, found: Mapping[str, Mapping[str, Any]], sizes: Counter) -> list[Run]:
+def runs_of(model: Model, found: Mapping[str, Mapping[str, Any]], sizes: Counter) -> list[Contender]:
     """All tokens; of every budget what each seed found, and every hand-set schedule that has as many tokens to spend.
     found: what the search's files tell, by budget. sizes: how often each grid comes among the questions."""
     rows, cols = model.reference_grid
-    space, runs = Space(model.config.num_layers, rows * cols), [Run(FULL, "", model.plan("none"))]
+    space, runs = Space(model.config.num_layers, rows * cols), [Contender(FULL, "", model.plan("none"))]
     for share, about in found.items():
         for search in about["searches"]:
             candidate = Candidate(*(tuple(search[part]) for part in ("layers", "keep", "actions")))
-            runs.append(Run(f"{FOUND} {share} seed {search['seed']}", share, space.schedule(candidate)))
+            runs.append(Contender(f"{FOUND} {share} seed {search['seed']}", share, space.schedule(candidate)))
         most = max(average_tokens(model, run.schedule, sizes) for run in runs if run.budget == share)
         for name, route in BY_HAND.items():
             schedule = spending_at_least(model, route, Fraction(share), most, sizes)
             if schedule is not None:
-                runs.append(Run(f"{name} {share}", share, schedule))
+                runs.append(Contender(f"{name} {share}", share, schedule))
     return runs
 
 
@@ -99,7 +99,7 @@ def spending_at_least(
     return None
 
 
-def answered(model: Model, task: Task, runs: Sequence[Run], file: Path, batch_size: int) -> list[dict[str, Any]]:
+def answered(model: Model, task: Task, runs: Sequence[Contender], file: Path, batch_size: int) -> list[dict[str, Any]]:
     """One line a question in `file`, with the metrics of every run; what is there already is not asked again."""
     lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     names = [run.name for run in runs]
@@ -158,7 +158,7 @@ QUESTIONS = {"boxes": (boxes, (BOXES, "ACC@0.9", "IoU")), "words": (words, KINDS
 
 
 def summary_of(
-    model: Model, runs: Sequence[Run], lines: Sequence[Mapping[str, Any]], metrics: Sequence[str], sizes: Counter
+    model: Model, runs: Sequence[Contender], lines: Sequence[Mapping[str, Any]], metrics: Sequence[str], sizes: Counter
 ) -> dict[str, Any]:
     """Means, costs, and what was found minus the best hand-set schedule of its budget, by metric."""
     labels = tuple(line["scene"] for line in lines)
@@ -187,7 +187,7 @@ def summary_of(
     return told
 
 
-def costs(model: Model, run: Run, sizes: Counter) -> dict[str, float]:
+def costs(model: Model, run: Contender, sizes: Counter) -> dict[str, float]:
     accounts = {grid: model.cost(run.schedule, text=TEXT, grid=grid) for grid in sizes}
 
     def mean(of: Callable) -> float:

@@ -95,6 +95,8 @@ def _levels(text: str) -> tuple[str, tuple[str, ...]]:
 def _run(args: argparse.Namespace) -> None:
     args.skip_bad = False
     levers = LEVERS | dict(args.levels)
+    if all(len(levels) == 1 for levels in levers.values()):
+        raise RerouteError("every lever has one level only, expected one with two to compare: give more --levels")
     task = opened_task("refcoco", args)
     with locked(args.out):
         results = {model: _of_model(model, levers, task, args) for model in args.models}
@@ -145,8 +147,6 @@ def record(effect: Effect) -> dict[str, Any]:
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Markdown: a line for each level, model and budget."""
-    if not rows:
-        raise RerouteError("every lever has one level only, expected one with two to compare: give more --levels")
     lines = [
         "| model | budget | lever | level | instead of | points of ACC@0.5 (95 %) | under delete | under reroute "
         "| more with recovery |",

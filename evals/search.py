@@ -21,7 +21,6 @@ import numpy as np
 from tqdm import tqdm
 
 from convert.embedded import EMBEDDED, locate
-from evals import scenes_vqa, table
 from evals.harness.cli import add_compat_argument, load_model
 from evals.harness.data import SCENES
 from evals.harness.identity import checkpoint_identity, versions
@@ -38,7 +37,8 @@ from evals.searching.candidates import (
     spending,
     within,
 )
-from evals.searching.search import OBJECTIVES, Board, Effort, Search, gate, worth
+from evals.searching.search import OBJECTIVES, Effort, Ledger, Search, gate
+from evals.table import WITH_SCENES
 from reroute_jax.commandline.parsing import (
     DATA,
     OUTPUT,
@@ -58,7 +58,6 @@ from reroute_jax.routing.cost import visual_per_layer
 from reroute_jax.routing.plan import Schedule
 from reroute_jax.types import FLOATS
 
-TASKS = table.COMMANDS | {"scenes_vqa": table.answering(scenes_vqa.BENCHMARK, "exact_match")}
 GIGA = 10**9
 
 
@@ -110,7 +109,7 @@ def _parser() -> Parser:
         type=_tasks,
         default=("refcoco",),
         metavar="A,B",
-        help=f"whose prompts, of {', '.join(TASKS)} (default: refcoco)",
+        help=f"whose prompts, of {', '.join(WITH_SCENES)} (default: refcoco)",
     )
     data.add_argument("--data", default=SCENES, help="as of the other commands (default: %(default)s)")
     data.add_argument("--split", default="val", help="(default: %(default)s)")
@@ -155,8 +154,8 @@ def _parser() -> Parser:
 def _tasks(text: str) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(text.split(",")))
     for name in names:
-        if name not in TASKS:
-            raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(TASKS)}")
+        if name not in WITH_SCENES:
+            raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(WITH_SCENES)}")
     return names
 
 
@@ -187,10 +186,10 @@ def _run(args: argparse.Namespace) -> None:
     for share, found in by_hand.items():
         if not found:
             raise RerouteError(f"no schedule that is set by hand fits {share} of the {args.constraint}: raise --budget")
-    board = Board(space, calibration, args.objective)
-    for searches in _searched(args, board, budgets, starts):
+    ledger, fresh = (Ledger(space, prompts, args.objective) for prompts in (calibration, fresh))
+    for searches in _searched(args, ledger, budgets, starts):
         outcomes = {
-            share: _outcome(args, model, board, fresh, searches, budgets[share], by_hand[share], text)
+            share: _outcome(args, model, ledger, fresh, searches, budgets[share], by_hand[share], text)
             for share in budgets
         }
     print(text_table(HEADER, [_row(share, about) for share, about in outcomes.items()]))
@@ -225,7 +224,7 @@ def _prompts(args: argparse.Namespace, model: Model) -> tuple[Calibration, Calib
 
 def _questions(name: str, count: int, args: argparse.Namespace, model: Model):
     """(question, task, cluster) of a task's first prompts."""
-    command = TASKS[name]
+    command = WITH_SCENES[name]
     own = command.parser().parse_args([])
     for given in ("data", "split", "model", "dtype", "mrope_compat", "batch_size", "seed"):
         setattr(own, given, getattr(args, given))
@@ -235,18 +234,18 @@ def _questions(name: str, count: int, args: argparse.Namespace, model: Model):
         yield model.question((doc.image, task.prompt(doc))), name, f"{name} {doc.cluster or doc.question_id}"
 
 
-def _searched(args: argparse.Namespace, board: Board, budgets, starts) -> Iterator[list[Search]]:
+def _searched(args: argparse.Namespace, ledger: Ledger, budgets, starts) -> Iterator[list[Search]]:
     """Searches with one seed after the other: all so far, after each. Ctrl-C ends the last one, and what was found
     counts where every budget has something."""
     effort, searches = Effort(args.rounds, 60 * args.minutes), []
     with tqdm(total=args.seeds * len(budgets) * args.rounds, unit="round") as bar:
 
         def told(share: Fraction, best: float) -> None:
-            bar.set_description(f"seed {searches[-1].seed}, {share}: best {best:.4f} of {len(board.screens)} tried")
+            bar.set_description(f"seed {searches[-1].seed}, {share}: best {best:.4f} of {len(ledger.screens)} tried")
             bar.update()
 
         for number in range(args.seeds):
-            searches.append(Search(board, budgets, starts, args.seed + number))
+            searches.append(Search(ledger, budgets, starts, args.seed + number))
             try:
                 searches[-1].run(effort, told)
             except KeyboardInterrupt:
@@ -280,8 +279,8 @@ def _row(share: Fraction, about: Mapping[str, Any]) -> list[str]:
 def _outcome(
     args: argparse.Namespace,
     model: Model,
-    board: Board,
-    fresh: Calibration,
+    ledger: Ledger,
+    fresh: Ledger,
     searches: Sequence[Search],
     budget: Budget,
     by_hand: Sequence[Candidate],
@@ -290,43 +289,43 @@ def _outcome(
     """Decide on fresh prompts, write the schedule's file, and say what it tells beside the schedule."""
     share = budget.share
     found = [search for search in searches if share in search.pool]
-    best = min(found, key=lambda search: board.decide(search.pool[share][0]))
-    candidate, hand_set = best.pool[share][0], min(by_hand, key=board.decide)
-    values = {one: fresh.divergences(board.space.schedule(one)) for one in (candidate, hand_set)}
-    clusters = [one.cluster for one in fresh.asked]
-    interval = gate(values[candidate], values[hand_set], clusters, args.seed)
+    best = min(found, key=lambda search: ledger.decide(search.pool[share][0]))
+    candidate, hand_set = best.pool[share][0], min(by_hand, key=ledger.decide)
+    values = {one: fresh.divergences(one) for one in (candidate, hand_set)}
+    prompts = fresh.calibration.asked
+    interval = gate(values[candidate], values[hand_set], [one.cluster for one in prompts], args.seed)
     won = interval.high is not None and interval.high < 0
     kept, said = (candidate, "found") if won else (hand_set, "hand-set")
-    schedule = board.space.schedule(kept, f"{said} {share}")
+    schedule = ledger.space.schedule(kept, f"{said} {share}")
     about = {
         "kept": said,
         "budget": str(share),
         "constraint": args.constraint,
         "objective": {
             "over": args.objective,
-            "calibration": board.decide(candidate),
-            "calibration_hand_set": board.decide(hand_set),
+            "calibration": ledger.decide(candidate),
+            "calibration_hand_set": ledger.decide(hand_set),
         },
         "fresh": {
-            "found": worth(values[candidate], fresh.tasks, args.objective),
-            "hand_set": worth(values[hand_set], fresh.tasks, args.objective),
+            "found": fresh.decide(candidate),
+            "hand_set": fresh.decide(hand_set),
             "found_minus_hand_set": asdict(interval),
-            "tasks": task_means(values[candidate], fresh.tasks),
+            "tasks": task_means(values[candidate], fresh.calibration.tasks),
         },
         "hand_set": str(hand_set),
-        "searches": [_told(search, share, board, fresh) for search in found],
+        "searches": [_told(search, share, ledger, fresh) for search in found],
         "best_search": found.index(best),
-        "tried": len(board.screens),
+        "tried": len(ledger.screens),
         "rounds": args.rounds,
         "minutes": args.minutes,
-        "cost": _cost(model, schedule, board, text) | {"spent": float(budget.spent(kept))},
+        "cost": _cost(model, schedule, ledger, text) | {"spent": float(budget.spent(kept))},
         "model": args.model,
         "dtype": str(model.dtype),
         **checkpoint_identity(Path(locate(args.model)).expanduser(), model.folder),
         "tasks": list(args.tasks),
         "data": args.data,
         "split": args.split,
-        "prompts": {"calibration": len(board.calibration.asked), "fresh": len(fresh.asked)},
+        "prompts": {"calibration": len(ledger.calibration.asked), "fresh": len(prompts)},
         "versions": versions(),
     }
     schedule.to_file(_file(args, share), about)
@@ -340,24 +339,23 @@ def _file(args: argparse.Namespace, share: Fraction) -> Path:
     return args.out.with_name(f"{args.out.stem}_{share.numerator}-{share.denominator}{args.out.suffix}")
 
 
-def _told(search: Search, share: Fraction, board: Board, fresh: Calibration) -> dict[str, Any]:
+def _told(search: Search, share: Fraction, ledger: Ledger, fresh: Ledger) -> dict[str, Any]:
     best = search.pool[share][0]
-    values = fresh.divergences(board.space.schedule(best))
     return {
         "seed": search.seed,
         "schedule": str(best),
         **asdict(best),
-        "calibration": board.decide(best),
-        "fresh": worth(values, fresh.tasks, board.objective),
+        "calibration": ledger.decide(best),
+        "fresh": fresh.decide(best),
         "tried": len(search.tried),
         "stopped": search.stopped[share],
     }
 
 
-def _cost(model: Model, schedule: Schedule, board: Board, text: int) -> dict[str, Any]:
+def _cost(model: Model, schedule: Schedule, ledger: Ledger, text: int) -> dict[str, Any]:
     """Of the reference image with `text` tokens beside it, and what calibration's images really ran."""
     one = model.cost(schedule, text=text)
-    sizes = [_visual(asked.question) for asked in board.calibration.asked]
+    sizes = [_visual(asked.question) for asked in ledger.calibration.asked]
     layers = [sum(visual_per_layer(schedule, size)) / model.config.num_layers for size in sizes]
     return {
         "text_tokens": text,

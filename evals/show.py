@@ -15,7 +15,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from evals import scenes_vqa, table
 from evals.harness.boxes import NULL_BOX, Box, normalise_box
 from evals.harness.cli import load_model
 from evals.harness.data import Doc
@@ -23,6 +22,7 @@ from evals.harness.finished_runs import Finished, read_finished
 from evals.harness.pages import RIGHT, UNKNOWN, WRONG, Asked, Board, Point, board, is_right, page, shown_truth
 from evals.harness.routes import FULL, check_routes, plan_routes
 from evals.harness.runner import Record, Run, Task
+from evals.table import WITH_SCENES
 from reroute_jax.commandline.parsing import DATA, RUN, Parser, exit_code
 from reroute_jax.engine.compilation import keep_programs
 from reroute_jax.engine.model import Model
@@ -31,7 +31,6 @@ from reroute_jax.errors import RerouteError
 from reroute_jax.figure.card import Answered, Question
 from reroute_jax.routing.plan import Schedule
 
-COMMANDS = table.COMMANDS | {"scenes_vqa": table.answering(scenes_vqa.BENCHMARK, "exact_match")}
 SHOWN = 8  # questions, where nothing else is said
 # Arguments of the tasks' own commands that nothing here uses.
 UNUSED = {"batch_size": "asks one question at a time", "fresh": "keeps no answers"}
@@ -48,20 +47,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     task = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     task.add_argument("--task", default="refcoco")
     name = task.parse_known_args(argv)[0].task
-    parser = _parser(name if name in COMMANDS else "refcoco")
+    parser = _parser(name if name in WITH_SCENES else "refcoco")
     args = parser.parse_args(argv)
     return exit_code(lambda: _run(args, parser), args.debug, "stopped: no page was written")
 
 
 def _parser(task: str) -> Parser:
     """All arguments of the task's own command, and those of the page."""
-    parser = COMMANDS[task].parser()
+    parser = WITH_SCENES[task].parser()
     parser.prog = "python -m evals.show"
     parser.description = "Pictures of which visual tokens ran in each stage, as one self-contained page."
     examples = "", "--compare --method pdrop --budget 64 --index 3,7", "--run runs/refcoco/MY_RUN --limit 20"
     parser.epilog = "\n".join(["examples:", *(f"  {parser.prog} {example}".rstrip() for example in examples)])
     parser.group(RUN).add_argument(
-        "--task", choices=tuple(COMMANDS), default="refcoco", help="whose questions (default: %(default)s)"
+        "--task", choices=tuple(WITH_SCENES), default="refcoco", help="whose questions (default: %(default)s)"
     )
     parser.group(DATA).add_argument(
         "--run", type=Path, metavar="FOLDER", help="of any evals command: show its questions, and take all else from it"
@@ -110,7 +109,7 @@ def _run(args: argparse.Namespace, parser: Parser) -> None:
 def _asked_board(args: argparse.Namespace) -> Board:
     """Ask the chosen questions now."""
     check_routes(args)
-    command, limit, args.limit = COMMANDS[args.task], args.limit or SHOWN, None
+    command, limit, args.limit = WITH_SCENES[args.task], args.limit or SHOWN, None
     source = command.source(args)
     model = load_model(args.model, args.dtype, args.mrope_compat, args.vicuna_system)
     task, _, settings = command.questions(args, source, model)
@@ -156,9 +155,9 @@ def _finished_board(args: argparse.Namespace) -> Board:
     finished = read_finished(args.run)
     settings = finished.settings
     name = settings["task"]
-    if name not in COMMANDS:
-        raise RerouteError(f"{args.run} is of the task {name!r}: expected one of {', '.join(COMMANDS)}")
-    command = COMMANDS[name]
+    if name not in WITH_SCENES:
+        raise RerouteError(f"{args.run} is of the task {name!r}: expected one of {', '.join(WITH_SCENES)}")
+    command = WITH_SCENES[name]
     own = _own_arguments(name, settings)
     source = command.source(own)
     model = load_model(own.model, own.dtype, own.mrope_compat, own.vicuna_system)
@@ -182,7 +181,7 @@ def _telling(plain: Board, limit: int) -> list[int]:
 
 def _own_arguments(task: str, settings: Mapping[str, Any]) -> argparse.Namespace:
     """Those of the task's own command that made a folder."""
-    own = COMMANDS[task].parser().parse_args([])
+    own = WITH_SCENES[task].parser().parse_args([])
     data = re.fullmatch(r"(.+) \[([^\]]+)\]", settings["data"])
     own.data, own.split = data.groups() if data else (settings["data"], None)
     own.model, own.dtype, own.seed = settings["model"], settings["dtype"], settings["seed"]

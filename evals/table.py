@@ -22,7 +22,7 @@ import jax
 
 from convert.embedded import CAVEATS, EMBEDDED, locate
 from convert.source import open_source
-from evals import gqa, mmbench, mme, pope, refcoco, refcocog, refcocoplus, scienceqa, textvqa, vqav2
+from evals import gqa, mmbench, mme, pope, refcoco, refcocog, refcocoplus, scenes_vqa, scienceqa, textvqa, vqav2
 from evals.harness import vqa
 from evals.harness.cli import (
     add_compat_argument,
@@ -116,6 +116,8 @@ COMMANDS = {
     "scienceqa": answering(scienceqa.BENCHMARK, "exact_match"),
     "vqav2": answering(vqav2.BENCHMARK, "exact_match"),
 }
+# With the embedded models' own questions, which are in no paper's table.
+WITH_SCENES = COMMANDS | {"scenes_vqa": answering(scenes_vqa.BENCHMARK, "exact_match")}
 # The splits of the paper's grounding average.
 EIGHT_SPLITS = (
     *(f"{name}:{split}" for name, split in product(("refcoco", "refcocoplus"), ("val", "testA", "testB"))),

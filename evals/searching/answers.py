@@ -38,7 +38,7 @@ class Chunk:
         return [self.model.tokenizer.decode(row.tokens, skip_special_tokens=True) for row in rows]
 
     def _prefilled(self, schedule: Schedule) -> tuple[Batch, Prefilled]:
-        if schedule.merge is None and all(stage.score == "last_token" for stage in schedule.decisions):
+        if schedule.merge is None and not simulator.obstacles(schedule):
             batch, started = self._started
             return batch, simulator.prefill(started, schedule)
         batch = self._batch(schedule, None)

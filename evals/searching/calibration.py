@@ -31,7 +31,7 @@ CLIP = 1.0
 
 
 @dataclass(frozen=True)
-class Asked:
+class CalibrationPrompt:
     """A prompt with what all tokens answer. answer: tokens that are forced; counted: predictions that count, one more
     than those. cluster: prompts that share one depend on each other."""
 
@@ -46,7 +46,7 @@ class Asked:
 class Calibration:
     """Prompts in chunks that were run with all tokens. asked: in the order of the chunks."""
 
-    asked: tuple[Asked, ...]
+    asked: tuple[CalibrationPrompt, ...]
     chunks: tuple[simulator.Started, ...]
     counted: tuple[Int[np.ndarray, " B"], ...]
 
@@ -63,17 +63,17 @@ class Calibration:
         return np.minimum(np.concatenate([np.zeros(0), *found]), CLIP)
 
 
-def ask(model: Model, questions: Sequence[tuple[Question, str, str]], batch_size: int) -> list[Asked]:
+def ask(model: Model, questions: Sequence[tuple[Question, str, str]], batch_size: int) -> list[CalibrationPrompt]:
     """(question, task, cluster) of each prompt with what all tokens answer."""
     asked, answers = [], model.answer([one for one, _, _ in questions], max_new_tokens=ANSWER, batch_size=batch_size)
     for (question, task, cluster), answer in zip(questions, answers, strict=True):
         counted = min(ANSWER, len(answer.token_ids) + (answer.finish_reason == "stop"))
-        asked.append(Asked(question, task, cluster, answer.token_ids[: ANSWER - 1], counted))
+        asked.append(CalibrationPrompt(question, task, cluster, answer.token_ids[: ANSWER - 1], counted))
     return asked
 
 
 def calibrate(
-    model: Model, asked: Sequence[Asked], batch_size: int, kept: Sequence[int], done: Callable[[int], Any]
+    model: Model, asked: Sequence[CalibrationPrompt], batch_size: int, kept: Sequence[int], done: Callable[[int], Any]
 ) -> Calibration:
     """Run the prompts with all tokens, in chunks of one shape. kept: as of `simulator.start`. done: is told of each
     chunk how many prompts it held."""

@@ -32,15 +32,15 @@ class Effort:
 
 
 @dataclass
-class Board:
-    """What schedules are worth, each prompt computed once. objective: "mean" over prompts, or of the "worst" task.
-    screens, decided: by candidate, on the first chunks of prompts and on all of them."""
+class Ledger:
+    """What schedules are worth on prompts, each computed once. objective: "mean" over prompts, or of the "worst" task.
+    screens, whole: divergences by candidate, on the first chunks of prompts and on all of them."""
 
     space: Space
     calibration: Calibration
     objective: str = "mean"
     screens: dict[Candidate, np.ndarray] = field(default_factory=dict)
-    decided: dict[Candidate, float] = field(default_factory=dict)
+    whole: dict[Candidate, np.ndarray] = field(default_factory=dict)
 
     def screen(self, candidate: Candidate) -> float:
         if candidate not in self.screens:
@@ -49,12 +49,15 @@ class Board:
         return worth(self.screens[candidate], self.calibration.tasks, self.objective)
 
     def decide(self, candidate: Candidate) -> float:
-        if candidate not in self.decided:
+        return worth(self.divergences(candidate), self.calibration.tasks, self.objective)
+
+    def divergences(self, candidate: Candidate) -> np.ndarray:
+        """Of all prompts."""
+        if candidate not in self.whole:
             self.screen(candidate)
             rest = self.calibration.divergences(self.space.schedule(candidate), self._screening)
-            values = np.concatenate([self.screens[candidate], rest])
-            self.decided[candidate] = worth(values, self.calibration.tasks, self.objective)
-        return self.decided[candidate]
+            self.whole[candidate] = np.concatenate([self.screens[candidate], rest])
+        return self.whole[candidate]
 
     def best(self, candidates: Sequence[Candidate], screened: int, decided: int) -> list[Candidate]:
         """The best `decided` of those that screen as the best `screened`."""
@@ -78,7 +81,7 @@ class Search:
     """One search with one seed over several budgets. starts: by budget, where it starts. pool: by budget, the best so
     far, best first; stopped: what ended its last visit. tried: candidates of this search."""
 
-    board: Board
+    ledger: Ledger
     budgets: Mapping[Fraction, Budget]
     starts: Mapping[Fraction, Sequence[Candidate]]
     seed: int
@@ -96,16 +99,16 @@ class Search:
             visits = order.count(share)
             rounds = effort.rounds // visits + (before < effort.rounds % visits)
             for _ in self._visit(share, rounds, effort.seconds / visits, rng, clock):
-                told(share, self.board.decide(self.pool[share][0]))
+                told(share, self.ledger.decide(self.pool[share][0]))
 
     def _visit(self, share: Fraction, rounds: int, seconds: float, rng: np.random.Generator, clock) -> Iterator[None]:
         """Improve the pool of a budget, a round at a time."""
-        end, budget, space = clock() + seconds, self.budgets[share], self.board.space
+        end, budget, space = clock() + seconds, self.budgets[share], self.ledger.space
         others = [found for other, pool in self.pool.items() if other != share for found in pool]
         fitted = [found for one in others if (found := repaired(one, space, budget)) is not None]
         known = [*self.pool.get(share, ()), *self.starts[share], *fitted]
         self.tried.update(known)
-        parents = self.board.best(known, 2 * DECIDED, PARENTS)
+        parents = self.ledger.best(known, 2 * DECIDED, PARENTS)
         self.pool[share], self.stopped[share] = parents, "rounds"
         for _ in range(rounds):
             if clock() >= end:
@@ -115,8 +118,8 @@ class Search:
             for _ in range(CHILDREN):
                 children.append(child(parents, space, budget, rng, self.tried))
                 self.tried.add(children[-1])
-            fresh = sorted(dict.fromkeys(children), key=self.board.screen)[:DECIDED]
-            parents = sorted(dict.fromkeys([*parents, *fresh]), key=self.board.decide)[:PARENTS]
+            fresh = sorted(dict.fromkeys(children), key=self.ledger.screen)[:DECIDED]
+            parents = sorted(dict.fromkeys([*parents, *fresh]), key=self.ledger.decide)[:PARENTS]
             self.pool[share] = parents
             yield
 

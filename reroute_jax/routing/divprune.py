@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from reroute_jax.nn.layers import take_rows
 from reroute_jax.routing.kept import Kept
 from reroute_jax.routing.tower import Tower
 from reroute_jax.types import Grid
@@ -27,7 +28,7 @@ class DivPrune(Kept):
         features = tower.project(tower.features())
         one = partial(farthest, cap=self.cap(features.shape[1]))
         index = jax.vmap(one)(features, arrays["size"], arrays["keep"])
-        return jax.vmap(lambda image, at: image.at[at].get(mode="fill", fill_value=0))(features, index), index
+        return take_rows(features, index), index
 
 
 def farthest(

@@ -41,11 +41,10 @@ def plan(
 
     For images of varying size, those of a typical one: ratios do not depend on it, each row's counts follow its own.
     family: the model's, one of `models.FAMILIES`; "nuwa" follows its rules. budget: 192, 128 or 64 (1/3, 2/9, 1/9 of an
-    image's visual tokens, averaged over all decoder layers) or a share in (0, 1), as a
-    number or a string such as "2/9". action: "delete", "reroute", or "layout" (reroute where
-    a token once deferred may not return). "none"
-    uses neither and "pool" only the budget. switches: fields of `Switches`, each explained there and refused where the
-    method has no use for it; of `keep` a single number will do.
+    image's visual tokens, averaged over all decoder layers) or a share in (0, 1), as a number or a string like "2/9".
+    action: "delete", "reroute", or "layout" (reroute where a token once deferred may not return). "none" uses neither,
+    and reductions before the decoder only the budget. switches: fields of `Switches`, each explained there and refused
+    where the method has no use for it; of `keep` a single number will do.
 
     Raises RerouteError for unknown names, switches that do not apply, and budgets out of reach.
     """

@@ -81,7 +81,7 @@ class Simulated:
 
 @jax.tree_util.register_dataclass
 @dataclass
-class Ran:
+class RanLayer:
     """The rows that ran a layer, and its keys and values."""
 
     rows: Rows
@@ -260,9 +260,9 @@ def _rows(decoder: Decoder, prompt: Prompt, features: Float[Array, "F D"], ancho
 
 
 @compiled()
-def _run(layer: DecoderLayer, rows: Rows) -> Ran:
+def _run(layer: DecoderLayer, rows: Rows) -> RanLayer:
     hidden, keys, values = layer.prefill(rows.hidden, rows.rope, None, None, rows.valid.sum(axis=1))
-    return Ran(replace(rows, hidden=hidden), keys, values)
+    return RanLayer(replace(rows, hidden=hidden), keys, values)
 
 
 @compiled(static_argnames="cap")
@@ -293,7 +293,7 @@ def _logits(decoder: Decoder, final: Float[Array, "B A D"]) -> Float[Array, "B A
 
 
 @compiled(static_argnames="slots")
-def _cache(ran: Ran, next_position: Int[Array, " B"], slots: int) -> StageCache:
+def _cache(ran: RanLayer, next_position: Int[Array, " B"], slots: int) -> StageCache:
     more = slots - ran.rows.valid.shape[1]
     keys, values = ((with_room(array, more),) for array in (ran.keys, ran.values))
     return StageCache(keys, values, length=ran.rows.last + 1, next_position=next_position)
@@ -318,6 +318,12 @@ def _decided(started: Started, schedule: Schedule, number: int, rows: Rows) -> D
 
 def _check(config: DecoderConfig, schedule: Schedule) -> None:
     schedule.check_depth(config.num_layers)
+    if unlike := obstacles(schedule):
+        raise RerouteError(f"a schedule with {unlike[0]} cannot be simulated: run it with the model's `answer`")
+
+
+def obstacles(schedule: Schedule) -> list[str]:
+    """What of a schedule the simulator does not know."""
     unlike = [f"score={stage.score!r}" for stage in schedule.decisions if stage.score != "last_token"]
     if schedule.position_mode != "original":
         unlike.append(f"position_mode={schedule.position_mode!r}")
@@ -327,5 +333,4 @@ def _check(config: DecoderConfig, schedule: Schedule) -> None:
         unlike.append(f"cut_caches={schedule.cut_caches!r}")
     if schedule.has_floor:
         unlike.append("a floor")
-    if unlike:
-        raise RerouteError(f"a schedule with {unlike[0]} cannot be simulated: run it with the model's `answer`")
+    return unlike

@@ -9,7 +9,7 @@ import pytest
 
 from evals.searching.calibration import task_means
 from evals.searching.candidates import HAND_SET, Candidate, planned, within
-from evals.searching.search import SCREENED, Board, Effort, Search, gate, there_and_back, worth
+from evals.searching.search import SCREENED, Effort, Ledger, Search, gate, there_and_back, worth
 from tests.evals.searching.stand_ins import CHUNK, SPACE, Planner, Prompts, budget
 
 THIRD, NINTH = Fraction(1, 3), Fraction(1, 9)
@@ -18,7 +18,7 @@ STARTS = {share: within(planned(Planner(), HAND_SET, share).values(), SPACE, lim
 
 
 def searched(seed=0, prompts=None, rounds=4, seconds=1e9, **more) -> Search:
-    search = Search(Board(SPACE, prompts or Prompts()), BUDGETS, STARTS, seed)
+    search = Search(Ledger(SPACE, prompts or Prompts()), BUDGETS, STARTS, seed)
     search.run(Effort(rounds, seconds), lambda share, best: None, **more)
     return search
 
@@ -26,10 +26,10 @@ def searched(seed=0, prompts=None, rounds=4, seconds=1e9, **more) -> Search:
 def test_it_finds_better_ones_and_depends_on_the_seed_alone():
     first, again, other = searched(), searched(), searched(seed=1)
     assert first.pool == again.pool and first.pool != other.pool
-    by_hand = {share: min(map(first.board.decide, STARTS[share])) for share in BUDGETS}
-    assert first.board.decide(first.pool[THIRD][0]) < by_hand[THIRD]
+    by_hand = {share: min(map(first.ledger.decide, STARTS[share])) for share in BUDGETS}
+    assert first.ledger.decide(first.pool[THIRD][0]) < by_hand[THIRD]
     for share in BUDGETS:
-        assert first.board.decide(first.pool[share][0]) <= by_hand[share]
+        assert first.ledger.decide(first.pool[share][0]) <= by_hand[share]
         assert all(BUDGETS[share].holds(one) for one in first.pool[share])
     assert set(first.stopped.values()) == {"rounds"}
 
@@ -54,24 +54,24 @@ def test_time_ends_a_visit_between_rounds():
 
 def test_ctrl_c_leaves_what_was_found():
     prompts = Prompts(interrupt_after=150)
-    search = Search(Board(SPACE, prompts), BUDGETS, STARTS, 0)
+    search = Search(Ledger(SPACE, prompts), BUDGETS, STARTS, 0)
     with pytest.raises(KeyboardInterrupt):
         search.run(Effort(40, 1e9), lambda share, best: None)
     assert THIRD in search.pool
-    best = search.board.decide(search.pool[THIRD][0])
-    assert best < min(map(search.board.decide, STARTS[THIRD]))
+    best = search.ledger.decide(search.pool[THIRD][0])
+    assert best < min(map(search.ledger.decide, STARTS[THIRD]))
 
 
 def test_budgets_are_visited_from_the_loosest_to_the_tightest_and_back():
     visited = []
-    search = Search(Board(SPACE, Prompts()), BUDGETS, STARTS, 0)
+    search = Search(Ledger(SPACE, Prompts()), BUDGETS, STARTS, 0)
     search.run(Effort(5, 1e9), lambda share, best: visited.append(share))
     assert visited == [THIRD] * 3 + [NINTH] * 5 + [THIRD] * 2
     assert there_and_back([NINTH, THIRD, Fraction(2, 9)]) == [THIRD, Fraction(2, 9), NINTH, Fraction(2, 9), THIRD]
 
 
 def test_one_budget_starts_from_what_another_found():
-    search = Search(Board(SPACE, Prompts()), BUDGETS, {THIRD: STARTS[THIRD], NINTH: STARTS[NINTH][:1]}, 0)
+    search = Search(Ledger(SPACE, Prompts()), BUDGETS, {THIRD: STARTS[THIRD], NINTH: STARTS[NINTH][:1]}, 0)
     search.run(Effort(1, 1e9), lambda share, best: None)
     assert len(search.tried) > 12 * 2 + len(STARTS[THIRD]) + 1  # children, what was given, and more
 
