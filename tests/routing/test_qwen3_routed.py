@@ -1,7 +1,6 @@
 """Routed Qwen3-VL against the eager torch reference, whose decisions fall between DeepStack's additions: every method
 and action, the three policies, rows with images of different sizes in one batch, decode."""
 
-import zlib
 from functools import cache
 
 import numpy as np
@@ -9,13 +8,12 @@ import pytest
 import torch
 
 from convert.crosscheck.layers import RaggedRows
-from convert.crosscheck.reference import route, run
+from convert.crosscheck.reference import route
 from reroute_jax.errors import RerouteError
 from reroute_jax.routing.methods import plan
 from reroute_jax.routing.plan import Schedule
-from reroute_jax.routing.prior import prior_scores
 from tests.checkpoints import qwen3_pair
-from tests.tiny_qwen import random_ids, random_patches
+from tests.ragged import RaggedPrompts, reference
 from tests.tiny_qwen3 import LAYERS
 
 NEW = 5
@@ -50,14 +48,10 @@ BUDGETS = {"nuwa-delete": 0.4, "nuwa-reroute": 0.4, "pdrop-late": 0.7}
 GENERATED = {"pdrop-delete", "pdrop-reroute", "pdrop-running"}
 
 # A row with two images, one with a small one, one without.
-GRIDS = (((5, 6), (7, 3)), ((3, 4),), ())
-ROWS = [
-    random_ids(size, grids, start=start, seed=size)
-    for size, grids, start in zip((90, 40, 30), GRIDS, (6, 20, 0), strict=True)
-]
-PIXELS = [
-    random_patches(grids, seed=len(ids)) if grids else (None, None) for ids, grids in zip(ROWS, GRIDS, strict=True)
-]
+ROWS = RaggedPrompts(
+    qwen3_pair, grids=(((5, 6), (7, 3)), ((3, 4),), ()), lengths=(90, 40, 30), starts=(6, 20, 0), new=NEW
+)
+BATCH = range(3)
 
 
 @cache
@@ -67,44 +61,21 @@ def schedule_of(name):
     return qwen3_pair()[1].plan(**ROUTES[name], budget=BUDGETS.get(name, 0.5))
 
 
-@cache
 def expected(name, row):
-    """The reference's run of one row by itself."""
-    schedule, ids, grids = schedule_of(name), ROWS[row], GRIDS[row]
-    prior = None
-    if schedule.prior is not None and grids:
-        prior = prior_scores(schedule, grids, zlib.crc32(ids.astype(np.int64).tobytes()))
-    pixels, thw = PIXELS[row]
-    return run(qwen3_pair()[0], ids, pixels, schedule, image_grid_thw=thw, prior=prior, max_new_tokens=NEW)
-
-
-def batch():
-    """Left-padded inputs; padding slots hold an id that must not matter."""
-    width = max(len(ids) for ids in ROWS)
-    ids, mask = np.full((len(ROWS), width), 9), np.zeros((len(ROWS), width), int)
-    for number, row in enumerate(ROWS):
-        ids[number, width - len(row) :], mask[number, width - len(row) :] = row, 1
-    pixels, thw = (np.concatenate(part) for part in zip(*PIXELS[:2], strict=True))
-    return {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels, "image_grid_thw": thw}
+    return reference(ROWS, schedule_of(name), row)
 
 
 @pytest.mark.parametrize("name", [*ROUTES, *EDGES])
 def test_equals_the_reference(name):
-    """Selections, scores, cached rows, logits and greedy tokens; each row of a ragged batch as if alone."""
+    """Selections, scores, anchors, cached rows, logits and greedy tokens; each row of a ragged batch as if alone."""
     _, model = qwen3_pair()
-    schedule = schedule_of(name)
-    result = model.prefill(**batch(), schedule=schedule, trace=True)
-    for row, grids in enumerate(GRIDS):
-        wanted, count = expected(name, row), sum(rows * cols for rows, cols in grids)
-        np.testing.assert_allclose(result.logits[row], wanted.logits, atol=1e-4)
-        np.testing.assert_array_equal(result.trace.kv_tokens[row], [len(ran) for ran in wanted.ran])
-        for number, decision in enumerate(wanted.decisions):
-            selected = result.trace.selected[number][row]
-            np.testing.assert_array_equal(selected[selected >= 0], decision.selected)
-            np.testing.assert_allclose(result.trace.scores[number][row][:count], decision.scores, rtol=1e-5, atol=1e-5)
+    schedule, given = schedule_of(name), ROWS.batch(BATCH)
+    result = model.prefill(**given, schedule=schedule, trace=True)
+    for row in BATCH:
+        ROWS.check(result, row, row, schedule)
     if name in GENERATED:
-        tokens = model.generate_ids(**batch(), schedule=schedule, max_new_tokens=NEW)
-        np.testing.assert_array_equal(tokens, [expected(name, row).tokens for row in range(len(ROWS))])
+        tokens = model.generate_ids(**given, schedule=schedule, max_new_tokens=NEW)
+        np.testing.assert_array_equal(tokens, [expected(name, row).tokens for row in BATCH])
 
 
 def test_policies_differ_where_a_decision_comes_before_an_addition():
@@ -115,10 +86,10 @@ def test_policies_differ_where_a_decision_comes_before_an_addition():
 
 def test_keeping_everything_is_an_unrouted_run_under_every_policy():
     _, model = qwen3_pair()
-    plain = model.prefill(**batch()).logits
+    plain = model.prefill(**ROWS.batch(BATCH)).logits
     for policy, layers in (("all", (1, 2)), ("running", (1, 2)), ("late", (3, 4))):
         schedule = Schedule.from_decisions(layers, (1.0, 1.0), LAYERS, "reroute", deepstack=policy)
-        np.testing.assert_allclose(model.prefill(**batch(), schedule=schedule).logits, plain, atol=1e-5)
+        np.testing.assert_allclose(model.prefill(**ROWS.batch(BATCH), schedule=schedule).logits, plain, atol=1e-5)
 
 
 # --- The specification's toy: a layer adds 1, additions of 10, 100 and 1000, all rows start at 0 ----------------------
@@ -157,7 +128,7 @@ def test_what_cannot_be_is_refused():
     _, model = qwen3_pair()
     late = Schedule.from_decisions((2,), (0.5,), LAYERS, "reroute", deepstack="late")
     with pytest.raises(RerouteError, match=r"'late' and a decision at layer 2: .* first 3 layers, decide from layer 3"):
-        model.inputs(**batch(), schedule=late)
+        model.inputs(**ROWS.batch(BATCH), schedule=late)
     with pytest.raises(RerouteError, match="deepstack is 'never'"):
         Schedule.from_decisions((2,), (0.5,), LAYERS, "reroute", deepstack="never")
     sizes = {"num_layers": 8, "visual": 576, "grid": (24, 24), "budget": 192}

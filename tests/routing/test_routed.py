@@ -9,6 +9,7 @@ from convert.crosscheck.reference import run
 from reroute_jax.routing.plan import Schedule
 from reroute_jax.routing.prior import prior_scores
 from tests.checkpoints import LAYERS, pair
+from tests.ragged import left_padded
 from tests.tiny import random_ids, random_pixels
 
 GRID = (6, 6)
@@ -92,7 +93,7 @@ def prompts(name=None):
 
 
 def batch(rows):
-    ids, mask = pad(rows, left=True)
+    ids, mask = left_padded(rows)
     return {"input_ids": ids, "attention_mask": mask, "pixel_values": PIXELS}
 
 
@@ -125,16 +126,6 @@ def test_equals_the_reference(kv_heads, name):
     if new:
         tokens = model.generate_ids(**given, schedule=schedule, max_new_tokens=new)
         np.testing.assert_array_equal(tokens, [wanted.tokens for wanted in expected])
-
-
-def pad(rows, *, left):
-    """Ids and mask; padding slots hold an id that must not matter."""
-    width = max(map(len, rows))
-    ids, mask = np.full((len(rows), width), 9), np.zeros((len(rows), width), int)
-    for number, row in enumerate(rows):
-        where = slice(width - len(row), width) if left else slice(0, len(row))
-        ids[number, where], mask[number, where] = row, 1
-    return ids, mask
 
 
 def test_renumbering_changes_the_answer():
