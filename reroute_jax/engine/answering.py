@@ -11,12 +11,13 @@ from flax import nnx
 
 from reroute_jax.decoder import Prefilled
 from reroute_jax.engine.answers import Answer, Chosen, Usage
-from reroute_jax.engine.batching import Batch
+from reroute_jax.engine.batching import Batch, Layout
 from reroute_jax.engine.groups import Group
 from reroute_jax.engine.running import checked_segments, dtype_of, overflow, run_decode, run_prefill
 from reroute_jax.engine.sampling import Sampling
 from reroute_jax.engine.trace import Trace
 from reroute_jax.routing.cost import kv_width
+from reroute_jax.routing.static_plan import RoutingPlan
 from reroute_jax.types import FLOATS
 
 STREAM_STEPS = 4  # tokens between two looks at a stream
@@ -33,7 +34,7 @@ def answer_group(module: nnx.Module, tokenizer: Any, group: Group, sampling: Sam
     rows, finite = _chosen(module, group, prefilled, sampling)
     stages, answers = np.asarray(prefilled.finite), []
     for row, (number, chosen) in enumerate(zip(group.numbers, rows, strict=True)):
-        problem = overflow(batch, stages[:, row], finite[row], dtype, f"question {number}")
+        problem = overflow(batch.plan, stages[:, row], finite[row], dtype, f"question {number}")
         if problem is not None:
             answers.append(Answer(error=problem))
             continue
@@ -44,7 +45,7 @@ def answer_group(module: nnx.Module, tokenizer: Any, group: Group, sampling: Sam
                 finish_reason="stop" if chosen.stopped else "length",
                 logprobs=tuple(chosen.logprobs),
                 trace=None if traces is None else traces.of_row(row),
-                usage=_usage(module, group, row, ran, len(chosen.tokens) + chosen.stopped),
+                usage=usage_of(module, group.layouts[row], batch.plan, ran, row, len(chosen.tokens) + chosen.stopped),
             )
         )
     return answers
@@ -91,11 +92,12 @@ class Ran:
         )
 
 
-def _usage(module: nnx.Module, group: Group, row: int, ran: Ran, new_tokens: int) -> Usage:
-    layout, batch, decoder = group.layouts[row], group.batch, module.config.decoder
+def usage_of(module: nnx.Module, layout: Layout, plan: RoutingPlan, ran: Ran, row: int, new_tokens: int) -> Usage:
+    """Of a question in `row` of a batch under `plan`, the id that ended its answer among the new tokens."""
+    decoder = module.config.decoder
     selected, layers = iter(ran.selected), []
     fixed = layout.visual - int(layout.routed.sum())
-    for stage in batch.plan.stages:
+    for stage in plan.stages:
         visual = layout.visual if stage.cap is None else fixed + int(next(selected)[row])
         layers += [visual] * (stage.hi - stage.lo)
     cached = sum(count * int(length[row]) for count, length in ran.cached)

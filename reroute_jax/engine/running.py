@@ -16,6 +16,7 @@ from reroute_jax.engine.batching import Batch
 from reroute_jax.engine.sampling import Sampling, row_sampling
 from reroute_jax.engine.segments import Segment, decode_segments
 from reroute_jax.errors import RerouteError
+from reroute_jax.routing.static_plan import RoutingPlan
 
 
 def dtype_of(module: nnx.Module) -> str:
@@ -67,11 +68,13 @@ def check_finite(batch: Batch, prefilled: Prefilled, finite: np.ndarray, dtype: 
     """Raises RerouteError for the first live row that `overflow` tells of. finite: `[B]`, whether its logits are."""
     stages = np.asarray(prefilled.finite)
     for row in np.flatnonzero(batch.live):
-        if problem := overflow(batch, stages[:, row], finite[row], dtype, f"row {row}"):
+        if problem := overflow(batch.plan, stages[:, row], finite[row], dtype, f"row {row}"):
             raise problem
 
 
-def overflow(batch: Batch, stages: np.ndarray, finite: bool | np.bool_, dtype: str, where: str) -> RerouteError | None:
+def overflow(
+    plan: RoutingPlan, stages: np.ndarray, finite: bool | np.bool_, dtype: str, where: str
+) -> RerouteError | None:
     """What to say of a row whose numbers are not finite. stages, finite: whether its last token left each stage, and
     its logits were, finite numbers. where: the row, for the message."""
     if stages.all() and finite:
@@ -79,7 +82,7 @@ def overflow(batch: Batch, stages: np.ndarray, finite: bool | np.bool_, dtype: s
     advice = "use bfloat16 or float32" if dtype == "float16" else "check the checkpoint's weights"
     if stages.all():
         return RerouteError(f"{where}: logits are not finite in {dtype}: {advice}")
-    stage = batch.plan.stages[int(np.argmin(stages))]
+    stage = plan.stages[int(np.argmin(stages))]
     return RerouteError(
         f"{where}: hidden states are not finite in {dtype} behind decoder layers {stage.lo} to {stage.hi - 1}, and so "
         f"the logits: {advice}"

@@ -109,13 +109,22 @@ def choose(
 def _drawn(
     logits: Float[Array, "B vocab"], greedy: Int[Array, " B"], produced: Int[Array, " B"], sampling: RowSampling
 ) -> Int[Array, " B"]:
-    """Drawn in the rows with a temperature above 0."""
+    """Drawn in the rows with a temperature above 0; where there is none, nothing is computed."""
     hot = sampling.temperature > 0
+
+    def drawn() -> Int[Array, " B"]:
+        return jnp.where(hot, _draws(logits, hot, produced, sampling), greedy)
+
+    return jax.lax.cond(hot.any(), drawn, lambda: greedy)
+
+
+def _draws(
+    logits: Float[Array, "B vocab"], hot: Bool[Array, " B"], produced: Int[Array, " B"], sampling: RowSampling
+) -> Int[Array, " B"]:
     # From the largest logit down: the quotient then overflows to minus infinity at most.
     scaled = (logits - logits.max(axis=-1, keepdims=True)) / jnp.where(hot, sampling.temperature, 1)[:, None]
     scaled = jax.lax.cond((sampling.top_p < 1).any(), lambda: _nucleus(scaled, sampling.top_p), lambda: scaled)
-    draw = jax.vmap(_draw)(sampling.seed, sampling.number, produced, scaled)
-    return jnp.where(hot, draw, greedy)
+    return jax.vmap(_draw)(sampling.seed, sampling.number, produced, scaled)
 
 
 def _draw(seed, number, count, logits: Float[Array, " vocab"]) -> Int[Array, ""]:
