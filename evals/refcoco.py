@@ -22,6 +22,7 @@ from evals.harness.boxes import (
     find_box,
     normalise_box,
     rec_metrics,
+    shrunk,
 )
 from evals.harness.cli import (
     add_data_arguments,
@@ -70,14 +71,14 @@ def make_task(
     def score(text: str, doc: Doc) -> Record:
         found = find_box(text)
         parsed = found or NULL_BOX
-        box = normalise_box(parsed, coord_format, doc.size)
+        box = normalise_box(parsed, coord_format, shrunk(doc.size, doc.shrinking))
         if pad is not None:
             box = from_square(box, doc.size)
         record = {"parsed": parsed, "unparsed": found is None, "box": box, "truth": doc.truth}
         record |= {"metrics": rec_metrics(box, doc.truth)} | ({"noted": BEYOND} if beyond_image(doc.truth) else {})
         if model_size is None:
             return record
-        resized = normalise_box(parsed, coord_format, model_size(doc.image))
+        resized = normalise_box(parsed, coord_format, shrunk(model_size(doc.image), doc.shrinking))
         extra = {name + RESIZED: value for name, value in rec_metrics(resized, doc.truth).items()}
         return record | {"box" + RESIZED: resized, "metrics": record["metrics"] | extra}
 

@@ -15,13 +15,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from evals.harness.boxes import NULL_BOX, Box, normalise_box
+from evals.harness.boxes import NULL_BOX, Box, normalise_box, shrunk
 from evals.harness.cli import load_model
 from evals.harness.data import Doc
 from evals.harness.finished_runs import Finished, read_finished
 from evals.harness.pages import RIGHT, UNKNOWN, WRONG, Asked, Board, Point, board, is_right, page, shown_truth
 from evals.harness.routes import FULL, check_routes, plan_routes
-from evals.harness.runner import Record, Run, Task
+from evals.harness.runner import Record, Run, Task, as_seen
 from evals.table import WITH_SCENES
 from reroute_jax.commandline.parsing import DATA, RUN, Parser, exit_code
 from reroute_jax.engine.compilation import keep_programs
@@ -217,7 +217,8 @@ def _progress(docs: Iterator[Doc], count: int) -> Iterator[Doc]:
 def _answer(model: Model, task: Task, run: Run, doc: Doc) -> Record:
     how = {"schedule": run.schedule, "max_new_tokens": task.max_new_tokens}
     text = model.generate([(doc.image, task.prompt(doc))], **how)[0]
-    return {"text": text, **task.score(text.strip(), doc)}
+    seen = as_seen(doc, run.schedule, model.visual_grid(doc.image))
+    return {"text": text, **task.score(text.strip(), seen)}
 
 
 def _question(
@@ -239,7 +240,7 @@ def _question(
             (record := row[run.name])["text"].strip(),
             is_right(record, metric),
             f"IoU {record['metrics']['refcoco_IoU']:.2f}" if grounded else "",
-            _predicted(record, settings["coord_format"], model.model_size(doc.image)) if grounded else None,
+            _predicted(record, settings["coord_format"], _frame(model, run, doc)) if grounded else None,
             traces[run.name].routed(),
         )
         for run in runs
@@ -261,7 +262,12 @@ def _trace(model: Model, doc: Doc, prompt: str, run: Run) -> Trace:
     return model.answer([(doc.image, prompt)], schedule=run.schedule, max_new_tokens=1, trace=True)[0].trace
 
 
-def _predicted(record: Record, coord_format: str, view: tuple[int, int]) -> Box | None:
+def _frame(model: Model, run: Run, doc: Doc) -> tuple[float, float]:
+    """(width, height) in pixels of what a run's tower sees."""
+    return shrunk(model.model_size(doc.image), as_seen(doc, run.schedule, model.visual_grid(doc.image)).shrinking)
+
+
+def _predicted(record: Record, coord_format: str, view: tuple[float, float]) -> Box | None:
     """In fractions of the image that the model sees, which is what its answer means."""
     parsed = tuple(record["parsed"])
     return None if parsed == NULL_BOX else normalise_box(parsed, coord_format, view)

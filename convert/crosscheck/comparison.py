@@ -14,6 +14,7 @@ from convert.crosscheck.inputs import Probe
 from reroute_jax.decoder import forward
 from reroute_jax.engine.compilation import compiled
 from reroute_jax.engine.model import Model
+from reroute_jax.engine.smaller_images import packed
 from reroute_jax.models import FAMILIES
 from reroute_jax.nn.positions import rope_tables
 from reroute_jax.routing.merge import Merge, merge_arrays
@@ -162,11 +163,11 @@ def _features(model: Model, prompt: Probe, merge: Merge | None) -> np.ndarray:
     """[n, D] of all images, without the padding behind each; those of DeepStack's levels behind a token's own."""
     family, sizes = model.family, [rows * cols for rows, cols in prompt.grids]
     arrays = merge_arrays(merge, prompt.grids, len(sizes), family.token_bucket(max(sizes)))
-    packed = family.pack(prompt.pixels, prompt.grids, model.config, len(sizes))
+    pixels = packed(merge, prompt.pixels, prompt.grids, model.config, len(sizes))
     left = (
         sizes if merge is None else [merge.anchors(size, grid) for size, grid in zip(sizes, prompt.grids, strict=True)]
     )
-    found = _encode(model.module, packed, arrays, merge)
+    found = _encode(model.module, pixels, arrays, merge)
     return np.concatenate([one[:count] for one, count in zip(found, left, strict=True)])
 
 

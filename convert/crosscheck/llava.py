@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
-from convert.crosscheck.merges import reduced
+from convert.crosscheck.merges import Grid, bicubic, reduced
 from convert.crosscheck.nuwa import ImageTensors
 from reroute_jax.routing.merge import Merge
 
@@ -36,10 +36,15 @@ class LlavaImage:
     """One image in the CLIP tower (4.2, 16): features are what enters the projector."""
 
     def __init__(self, model: LlavaForConditionalGeneration, pixels: Tensor):
-        self.model = model
+        self.model, self.pixels = model, pixels
         self.states, self.attention = clip_tower(model.model.vision_tower, pixels)
-        self.depth, side = len(self.attention), math.isqrt(len(self.states[0]) - 1)
-        self.grid = (side, side)
+        self.depth, self.side = len(self.attention), model.config.vision_config.patch_size
+        self.grid = (pixels.shape[2] // self.side, pixels.shape[3] // self.side)
+
+    def resized(self, cells: Grid, back: bool) -> LlavaImage:
+        """The same image in (rows, cols) patches; back: and at its old size again."""
+        smaller = bicubic(self.pixels, tuple(count * self.side for count in cells))
+        return LlavaImage(self.model, bicubic(smaller, self.pixels.shape[2:]) if back else smaller)
 
     def features(self) -> Tensor:
         layers = self.model.config.vision_feature_layer
@@ -75,7 +80,7 @@ class LlavaImage:
 
 def clip_tower(tower: nn.Module, pixels: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """Input of block 0 and each block's output [1 + n, C], and each block's attention [N, 1 + n, 1 + n] (4.2)."""
-    x = tower.pre_layrnorm(tower.embeddings(pixels))[0]
+    x = tower.pre_layrnorm(tower.embeddings(pixels, interpolate_pos_encoding=True))[0]
     states, attention = [x], []
     for block in tower.encoder.layers:
         module, y = block.self_attn, block.layer_norm1(x)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from convert.crosscheck.nuwa import ImageTensors, nuwa_stage_one, pool
+from convert.crosscheck.nuwa import ImageTensors, middles, nuwa_stage_one, pool
 from reroute_jax.routing.divprune import DivPrune
+from reroute_jax.routing.downsample import Downsample
 from reroute_jax.routing.hiprune import HiPrune
 from reroute_jax.routing.merge import Merge
 from reroute_jax.routing.nuwa import NuwaMerge
@@ -33,6 +35,7 @@ class TorchTower(Protocol):
     def keys(self) -> Tensor: ...
     def objects(self) -> Tensor: ...
     def registers(self) -> Tensor: ...
+    def resized(self, cells: Grid, back: bool) -> TorchTower: ...
 
 
 def reduced(merge: Merge | None, tower: TorchTower) -> ImageTensors:
@@ -59,6 +62,29 @@ def nuwa(merge: NuwaMerge, tower: TorchTower) -> tuple[Tensor, Tensor]:
 
 def pooled(merge: PoolMerge, tower: TorchTower) -> tuple[Tensor, Tensor]:
     return pool(tower.project(tower.features()), tower.grid, merge.cells(math.prod(tower.grid), tower.grid))
+
+
+def downsampled(merge: Downsample, tower: TorchTower) -> tuple[Tensor, Tensor]:
+    smaller = tower.resized(smaller_grid(merge, tower.grid), merge.blur)
+    return smaller.project(smaller.features()), middles(tower.grid, smaller.grid)
+
+
+def smaller_grid(merge: Downsample, grid: Grid) -> Grid:
+    """Of all that have no more tokens than asked for those with most, then the least stretched, then the tallest
+    (16.4)."""
+    tokens = grid[0] * grid[1] * merge.share if merge.count is None else merge.count
+    every = [(rows, cols) for rows in range(1, grid[0] + 1) for cols in range(1, grid[1] + 1)]
+    fitting = [(r, c) for r, c in every if r * c <= max(1, tokens) and (r == c or not merge.square)]
+
+    def stretch(rows: int, cols: int) -> Fraction:
+        return max(Fraction(rows * grid[1], cols * grid[0]), Fraction(cols * grid[0], rows * grid[1]))
+
+    return sorted(fitting, key=lambda cells: (-cells[0] * cells[1], stretch(*cells), -cells[0]))[0]
+
+
+def bicubic(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """`[1, 3, H, W]` resized to (height, width) as Pillow does it, which sums up in float64 as well."""
+    return torch.nn.functional.interpolate(image.double(), size, mode="bicubic", antialias=True).to(image.dtype)
 
 
 def divprune(merge: DivPrune, tower: TorchTower) -> tuple[Tensor, Tensor]:
@@ -141,6 +167,7 @@ def _best(values: Tensor, among: range | list[int], count: int) -> list[int]:
 _RULES: dict[type, Callable] = {
     NuwaMerge: nuwa,
     PoolMerge: pooled,
+    Downsample: downsampled,
     DivPrune: divprune,
     HiPrune: hiprune,
     VisionZip: visionzip,

@@ -95,8 +95,13 @@ def pool(features: Tensor, grid: tuple[int, int], cells: tuple[int, int]) -> tup
     """
     image = features.float().T.reshape(1, -1, *grid)
     pooled = nn.functional.adaptive_avg_pool2d(image, cells)[0].flatten(1).T.to(features.dtype)
-    middle_rows, middle_cols = (
+    return pooled, middles(grid, cells)
+
+
+def middles(grid: tuple[int, int], cells: tuple[int, int]) -> Tensor:
+    """The index of the patch in the middle of each of (rows, cols) cells of a (rows, cols) grid."""
+    rows, cols = (
         [(r * side // count + math.ceil((r + 1) * side / count) - 1) // 2 for r in range(count)]
         for side, count in zip(grid, cells, strict=True)
     )
-    return pooled, torch.tensor([grid[1] * y + x for y in middle_rows for x in middle_cols])
+    return torch.tensor([grid[1] * y + x for y in rows for x in cols])

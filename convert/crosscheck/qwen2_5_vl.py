@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from convert.crosscheck.merges import reduced
+from convert.crosscheck.merges import bicubic, reduced
 from convert.crosscheck.nuwa import ImageTensors
 from reroute_jax.routing.merge import Merge
 
@@ -54,12 +54,20 @@ class QwenImage:
     """One image in the tower (5.2, 16): features are what leaves the patch merger."""
 
     def __init__(self, model: Qwen2_5_VLForConditionalGeneration, patches: Tensor, grid: Grid):
-        self.tower, self.patches, self.grid = model.model.visual, patches, grid
+        self.model, self.tower, self.patches, self.grid = model, model.model.visual, patches, grid
         self.states, self.attention = self.run()
         self.depth = len(self.states)
 
     def run(self) -> tuple[list[Tensor], list[Tensor]]:
         return vision_tower(self.tower, self.patches, self.grid)
+
+    def resized(self, cells: Grid, back: bool) -> QwenImage:
+        """The same image in (rows, cols) tokens; back: and at its old size again."""
+        side, merge = self.tower.patch_size, self.tower.spatial_merge_size
+        image = image_of(self.patches, self.grid, side, merge)
+        smaller = bicubic(image, tuple(count * side * merge for count in cells))
+        grid, image = (self.grid, bicubic(smaller, image.shape[2:])) if back else (cells, smaller)
+        return type(self)(self.model, patches_of(image, grid, side, merge), grid)
 
     def features(self) -> Tensor:
         return self.tower.merger(self.states[-1])
@@ -100,6 +108,20 @@ class QwenImage:
         return patches.reshape(-1, self.tower.spatial_merge_size**2).mean(dim=1)
 
 
+def image_of(patches: Tensor, grid: Grid, side: int, merge: int) -> Tensor:
+    """`[1, 3, H, W]` of an image's patches `[P, values]`, one patch at a time; frames are alike."""
+    image = torch.zeros(1, 3, *(count * merge * side for count in grid))
+    for (y, x), patch in zip(places(grid, merge), patches, strict=True):
+        image[0, :, y * side : (y + 1) * side, x * side : (x + 1) * side] = patch.reshape(3, -1, side, side)[:, 0]
+    return image
+
+
+def patches_of(image: Tensor, grid: Grid, side: int, merge: int) -> Tensor:
+    """The way back, to two frames."""
+    cut = [image[0, :, y * side : (y + 1) * side, x * side : (x + 1) * side] for y, x in places(grid, merge)]
+    return torch.stack([patch[:, None].expand(-1, 2, -1, -1).flatten() for patch in cut])
+
+
 def vision_tower(tower: nn.Module, patches: Tensor, grid: Grid) -> tuple[list[Tensor], list[Tensor]]:
     """Each block's output [P, C] and attention [N, P, P] (fp32), for one image whose patches come in
     groups, one a merged token in raster order of the (rows, cols) `grid`."""
@@ -138,9 +160,8 @@ def window_of(tower: nn.Module, grid: Grid) -> Tensor:
     return torch.tensor([y // side * across + x // side for y in range(grid[0]) for x in range(grid[1])])
 
 
-def places(tower: nn.Module, grid: Grid) -> list[tuple[int, int]]:
+def places(grid: Grid, merge: int) -> list[tuple[int, int]]:
     """Row and column of each patch of an image of (rows, cols) merged tokens, one group of patches after the other."""
-    merge = tower.spatial_merge_size
     return [
         (merge * y + dy, merge * x + dx)
         for y in range(grid[0])
@@ -155,7 +176,7 @@ def rotary(tower: nn.Module, grid: Grid) -> tuple[Tensor, Tensor]:
     column, and the other half repeats them."""
     half = tower.config.hidden_size // tower.config.num_heads // 2
     frequencies = 1 / 10000 ** (torch.arange(0, half, 2).float() / half)
-    angles = (torch.tensor(places(tower, grid))[..., None] * frequencies).flatten(1).repeat(1, 2)
+    angles = (torch.tensor(places(grid, tower.spatial_merge_size))[..., None] * frequencies).flatten(1).repeat(1, 2)
     return angles.cos(), angles.sin()
 
 

@@ -49,7 +49,7 @@ def table_positions(tower: nn.Module, grid: Grid) -> Tensor:
     side, table = tower.num_grid_per_side, tower.pos_embed.weight.float()
     last = [max(tower.spatial_merge_size * count - 1, 1) for count in grid]
     found = []
-    for place in qwen2_5_vl.places(tower, grid):
+    for place in qwen2_5_vl.places(grid, tower.spatial_merge_size):
         (y, dy), (x, dx) = (divmod(at * (side - 1) / most, 1) for at, most in zip(place, last, strict=True))
         low, right = min(int(y) + 1, side - 1), min(int(x) + 1, side - 1)
         corner = {(int(y), int(x)): (1 - dy) * (1 - dx)}

@@ -20,7 +20,9 @@ from transformers import PreTrainedModel
 
 from convert.crosscheck.decisions import Decider, Given
 from convert.crosscheck.layers import RaggedRows, attend, finish_layer, head, project
+from convert.crosscheck.merges import smaller_grid
 from convert.crosscheck.nuwa import ImageTensors
+from reroute_jax.routing.downsample import Downsample
 from reroute_jax.routing.plan import Schedule
 from reroute_jax.routing.stages import Stage
 
@@ -123,6 +125,8 @@ def prefill(
     """The record of a prompt `ids [S]`, and fp32 logits `[vocab]` at its last token."""
     runs = _image_runs(ids == model.config.image_token_id, [image.count for image in images])
     positions, next_position = _family_of(model).positions(model, ids, image_grid_thw)
+    if isinstance(schedule.merge, Downsample) and image_grid_thw is not None:
+        positions, next_position = _positions_of_smaller(model, ids, positions, images, runs, schedule.merge)
     rows = _decoder_input(model, ids, positions, images, runs, schedule.first_image_only)
 
     if schedule.renumbers_input:
@@ -303,6 +307,28 @@ def _decoder_input(
             visual[left] = first + image.index
     rows = RaggedRows(hidden, positions, torch.arange(len(ids)), visual, deepstack)
     return rows.take(kept.nonzero()[:, 0])
+
+
+def _positions_of_smaller(
+    model: PreTrainedModel,
+    ids: Tensor,
+    positions: Tensor,
+    images: Sequence[ImageTensors],
+    runs: Sequence[Tensor],
+    merge: Downsample,
+) -> tuple[Tensor, int]:
+    """The rows that are left where an ordinary prompt with the smaller images has them (16.4), and the next token's."""
+    side = model.model.visual.spatial_merge_size
+    cells = [image.grid if merge.blur else smaller_grid(merge, image.grid) for image in images]
+    shorter, left = ids != model.config.image_token_id, ids != model.config.image_token_id
+    for image, run in zip(images, runs, strict=True):
+        shorter[run[: len(image.index)]] = True
+        left[run[image.index]] = True
+    thw = np.array([(1, rows * side, cols * side) for rows, cols in cells])
+    found, next_position = _family_of(model).positions(model, ids[shorter], thw)
+    moved = positions.clone()
+    moved[:, left] = found
+    return moved, next_position
 
 
 def _visual_index(images: Sequence[ImageTensors]) -> Tensor:

@@ -6,6 +6,7 @@ A box is (x1, y1, x2, y2). Pure Python. No answer raises, and none gives NaN or 
 import re
 import sys
 from collections.abc import Sequence
+from numbers import Real
 
 from reroute_jax.errors import RerouteError
 
@@ -41,7 +42,12 @@ def find_box(text: str) -> Box | None:
     return tuple(min(max(float(number), -largest), largest) for number in found.groups())
 
 
-def normalise_box(box: Sequence[float], coord_format: str, size: tuple[int, int]) -> Box:
+def shrunk(size: tuple[int, int], shares: Sequence[Real]) -> tuple[float, float]:
+    """(width, height) of a frame that shrank to these shares of its own."""
+    return float(size[0] * shares[0]), float(size[1] * shares[1])
+
+
+def normalise_box(box: Sequence[float], coord_format: str, size: tuple[float, float]) -> Box:
     """Box in fractions of the image; `size` is (width, height) in pixels of the frame that the box is taken to be in.
 
     A box without any value above 1 is taken as normalised in every format; nothing is clipped or reordered. Raises

@@ -11,6 +11,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,8 @@ class Doc:
     """One question. image: RGB, as the model gets it. size: (width, height) in pixels. truth: what the score needs.
 
     cluster: label shared by questions whose answers depend on each other; empty: the question_id. bad: what is wrong
-    with the image of a question that is not to be asked; then image, size and truth are not there.
+    with the image of a question that is not to be asked; then image, size and truth are not there. shrinking: (width,
+    height) of what a run's tower sees of the image, as shares: boxes in pixels are in pixels of that (16.4).
     """
 
     doc_id: int
@@ -54,6 +56,7 @@ class Doc:
     truth: Any
     cluster: str = ""
     bad: str = ""
+    shrinking: tuple[Fraction, Fraction] = (Fraction(1), Fraction(1))
 
 
 @dataclass(frozen=True)

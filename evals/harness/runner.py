@@ -22,6 +22,7 @@ from reroute_jax.config import ModelConfig
 from reroute_jax.engine.answers import Answer
 from reroute_jax.engine.pipeline import ahead
 from reroute_jax.errors import RerouteError
+from reroute_jax.routing.downsample import Downsample
 from reroute_jax.routing.plan import Schedule
 
 Record = dict[str, Any]
@@ -264,13 +265,21 @@ def _answered(model: Answerer, task: Task, run: Run, batch: Ready, batch_size: i
     how = {"schedule": run.schedule, "max_new_tokens": task.max_new_tokens, "batch_size": batch_size}
     answers = iter(model.answer(batch.asked, **how) if batch.asked else [])
     return [
-        record if doc.bad else _scored(task, doc, record | {"schedule": run.schedule.label}, next(answers))
+        record if doc.bad else _scored(task, run, doc, record | {"schedule": run.schedule.label}, next(answers))
         for doc, record in zip(batch.docs, batch.records, strict=True)
     ]
 
 
-def _scored(task: Task, doc: Doc, record: Record, answer: Answer) -> Record:
+def _scored(task: Task, run: Run, doc: Doc, record: Record, answer: Answer) -> Record:
+    doc = as_seen(doc, run.schedule, record["visual_grid"])
     return record | {"text": answer.text, "finish": answer.finish_reason, **task.score(answer.text.strip(), doc)}
+
+
+def as_seen(doc: Doc, schedule: Schedule, grid: Sequence[int]) -> Doc:
+    """The question with what the schedule's tower sees of its image, of (rows, cols) visual tokens."""
+    if not isinstance(schedule.merge, Downsample):
+        return doc
+    return replace(doc, shrinking=schedule.merge.shrinking(tuple(grid)))
 
 
 def _read(file: Path) -> list[Record]:

@@ -19,8 +19,10 @@ from jaxtyping import Bool, Float, Int, UInt8
 from reroute_jax.buckets import TEXT_BUCKETS, bucket
 from reroute_jax.config import ModelConfig
 from reroute_jax.decoder import Prompt
+from reroute_jax.engine.smaller_images import packed, smaller_positions
 from reroute_jax.errors import RerouteError
 from reroute_jax.models import FAMILIES
+from reroute_jax.routing.downsample import Downsample
 from reroute_jax.routing.merge import Merge, merge_arrays
 from reroute_jax.routing.plan import Schedule, floors
 from reroute_jax.routing.prior import prior_scores
@@ -126,11 +128,14 @@ def lay_out(question: Question, config: ModelConfig, schedule: Schedule) -> Layo
     keep = ~is_image
     keep[is_image] = within[is_image] < left[image[is_image]]
     routed = image == 0 if schedule.first_image_only else is_image
-    kept_positions = positions[..., keep]
+    kept_positions, visual_positions = positions[..., keep], positions[..., is_image]
     if schedule.renumbers_input:
         if positions.ndim > 1:
             raise RerouteError("position_mode='renumber' has no meaning for positions of three channels: leave it out")
         kept_positions, next_position = np.arange(keep.sum()), int(keep.sum())
+    elif isinstance(schedule.merge, Downsample) and positions.ndim > 1 and question.grids:
+        given = question.ids[keep], question.grids, visual_positions, config
+        kept_positions, visual_positions, next_position = smaller_positions(schedule.merge, *given)
     return Layout(
         question,
         question.ids[keep],
@@ -138,7 +143,7 @@ def lay_out(question: Question, config: ModelConfig, schedule: Schedule) -> Layo
         image[keep],
         within[keep],
         routed[keep],
-        positions[..., is_image],
+        visual_positions,
         next_position,
         _floor(question, positions[..., is_image], config, schedule),
         _shape(routed[keep], sizes, config, schedule),
@@ -267,7 +272,7 @@ def _images(layouts: Sequence[Layout], images: int, config: ModelConfig, schedul
     first = np.zeros(images, np.int32)
     first[: len(sizes)] = np.cumsum([0, *sizes[:-1]])
     arrays = merge_arrays(schedule.merge, grids, images, family.token_bucket(max(sizes)))
-    return Images(family.pack(pixels, grids, config, images), arrays, first, schedule.merge)
+    return Images(packed(schedule.merge, pixels, grids, config, images), arrays, first, schedule.merge)
 
 
 def _seen(rows: Sequence[Layout], vocab: int) -> Bool[np.ndarray, "B vocab"]:

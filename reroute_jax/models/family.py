@@ -73,6 +73,7 @@ class Family:
 
     name: `model_type` of config.json. Modules `convert.NAME` (conversion table) and `convert.crosscheck.NAME` (PyTorch
         reference) are found by it.
+    one_grid: whether all images have the same square grid.
     options: of the options that only some families have (arguments of `load` and of the commands), those of this one.
     nuwa: rules of the method of that name, None where it has none for the family.
     released: the released routing configurations, None where there are none.
@@ -95,12 +96,14 @@ class Family:
     typical_grid(config, open_processor): that a method is planned for; the processor only where it takes one.
     settings(config, open_processor): what else a run's answers depend on, for its record.
     unpack(pixel_values, grids, config): each image's normalised pixels `[h, w, 3]`, which `preprocess` made.
+    repack(images, grids, config): pixel_values of normalised images, as `unpack` gives them.
     seen_part(size, processor): (x1, y1, x2, y2) of what the model sees of an image, in fractions of it.
     chat_template: jinja, for a checkpoint that has none of its own.
     opening(config): what its prompts begin with where a chat has no system turn.
     """
 
     name: str
+    one_grid: bool
     options: tuple[str, ...]
     nuwa: NuwaRules | None
     released: Released | None
@@ -121,6 +124,7 @@ class Family:
     typical_grid: Callable[[ModelConfig, Callable[[], Any]], Grid]
     settings: Callable[[ModelConfig, Callable[[], Any]], dict[str, Any]]
     unpack: Callable[[Any, Sequence[Grid], ModelConfig], list[np.ndarray]]
+    repack: Callable[[Sequence[np.ndarray], Sequence[Grid], ModelConfig], np.ndarray]
     seen_part: Callable[[Size, Any], tuple[float, float, float, float]]
     chat_template: str
     opening: Callable[[ModelConfig], str]

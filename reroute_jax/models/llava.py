@@ -161,6 +161,7 @@ def _pixels(fitted: Sequence[np.ndarray], processor) -> tuple[Float[np.ndarray, 
 
 FAMILY = Family(
     name=NAME,
+    one_grid=True,
     options=("vicuna_system", "llava_image_mode"),
     nuwa=NuwaRules(
         "previous_layer",
@@ -189,6 +190,7 @@ FAMILY = Family(
     typical_grid=lambda config, open_processor: config.vision.grid,
     settings=lambda config, open_processor: {"vicuna_system": config.vicuna_system},
     unpack=lambda pixel_values, grids, config: list(np.asarray(pixel_values, np.float32).transpose(0, 2, 3, 1)),
+    repack=lambda images, grids, config: np.stack(images).transpose(0, 3, 1, 2),
     seen_part=_seen_part,
     chat_template=CHAT_TEMPLATE,
     opening=lambda config: VICUNA_SYSTEM if config.vicuna_system else "",

@@ -37,7 +37,7 @@ from reroute_jax.routing.merge import Merge, reduced
 from reroute_jax.types import AnyArray, Grid
 from reroute_jax.vision.qwen2_5 import QwenImages, QwenTower
 from reroute_jax.vision.qwen_config import QwenVisionConfig
-from reroute_jax.vision.qwen_images import final_size, fit, patches, preprocess, unpack, visual_grid
+from reroute_jax.vision.qwen_images import final_size, fit, patches, preprocess, repack, unpack, visual_grid
 from reroute_jax.vision.qwen_windows import QwenPixels, pack
 
 NAME = "qwen2_5_vl"
@@ -119,6 +119,7 @@ def _settings(config: ModelConfig, open_processor: Callable[[], Any]) -> dict[st
 
 FAMILY = Family(
     name=NAME,
+    one_grid=False,
     options=("mrope_compat", "pixel_limits"),
     nuwa=replace(
         NUWA_RULES,
@@ -146,6 +147,7 @@ FAMILY = Family(
     typical_grid=typical_grid,
     settings=_settings,
     unpack=lambda pixel_values, grids, config: unpack(pixel_values, grids, config.vision),
+    repack=lambda images, grids, config: repack(images, grids, config.vision),
     seen_part=whole_image,
     chat_template=CHAT_TEMPLATE,
     opening=lambda config: "",

@@ -40,7 +40,7 @@ from reroute_jax.types import AnyArray, Grid
 from reroute_jax.vision.qwen3 import Qwen3Images, Qwen3Tower
 from reroute_jax.vision.qwen3_packing import Qwen3Pixels, pack
 from reroute_jax.vision.qwen_config import Qwen3VisionConfig
-from reroute_jax.vision.qwen_images import fit_once, grid_of, patches, preprocess, single_size, unpack
+from reroute_jax.vision.qwen_images import fit_once, grid_of, patches, preprocess, repack, single_size, unpack
 
 NAME = "qwen3_vl"
 # Of transformers, where config.json names none.
@@ -129,6 +129,7 @@ def _settings(config: ModelConfig, open_processor: Callable[[], Any]) -> dict[st
 
 FAMILY = Family(
     name=NAME,
+    one_grid=False,
     options=("pixel_limits",),
     # Nuwa was not released for this family: those of Qwen2.5-VL.
     nuwa=NUWA_RULES,
@@ -152,6 +153,7 @@ FAMILY = Family(
     typical_grid=typical_grid,
     settings=_settings,
     unpack=lambda pixel_values, grids, config: unpack(pixel_values, grids, config.vision),
+    repack=lambda images, grids, config: repack(images, grids, config.vision),
     seen_part=whole_image,
     chat_template=CHAT_TEMPLATE,
     opening=lambda config: "",

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from reroute_jax.routing.divprune import DivPrune
+from reroute_jax.routing.downsample import Downsample
 from reroute_jax.routing.hiprune import HiPrune
 from reroute_jax.routing.nuwa import NuwaMerge
 from reroute_jax.routing.pool import PoolMerge
@@ -22,8 +23,8 @@ from reroute_jax.types import AnyArray, Grid
 
 # Each has `anchors(visual, grid)` and `cap(visual)`, the tokens that it leaves; `arrays(grid, tokens)`, of one image of
 # up to `tokens` tokens; and `reduce(tower, arrays)`, features at decoder width and the token that each stands for.
-Merge = NuwaMerge | PoolMerge | DivPrune | HiPrune | VisionZip
-MERGES = {merge.__name__: merge for merge in (NuwaMerge, PoolMerge, DivPrune, HiPrune, VisionZip)}
+Merge = NuwaMerge | PoolMerge | Downsample | DivPrune | HiPrune | VisionZip
+MERGES = {merge.__name__: merge for merge in (NuwaMerge, PoolMerge, Downsample, DivPrune, HiPrune, VisionZip)}
 
 
 def merge_arrays(merge: Merge | None, grids: Sequence[Grid], images: int, tokens: int) -> dict[str, np.ndarray]:

@@ -13,6 +13,7 @@ from reroute_jax.models import FAMILIES
 from reroute_jax.routing.budget import TIERS, parsed_budget, share_of
 from reroute_jax.routing.decoder_methods import feather, ivc, v2drop
 from reroute_jax.routing.divprune import DivPrune
+from reroute_jax.routing.downsample import Downsample
 from reroute_jax.routing.hiprune import HiPrune
 from reroute_jax.routing.nuwa_schedule import nuwa
 from reroute_jax.routing.plan import Schedule
@@ -142,6 +143,12 @@ def _amount(request: Request) -> dict[str, Fraction | int]:
     return {"count": int(keep)} if isinstance(keep, Integral) else {"share": Fraction(keep).limit_denominator(10**6)}
 
 
+def _downsample(request: Request) -> Schedule:
+    """A smaller image, no decisions."""
+    square = FAMILIES[request.family].one_grid
+    return request.schedule((), (), merge=Downsample(**_amount(request), square=square, blur=request.switches.blur))
+
+
 def _divprune(request: Request) -> Schedule:
     return request.schedule((), (), merge=DivPrune(**_amount(request)))
 
@@ -178,6 +185,7 @@ METHODS: dict[str, Method] = {
     "random": Method(_random),
     "uniform": Method(_uniform),
     "pool": Method(_pool, has_actions=False),
+    "downsample": Method(_downsample, has_actions=False),
     "layout": Method(_layout, has_actions=False),
     "divprune": Method(_divprune, has_actions=False),
     "hiprune": Method(_hiprune, has_actions=False),

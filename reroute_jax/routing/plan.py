@@ -121,7 +121,7 @@ class Schedule:
 
     @property
     def renumbers_input(self) -> bool:
-        """Whether positions are counted anew over what a reduction of 16.1 to 16.3 leaves (18.5)."""
+        """Whether positions are counted anew over what a reduction of section 16 leaves (18.5)."""
         return self.position_mode == "renumber" and isinstance(self.merge, Kept)
 
     @property

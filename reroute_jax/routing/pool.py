@@ -66,10 +66,15 @@ def pool_weights(
     Cell r covers patch rows floor(r * h / rows) to ceil((r + 1) * h / rows), so cells overlap where h / rows is no
     integer; likewise columns. Centre indices ascend and are all different.
     """
-    across, row_centres = _windows(grid[0], cells[0])
-    along, col_centres = _windows(grid[1], cells[1])
+    across, along = (_windows(size, count)[0] for size, count in zip(grid, cells, strict=True))
     weights = np.einsum("rh,cw->rchw", across, along).reshape(cells[0] * cells[1], -1)
-    return weights, (row_centres[:, None] * grid[1] + col_centres).ravel()
+    return weights, cell_centres(grid, cells)
+
+
+def cell_centres(grid: Grid, cells: Grid) -> Int[np.ndarray, " cells"]:
+    """The index of each cell's centre patch."""
+    rows, cols = (_windows(size, count)[1] for size, count in zip(grid, cells, strict=True))
+    return (rows[:, None] * grid[1] + cols).ravel()
 
 
 def _windows(size: int, cells: int) -> tuple[Float[np.ndarray, "cells size"], Int[np.ndarray, " cells"]]:

@@ -20,7 +20,7 @@ AMOUNTS = ("keep_ratio", "keep")
 _STAGED = ("fastv", "pdrop", "random", "uniform", "layout")
 _INSIDE = ("feather", "v2drop", "ivc")
 _ROUTED = ("fastv", "pdrop", "nuwa", "random", "uniform", "layout", *_INSIDE)
-_BEFORE = ("divprune", "hiprune", "visionzip")
+_BEFORE = ("divprune", "hiprune", "visionzip", "downsample")
 _EVERY = ("fastv", "pdrop", "nuwa", "random", "uniform", "layout")
 _POSITIONED = ("fastv", "pdrop", "nuwa", "random", "uniform", "pool", "layout", *_BEFORE)
 
@@ -82,7 +82,7 @@ class Switches:
     )
     position_mode: str = _switch(
         "original",
-        "keep token positions, or renumber after each decision and behind a reduction of 16.1 to 16.3",
+        "keep token positions, or renumber after each decision and behind a reduction of section 16",
         _POSITIONED,
         choices=POSITION_MODES,
     )
@@ -173,6 +173,12 @@ class Switches:
         ("hiprune",),
         choices=NEIGHBOURS,
         defect=True,
+    )
+    blur: bool = _switch(
+        False,
+        "resize the smaller image back, with all its tokens: what the lost resolution costs (16.4)",
+        ("downsample",),
+        kind=bool,
     )
     deepstack: str = _switch(
         "all",

@@ -6,10 +6,12 @@ F features: D for each hidden state that the projector sees.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -138,7 +140,33 @@ class ClipTower(nnx.Module):
         """Hidden state 0: the input of the first block."""
         patches = self.patch_embed(pixels.astype(self.class_embed.dtype))
         first = jnp.broadcast_to(self.class_embed[...], (len(patches), 1, patches.shape[-1]))
-        return self.pre_norm(jnp.concatenate([first, patches], axis=1) + self.position_embed[...])
+        side = self.patch_embed.kernel.shape[2]
+        positions = self.positions(pixels.shape[2] // side, pixels.shape[3] // side)
+        return self.pre_norm(jnp.concatenate([first, patches], axis=1) + positions)
+
+    def positions(self, rows: int, cols: int) -> Float[Array, "C D"]:
+        """The table, for images of another size resized as transformers' `interpolate_pos_encoding` does it; the class
+        token keeps its own."""
+        table = self.position_embed[...]
+        side = math.isqrt(len(table) - 1)
+        if (rows, cols) == (side, side):
+            return table
+        square = table[1:].reshape(side, side, -1).astype(jnp.float32)
+        weights = cubic_weights(side, rows), cubic_weights(side, cols)
+        resized = jnp.einsum("ry,cx,yxD->rcD", *weights, square, precision=jax.lax.Precision.HIGHEST)
+        return jnp.concatenate([table[:1], resized.reshape(rows * cols, -1).astype(table.dtype)])
+
+
+def cubic_weights(size: int, count: int) -> Float[np.ndarray, "count size"]:
+    """fp32 weights of bicubic resizing along one axis as PyTorch has it: a = -0.75, centres of cells on centres, places
+    beyond the border read the border."""
+    a, at = -0.75, (np.arange(count) + 0.5) * size / count - 0.5
+    taps = np.floor(at).astype(int)[:, None] + np.arange(-1, 3)
+    d = np.abs(at[:, None] - taps)
+    near, far = ((a + 2) * d - (a + 3)) * d**2 + 1, ((a * d - 5 * a) * d + 8 * a) * d - 4 * a
+    weights = np.zeros((count, size))
+    np.add.at(weights, (np.arange(count)[:, None], np.clip(taps, 0, size - 1)), np.where(d <= 1, near, far))
+    return weights.astype(np.float32)
 
 
 class Projector(nnx.Module):

@@ -132,3 +132,17 @@ def unpack(
         images.append(image.reshape(rows * merge * side, cols * merge * side, 3))
         first += count
     return images
+
+
+def repack(
+    images: Sequence[Float[np.ndarray, "_ _ 3"]],
+    grids: Sequence[Grid],
+    config: QwenVisionConfig | Qwen3VisionConfig,
+) -> Float[np.ndarray, "patches values"]:
+    """The patches that `unpack` made these images of; of each patch all frames are alike."""
+    merge, side, found = config.merge, config.patch_size, []
+    for image, (rows, cols) in zip(images, grids, strict=True):
+        patches = image.reshape(rows, merge, side, cols, merge, side, 3).transpose(0, 3, 1, 4, 6, 2, 5)
+        frames = np.repeat(patches[:, :, :, :, :, None], config.temporal_patch_size, axis=5)
+        found.append(frames.reshape(rows * cols * merge**2, -1))
+    return np.concatenate(found)

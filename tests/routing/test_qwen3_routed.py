@@ -35,6 +35,7 @@ ROUTES = {
     "uniform-running": {"method": "uniform", "action": "reroute", "deepstack": "running"},
     "v2drop-reroute": {"method": "v2drop", "action": "reroute", "layers": (1, 2, 4)},
     "pool": {"method": "pool"},
+    "downsample": {"method": "downsample"},
     "divprune": {"method": "divprune"},
     "visionzip": {"method": "visionzip"},
     "hiprune": {"method": "hiprune"},

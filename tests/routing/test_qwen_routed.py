@@ -38,6 +38,8 @@ ROUTES = {
     "random-reroute": {"method": "random", "action": "reroute", "seed": 3},
     "uniform": {"method": "uniform", "action": "delete"},
     "pool": {"method": "pool"},
+    "downsample": {"method": "downsample"},
+    "downsample-blur": {"method": "downsample", "blur": True},
     "layout": {"method": "layout"},
     "divprune": {"method": "divprune"},
     "hiprune": {"method": "hiprune"},
@@ -62,7 +64,7 @@ GENERATED = {
     "nuwa-0.5-reroute",
     "ivc",
 }
-GENERATED |= {"ivc", "random-reroute", "pool", "layer-0"}
+GENERATED |= {"ivc", "random-reroute", "pool", "downsample", "layer-0"}
 
 # A row with one image, one with two, one with a small one, one without: a batch. Then one that is long: attention goes
 # in blocks, and errors of rope grow with the distance.

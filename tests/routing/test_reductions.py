@@ -147,7 +147,7 @@ def test_asking():
     assert plan("visionzip", **sizes, budget=128).merge == VisionZip(Fraction(2, 9))
     flat = plan("hiprune", **sizes, keep=Fraction(1, 9), neighbours="flat")
     assert flat.merge == HiPrune(Fraction(1, 9), neighbours="flat") and Schedule.from_record(flat.to_record()) == flat
-    assert set(MERGES) == {"NuwaMerge", "PoolMerge", "DivPrune", "HiPrune", "VisionZip"}
+    assert set(MERGES) == {"NuwaMerge", "PoolMerge", "Downsample", "DivPrune", "HiPrune", "VisionZip"}
 
 
 @pytest.mark.parametrize(
