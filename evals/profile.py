@@ -26,7 +26,7 @@ from reroute_jax.engine import programs
 from reroute_jax.engine.batching import Batch
 from reroute_jax.errors import RerouteError
 from reroute_jax.nn.cache import ROOM
-from reroute_jax.routing.cost import compute, kv_width, scored_rows
+from reroute_jax.routing.cost import compute, kv_width, repair_macs, scored_rows
 from reroute_jax.routing.plan import Schedule
 from reroute_jax.routing.static_plan import RoutingPlan, StagePlan
 
@@ -100,15 +100,15 @@ def stage_costs(subject: Subject, schedule: Schedule, batch: int) -> list[StageC
     config, costs = subject.model.config.decoder, []
     entering = schedule.merged_count(subject.visual, subject.grid)
     plan = schedule.resolve(entering)
-    scored = iter(scored_rows(schedule, entering))
+    scored = iter(zip(scored_rows(schedule, entering), repair_macs(schedule, config, entering), strict=True))
     cache = lowered(plan).compile().out_info.cache
     before = _flops(counted(replace(plan, stages=(_empty(plan.stages[0]),))))
     for number, (stage, cached) in enumerate(zip(plan.stages, cache.stages, strict=True)):
-        rows = subject.text + (entering if stage.cap is None else stage.cap)
+        rows = subject.text + (entering if stage.cap is None else stage.cap + stage.proxies)
         total = _flops(counted(replace(plan, stages=plan.stages[: number + 1])))
-        visual, score = (0, None) if stage.cap is None else next(scored)
-        scoring = 0 if score is None else score.macs(config, visual, subject.text)
-        reuses = score is not None and score.reuses_keys and plan.position_mode == "original"
+        (visual, score), repair = ((0, None), 0) if stage.cap is None else next(scored)
+        scoring = 0 if score is None else score.macs(config, visual, subject.text) + repair
+        reuses = score is not None and score.reuses_keys and plan.position_mode == "original" and not stage.proxies
         buffers = [*cached.keys[:1], *cached.values[:1]]
         costs.append(
             StageCost(

@@ -37,6 +37,7 @@ from reroute_jax.routing.ops import (
     scatter,
     whole_share,
 )
+from reroute_jax.routing.repair import REPAIRS, Bypass
 from reroute_jax.routing.scores import SCORES, LastLayer, Ranked, Sight, hidden_change
 from reroute_jax.routing.static_plan import RoutingPlan, StagePlan
 from reroute_jax.types import AnyArray
@@ -107,10 +108,11 @@ class Prompt:
 @jax.tree_util.register_dataclass
 @dataclass
 class Decision:
-    """What one decision saw and chose, by original visual index."""
+    """What one decision saw and chose, by original visual index. proxies: how many rows ran for tokens that wait."""
 
     scores: Float[Array, "B n"]
     selected: Bool[Array, "B n"]
+    proxies: Int[Array, " B"]
 
 
 @jax.tree_util.register_dataclass
@@ -180,6 +182,7 @@ def walk(
         rows = prompt_rows(decoder, prompt, features, anchors, plan.renumbers_input)
     stages, finite, decisions, ran, last, change = [], [], [], [], None, None
     for stage in plan.stages:
+        bypass = Bypass()
         if stage.cap is None:
             active, slots, keys = rows, None, None
         else:
@@ -190,14 +193,17 @@ def walk(
                 if stage.share is not None:
                     keep = jnp.maximum(1, whole_share(stage.share, decisions[-1].selected.sum(axis=1)))
                 chosen = _choose(ranked, rows, prompt, stage, number, keep)
-                decisions.append(decision_of(ranked.scores, chosen, rows, prompt))
-                slots = compact_slots(chosen | (rows.valid & (rows.visual < 0)), prompt.text_slots + stage.cap)
+                bypass = _bypass(stage, rows, chosen, prompt)
+                decisions.append(decision_of(ranked.scores, chosen, rows, prompt, bypass))
+                runs = bypass.running(chosen) | (rows.valid & (rows.visual < 0))
+                slots = compact_slots(runs, prompt.text_slots + stage.cap + stage.proxies)
             if stage.action == "layout":
                 rows = replace(rows, eligible=chosen)
             with jax.named_scope("gather"):
-                active, keys = gather(rows, slots), ranked.keys
+                # The keys that scoring computed are not those of proxies.
+                active, keys = gather(bypass.entering(rows), slots), None if stage.proxies else ranked.keys
                 if plan.position_mode == "renumber":
-                    # The keys that scoring computed are rotated by the old positions.
+                    # And they are rotated by the old positions.
                     active, keys = replace(active, rope=_consecutive(active.valid, decoder.config)), None
                 keys = None if keys is None else gather_keys(keys, slots)
         active, last, cached = _run_stage(decoder, stage, active, keys, plan, deepstack)
@@ -213,10 +219,10 @@ def walk(
             else:
                 if plan.deepstack == "all":
                     rows = replace(rows, hidden=deepstack(rows.hidden, rows.slot, range(stage.lo, stage.hi)))
-                rows = scatter(rows, slots, active)
+                rows = bypass.returned(rows, scatter(rows, slots, active))
                 if tracked:
                     before = jnp.zeros(rows.valid.shape, jnp.float32) if change is None else change
-                    change = put_rows(before, slots, moved)
+                    change = bypass.untouched(before, put_rows(before, slots, moved))
     if plan.cut_caches != "no" and decisions:
         stages = cut(stages, ran, first_too=plan.cut_caches == "all")
     return Walked(active, jnp.stack(finite), KVCache(tuple(stages)), tuple(decisions))
@@ -344,7 +350,16 @@ def _consecutive(valid: Bool[Array, "B T"], config: DecoderConfig) -> Rope:
     return rope_tables(jnp.broadcast_to(jnp.arange(valid.shape[1]), valid.shape), config)
 
 
-def decision_of(scores: Float[Array, "B T"], chosen: Bool[Array, "B T"], rows: Rows, prompt: Prompt) -> Decision:
+def _bypass(stage: StagePlan, rows: Rows, chosen: Bool[Array, "B T"], prompt: Prompt) -> Bypass:
+    """What becomes of the candidates that were not chosen."""
+    visual = prompt.routed.sum(axis=1)
+    return REPAIRS[stage.repair].leave(rows, chosen, rows.eligible & ~chosen, visual, stage.proxies)
+
+
+def decision_of(
+    scores: Float[Array, "B T"], chosen: Bool[Array, "B T"], rows: Rows, prompt: Prompt, bypass: Bypass
+) -> Decision:
     count = prompt.visual_positions.shape[-1]
     scores = jnp.where(rows.eligible, scores, -jnp.inf)
-    return Decision(by_visual_index(scores, rows.visual, count), by_visual_index(chosen, rows.visual, count))
+    by_index = (by_visual_index(values, rows.visual, count) for values in (scores, chosen))
+    return Decision(*by_index, bypass.proxies(rows))

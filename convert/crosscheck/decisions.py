@@ -54,7 +54,8 @@ class Decider:
         """Outputs and cache entry of a layer."""
         bidirectional = number == self.schedule.bidirectional_layer
         output, entry = run_layer(self.model, number, rows, unseen_rows(len(rows), bidirectional))
-        self.change[rows.origin] = hidden_change(rows.hidden, output)
+        own = rows.origin >= 0  # proxies are no rows of the prompt
+        self.change[rows.origin[own]] = hidden_change(rows.hidden[own], output[own])
         return output, entry
 
     def score(self, given: Given) -> Tensor:

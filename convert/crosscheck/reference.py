@@ -22,6 +22,7 @@ from convert.crosscheck.decisions import Decider, Given
 from convert.crosscheck.layers import RaggedRows, attend, finish_layer, head, project
 from convert.crosscheck.merges import smaller_grid
 from convert.crosscheck.nuwa import ImageTensors
+from convert.crosscheck.repairs import BYPASSES
 from reroute_jax.routing.downsample import Downsample
 from reroute_jax.routing.plan import Schedule
 from reroute_jax.routing.stages import Stage
@@ -190,10 +191,12 @@ def route(
     first generated token, until renumbering changes it.
     """
     allowed, active, before = rows.visual >= 0, torch.arange(len(rows)), None
-    count, walk = int(allowed.sum()), Walk()
+    count, walk, bypass = int(allowed.sum()), Walk(), None
     for stage in schedule.stages:
         decides = stage.decides and count > 0
         if decides:
+            if bypass is not None:
+                rows = bypass.repaired(rows)
             kept = len(walk.decisions[-1].selected) if stage.of_kept and walk.decisions else count
             keep = min(keep_count(stage, kept), int(allowed.sum()))
             given = Given(stage, len(walk.decisions), keep, rows, allowed, before)
@@ -203,7 +206,9 @@ def route(
             walk.decisions.append(_decision(stage, rows, scores, chosen, original))
             runs = rows.visual < 0
             runs[chosen] = True
-            active = runs.nonzero()[:, 0]
+            active, bypass = runs.nonzero()[:, 0], None
+            if stage.repair is not None and stage is not schedule.stages[-1]:
+                bypass = BYPASSES[stage.repair](rows, (allowed & ~runs).nonzero()[:, 0], chosen, count)
             if stage.action == "layout":
                 allowed = runs & (rows.visual >= 0)
             elif stage.action == "delete":
@@ -215,9 +220,12 @@ def route(
             rows = replace(rows, position=positions) if stage.action == "delete" else rows
         for layer in range(stage.lo, stage.hi):
             before = replace(rows.take(active), position=positions)
+            if bypass is not None:
+                before = bypass.joined(before)
             output, entry = layer_fn(layer, before)
+            ran = output if bypass is None else bypass.without_proxies(output)
             hidden = rows.hidden.clone()
-            hidden[active] = output
+            hidden[active] = ran
             rows = replace(rows, hidden=hidden)
             rows = rows.added(layer, active if schedule.deepstack == "running" else torch.arange(len(rows)))
             walk.ran.append(before.origin.numpy())

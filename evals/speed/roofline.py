@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from reroute_jax.config import DecoderConfig
 from reroute_jax.engine.compilation import compiled
 from reroute_jax.nn.products import matmul
-from reroute_jax.routing.cost import compute, kv_width, scored_rows, visual_per_layer
+from reroute_jax.routing.cost import compute, kv_width, repair_macs, scored_rows, visual_per_layer
 from reroute_jax.routing.plan import Schedule
 
 ROW = 2048  # of the array that is read
@@ -94,6 +94,9 @@ def prefill_bound(
         macs, rows = batch * score.macs(config, present, text), batch * (present + text)
         moved = d * (heads + kv) + rows * (d + kv) if score.projects else 0
         total += machine.seconds(macs, itemsize * moved)
+    for macs in repair_macs(schedule, config, visual):
+        # Reads the rows that wait, about all of them, and writes them.
+        total += machine.seconds(batch * macs, itemsize * 2 * batch * visual * d * (macs > 0))
     return total + machine.seconds(batch * d * config.vocab_size, itemsize * d * config.vocab_size)
 
 

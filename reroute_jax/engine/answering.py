@@ -78,16 +78,16 @@ def _chosen(
 
 @dataclass(frozen=True)
 class Ran:
-    """What a prefill left, on the host. selected: tokens of each row, by decision. cached: of each stage of the cache
-    the number of its layers, and the tokens that each row holds in one."""
+    """What a prefill left, on the host. running: by decision what of each row ran instead of its visual tokens, proxies
+    too. cached: of each stage of the cache the number of its layers, and the tokens that each row holds in one."""
 
-    selected: tuple[np.ndarray, ...]
+    running: tuple[np.ndarray, ...]
     cached: tuple[tuple[int, np.ndarray], ...]
 
     @classmethod
     def of(cls, prefilled: Prefilled) -> Ran:
         return cls(
-            tuple(np.asarray(decision.selected).sum(axis=1) for decision in prefilled.decisions),
+            tuple(np.asarray(one.selected).sum(axis=1) + np.asarray(one.proxies) for one in prefilled.decisions),
             tuple((len(stage.keys), np.asarray(stage.length)) for stage in prefilled.cache.stages),
         )
 
@@ -95,10 +95,10 @@ class Ran:
 def usage_of(module: nnx.Module, layout: Layout, plan: RoutingPlan, ran: Ran, row: int, new_tokens: int) -> Usage:
     """Of a question in `row` of a batch under `plan`, the id that ended its answer among the new tokens."""
     decoder = module.config.decoder
-    selected, layers = iter(ran.selected), []
+    running, layers = iter(ran.running), []
     fixed = layout.visual - int(layout.routed.sum())
     for stage in plan.stages:
-        visual = layout.visual if stage.cap is None else fixed + int(next(selected)[row])
+        visual = layout.visual if stage.cap is None else fixed + int(next(running)[row])
         layers += [visual] * (stage.hi - stage.lo)
     cached = sum(count * int(length[row]) for count, length in ran.cached)
     # The last token is chosen and not fed.

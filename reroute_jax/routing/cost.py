@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from reroute_jax.config import DecoderConfig
 from reroute_jax.routing.plan import Schedule
+from reroute_jax.routing.repair import REPAIRS
 from reroute_jax.routing.scores import SCORES, Score
 
 FORMS = ("fastv", "swiglu", "gqa")
@@ -19,7 +20,7 @@ class Compute:
     """Multiply-accumulates of one row's prefill through the decoder layers, the papers' "FLOPs" (8.1).
 
     fastv: two-matrix MLP; swiglu: three; gqa: three, and keys and values at their own width. scoring: of the decisions,
-    each by its score's own formula (8.2, 20); in none of the three.
+    each by its score's own formula and its repair's (8.2, 20); in none of the three.
     """
 
     fastv: int
@@ -63,9 +64,10 @@ class Account:
 
 
 def visual_per_layer(schedule: Schedule, visual: int) -> list[int]:
-    """Visual tokens that each decoder layer runs, and caches, of a row with `visual` at the decoder input (8.3)."""
+    """Visual tokens that each decoder layer runs, and caches, of a row with `visual` at the decoder input (8.3), with
+    the proxies among them (15.2)."""
     plan = schedule.resolve(visual)
-    return [visual if s.cap is None else s.cap for s in plan.stages for _ in range(s.lo, s.hi)]
+    return [visual if s.cap is None else s.cap + s.proxies for s in plan.stages for _ in range(s.lo, s.hi)]
 
 
 def account(
@@ -84,7 +86,7 @@ def account(
     schedule.check_depth(config.num_layers)
     entering = schedule.merged_count(visual, grid)
     per_layer = visual_per_layer(schedule, entering)
-    scored = scored_rows(schedule, entering)
+    scored, repairs = scored_rows(schedule, entering), repair_macs(schedule, config, entering)
     cached = cached_per_layer(schedule, per_layer)
     kv_tokens = sum(cached) + config.num_layers * text
     return Account(
@@ -92,9 +94,11 @@ def account(
         visual=visual,
         average=sum(per_layer) / config.num_layers,
         nominal=_nominal(schedule, entering),
-        visual_only=compute(config, per_layer, [score.macs(config, rows, 0) for rows, score in scored]),
+        visual_only=compute(config, per_layer, [*repairs, *(score.macs(config, rows, 0) for rows, score in scored)]),
         prompt=compute(
-            config, [v + text for v in per_layer], [score.macs(config, rows, text) for rows, score in scored]
+            config,
+            [v + text for v in per_layer],
+            [*repairs, *(score.macs(config, rows, text) for rows, score in scored)],
         ),
         kv_visual=sum(cached),
         kv_tokens=kv_tokens,
@@ -123,6 +127,17 @@ def scored_rows(schedule: Schedule, visual: int) -> list[tuple[int, Score]]:
         if stage.action == "delete":
             present = stage.cap
     return rows
+
+
+def repair_macs(schedule: Schedule, config: DecoderConfig, visual: int) -> list[int]:
+    """Multiply-accumulates of each decision's repair, of a row with `visual` tokens at the decoder input (20)."""
+    found, present = [], visual
+    for stage in schedule.resolve(visual).stages:
+        if stage.cap is not None:
+            found.append(REPAIRS[stage.repair].macs(config, visual, present - stage.cap))
+        if stage.action == "delete":
+            present = stage.cap
+    return found
 
 
 def cached_per_layer(schedule: Schedule, per_layer: Sequence[int]) -> list[int]:

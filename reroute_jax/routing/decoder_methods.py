@@ -1,14 +1,17 @@
-"""FEATHER, V2Drop and IVC-Prune: methods of one or more decisions inside the decoder, at any budget and depth (17)."""
+"""FEATHER, V2Drop, IVC-Prune and SwiftVLM: methods of one or more decisions inside the decoder, at any budget and
+depth (17)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from fractions import Fraction
 from itertools import pairwise
 
 from reroute_jax.errors import RerouteError
 from reroute_jax.routing.floors import RotaryAnchors, StrideGrid, stride_grid
 from reroute_jax.routing.plan import Schedule
+from reroute_jax.routing.repair import ProxyOffset
 from reroute_jax.routing.request import Request
 from reroute_jax.routing.solver import scaled_layer
 
@@ -96,6 +99,24 @@ def ivc(request: Request) -> Schedule:
         union=switches.ivc_llava_release,
         cut_caches=cut,
     )
+
+
+def swiftvlm(request: Request) -> Schedule:
+    """Attention of the last token on all tokens at every decision; proxies run for those that wait, and repair them
+    (15.2). SwiftVLM (arXiv 2602.03134): three decisions, here with equal counts (17)."""
+    switches, depth = replace(request.switches, repair=request.switches.repair or "proxy_offset"), request.num_layers
+    if request.action == "delete":
+        raise RerouteError("method 'swiftvlm' lets tokens return, it has no action='delete'")
+    first = max(1, scaled_layer(3, depth))
+    second = max(first + 1, scaled_layer(11, depth))
+    layers = switches.layers or (first, second, max(second + 1, scaled_layer(15, depth)))
+    keep = switches.keep and switches.keep * (len(layers) if len(switches.keep) == 1 else 1)
+    if not keep:
+        _spans(layers, len(layers), depth)
+        waiting = ProxyOffset().proxies(request.visual, request.visual) if switches.repair == "proxy_offset" else 0
+        proxies = Fraction(waiting * (layers[-1] - layers[0]), request.visual)
+        keep = (_share(request, layers[0], Fraction(depth - layers[0]), proxies),) * len(layers)
+    return replace(request, action="reroute", switches=switches).schedule(layers, keep)
 
 
 def _two(first: int, depth: int) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from numbers import Integral, Real
 from reroute_jax.errors import RerouteError, one_of
 from reroute_jax.models import FAMILIES
 from reroute_jax.routing.budget import TIERS, parsed_budget, share_of
-from reroute_jax.routing.decoder_methods import feather, ivc, v2drop
+from reroute_jax.routing.decoder_methods import feather, ivc, swiftvlm, v2drop
 from reroute_jax.routing.divprune import DivPrune
 from reroute_jax.routing.downsample import Downsample
 from reroute_jax.routing.hiprune import HiPrune
@@ -193,4 +193,5 @@ METHODS: dict[str, Method] = {
     "feather": Method(feather),
     "v2drop": Method(v2drop),
     "ivc": Method(ivc),
+    "swiftvlm": Method(swiftvlm, has_actions=False),
 }

@@ -22,7 +22,7 @@ from reroute_jax.nn.layers import Rope, take_rows
 class Rows:
     """Hidden states that travel together.
 
-    slot: where a row stood in the prompt, -1 for padding.
+    slot: where a row stood in the prompt, -1 for padding and for proxies (15.2).
     visual: index of a visual token among its row's original visual tokens, -1 for text.
     eligible: visual tokens that the next decision may select.
     """

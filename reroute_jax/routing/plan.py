@@ -23,6 +23,7 @@ from reroute_jax.routing import records
 from reroute_jax.routing.floors import FLOORS, Floor
 from reroute_jax.routing.kept import Kept
 from reroute_jax.routing.merge import MERGES, Merge
+from reroute_jax.routing.repair import REPAIRS
 from reroute_jax.routing.scores import SCORES
 from reroute_jax.routing.stages import ACTIONS, Stage
 from reroute_jax.routing.static_plan import RoutingPlan, StagePlan
@@ -83,6 +84,7 @@ class Schedule:
             raise RerouteError(f"the seed is {self.seed}, expected a whole number from 0 on")
         self._check_scores()
         self._check_floors()
+        self._check_repairs()
         for what in ("ratio", "count"):
             of_input = [None if stage.of_kept else getattr(stage, what) for stage in self.decisions]
             _check_falling(what, self.decisions, of_input)
@@ -99,6 +101,16 @@ class Schedule:
                     f"score={stage.score!r} at layer {stage.lo}: after a decision that {before.action}s, the layer "
                     "before has not seen every token, use 'last_token' there"
                 )
+
+    def _check_repairs(self) -> None:
+        used = {stage.repair for stage in self.decisions}
+        if self.position_mode == "renumber" and used - {None}:
+            raise RerouteError("position_mode='renumber' is for runs without a repair, use 'original'")
+        if self.deepstack == "running" and "mean_offset" in used:
+            raise RerouteError(
+                "deepstack='running' and repair='mean_offset', which hands on what only tokens that ran may get: use "
+                "deepstack='all' or another repair"
+            )
 
     def _check_floors(self) -> None:
         united = False
@@ -144,13 +156,14 @@ class Schedule:
         floor: Floor | Sequence[Floor | None] | None = None,
         union: bool | Sequence[bool] = False,
         of_kept: bool | Sequence[bool] = False,
+        repair: str | Sequence[str | None] | None = None,
         **more,
     ) -> Schedule:
         """Schedule that decides at the input of each of `layers` (0-based, ascending, below `num_layers`).
 
         keep: one entry a decision, a whole number is a count, any other a ratio in (0, 1]. action ("delete", "reroute"
-        or "layout"), score, floor, union, of_kept: one for all decisions, or one for each, as of `Stage`. more: other
-        fields of the schedule. Raises RerouteError on any inconsistency.
+        or "layout"), score, floor, union, of_kept, repair: one for all decisions, or one for each, as of `Stage`; one
+        repair is for those that reroute. more: other fields of the schedule. Raises RerouteError on any inconsistency.
         """
         if not all(isinstance(layer, Integral) for layer in layers):
             raise RerouteError(f"decision layers are {list(layers)}, expected whole numbers")
@@ -159,6 +172,14 @@ class Schedule:
         parts = {name: _for_each(value, len(layers)) for name, value in given.items()}
         for name in parts["action"] or [action]:
             one_of("action", name, ACTIONS)
+        if repair is None or isinstance(repair, str):
+            parts["repair"] = [repair if name == "reroute" else None for name in parts["action"]]
+            if repair is not None and layers and "reroute" not in parts["action"]:
+                raise RerouteError(
+                    f"repair={repair!r} is for tokens that return and no decision reroutes: leave it out"
+                )
+        else:
+            parts["repair"] = list(repair)
         sizes = {"keep": len(keep), **{name: len(values) for name, values in parts.items()}}
         if odd := [f"{size} of {name}" for name, size in sizes.items() if size != len(layers)]:
             raise RerouteError(f"{len(layers)} decision layers with {', '.join(odd)}, expected one for every layer")
@@ -202,7 +223,7 @@ class Schedule:
             if not s.decides:
                 stages.append(StagePlan(s.lo, s.hi, None, None, None))
                 continue
-            keep, most = next(counts)
+            keep, most, candidates = next(counts)
             stages.append(
                 StagePlan(
                     s.lo,
@@ -215,11 +236,13 @@ class Schedule:
                     keeps_seeds=s.floor is not None and not s.floor.fixed,
                     union=s.union,
                     share=s.ratio if united and s.of_kept else None,
+                    repair=s.repair,
+                    proxies=REPAIRS[s.repair].proxies(visual, candidates - keep),
                 )
             )
             united |= s.union
         if decisions:
-            stages[-1] = replace(stages[-1], action="delete")
+            stages[-1] = replace(stages[-1], action="delete", repair=None, proxies=0)
         return RoutingPlan(
             tuple(stages),
             self.position_mode,
@@ -231,7 +254,7 @@ class Schedule:
 
     def keep_counts(self, visual_counts: Sequence[int] | np.ndarray) -> np.ndarray:
         """int32 [decisions, B]: how many visual tokens each row keeps; 0 for a row without any (2.2)."""
-        columns = [[keep for keep, _ in self._counts(int(visual))] for visual in visual_counts]
+        columns = [[keep for keep, *_ in self._counts(int(visual))] for visual in visual_counts]
         return np.array(columns, np.int32).reshape(len(columns), len(self.decisions)).T
 
     def seed_counts(self, visual_counts: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -250,13 +273,14 @@ class Schedule:
             wanted.append(stage.keep(visual, wanted[-1] if wanted else None))
         return wanted
 
-    def _counts(self, visual: int) -> list[tuple[int, int]]:
-        """Of every decision how many win by their scores, or stand in its floor, and how many at most are kept."""
+    def _counts(self, visual: int) -> list[tuple[int, int, int]]:
+        """Of every decision how many win by their scores, or stand in its floor, how many at most are kept, and of how
+        many candidates."""
         counts, candidates, most = [], visual, None
         for stage in self.decisions:
             keep = min(stage.keep(visual, most), candidates)
             most = min(keep + stage.floor.most(visual, keep), candidates) if stage.union else keep
-            counts.append((keep, most))
+            counts.append((keep, most, candidates))
             candidates = most if stage.narrows else candidates
         return counts
 

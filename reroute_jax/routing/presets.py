@@ -94,6 +94,12 @@ def _ivc_qwen() -> Schedule:
     )
 
 
+def _swiftvlm(count: int) -> Callable[[], Schedule]:
+    """The released layers; the counts, which are not released, are those of the solver (17)."""
+    how = {"action": "reroute", "repair": "proxy_offset"}
+    return lambda: Schedule.from_decisions((3, 11, 15), (count,) * 3, 32, **how)
+
+
 def _before(merge: Merge, depth: int, position_mode: str) -> Callable[[], Schedule]:
     return lambda: Schedule.from_decisions((), (), depth, position_mode=position_mode, merge=merge)
 
@@ -104,6 +110,7 @@ METHOD_PRESETS: dict[str, Callable[[], Schedule]] = {
     "v2drop_llava15": _v2drop,
     "ivc_llava15": _ivc_llava,
     "ivc_qwen25vl": _ivc_qwen,
+    **{f"swiftvlm_llava15_{tier}": _swiftvlm(count) for tier, count in ((192, 144), (128, 74), (64, 3))},
     "divprune_llava15": _before(DivPrune(Fraction(98, 1000)), 32, "renumber"),
     **{f"hiprune_llava15_{tier}": _before(HiPrune(count=tier, neighbours="flat"), 32, "renumber") for tier in _TIERS},
     **{

@@ -35,7 +35,7 @@ class Request:
         return self.budget * self.visual
 
     def schedule(self, layers: Sequence[int], keep: Sequence[Ratio | int], **more) -> Schedule:
-        """The schedule of these decisions under the request's action, position mode and label."""
+        """The schedule of these decisions under the request's action, position mode, repair and label."""
         return Schedule.from_decisions(
             layers,
             keep,
@@ -44,6 +44,7 @@ class Request:
             position_mode=self.switches.position_mode,
             first_image_only=self.switches.first_image_only,
             deepstack=self.switches.deepstack,
+            repair=None if self.switches.repair == "none" else self.switches.repair,
             label=self.label,
             **more,
         )

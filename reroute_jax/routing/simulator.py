@@ -35,6 +35,7 @@ from reroute_jax.nn.cache import ROOM, KVCache, StageCache, with_room
 from reroute_jax.nn.layers import DecoderLayer, take_rows
 from reroute_jax.routing.ops import Rows, compact_slots, gather, scatter, select
 from reroute_jax.routing.plan import Schedule
+from reroute_jax.routing.repair import Bypass
 from reroute_jax.routing.stages import ACTIONS
 from reroute_jax.types import AnyArray
 
@@ -274,7 +275,7 @@ def _decide(layer: DecoderLayer, rows: Rows, last: Int[Array, " B"], keep, actio
     valid = jnp.where(action == ACTIONS.index("delete"), runs, rows.valid)
     eligible = jnp.where(action == ACTIONS.index("reroute"), rows.eligible, chosen)
     left = replace(rows, valid=valid, eligible=eligible)
-    return Decided(gather(rows, slots), slots, left, decision_of(scores, chosen, rows, prompt))
+    return Decided(gather(rows, slots), slots, left, decision_of(scores, chosen, rows, prompt, Bypass()))
 
 
 @compiled()
@@ -333,4 +334,5 @@ def obstacles(schedule: Schedule) -> list[str]:
         unlike.append(f"cut_caches={schedule.cut_caches!r}")
     if schedule.has_floor:
         unlike.append("a floor")
+    unlike += [f"repair={stage.repair!r}" for stage in schedule.decisions[:-1] if stage.repair is not None]
     return unlike

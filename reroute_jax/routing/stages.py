@@ -7,6 +7,7 @@ from fractions import Fraction
 
 from reroute_jax.errors import RerouteError, one_of
 from reroute_jax.routing.floors import Floor
+from reroute_jax.routing.repair import REPAIRS
 from reroute_jax.routing.scores import SCORES, default_seeds
 
 ACTIONS = ("delete", "reroute", "layout")
@@ -23,6 +24,7 @@ class Stage:
     decision ("reroute"), or in the layout without ever returning ("layout", which isolates what recovery is worth).
     score: how a decision ranks, a name in `scores.SCORES`. Both are None without a decision.
     floor: tokens that are kept whatever their scores (14), inside the count, or with `union` on top of it (14.3).
+    repair: of tokens that were rerouted, before the next decision sees them, a name in `repair.REPAIRS` (15.2).
     """
 
     lo: int
@@ -34,6 +36,7 @@ class Stage:
     of_kept: bool = False
     floor: Floor | None = None
     union: bool = False
+    repair: str | None = None
 
     def __post_init__(self) -> None:
         where = f"stage [{self.lo}, {self.hi})"
@@ -46,12 +49,19 @@ class Stage:
         if self.count is not None and self.count < 1:
             raise RerouteError(f"{where} keeps {self.count} visual tokens, expected at least 1")
         if not self.decides:
-            for what in ("action", "score", "floor"):
+            for what in ("action", "score", "floor", "repair"):
                 if getattr(self, what) is not None:
                     raise RerouteError(f"{where} has a {what} but no ratio or count, give one or drop the {what}")
             return
         one_of(f"the action of {where}", self.action, ACTIONS)
         one_of(f"the score of {where}", self.score, tuple(SCORES))
+        if self.repair is not None:
+            one_of(f"the repair of {where}", self.repair, tuple(filter(None, REPAIRS)))
+            if self.action != "reroute":
+                raise RerouteError(
+                    f"{where} has repair={self.repair!r} for tokens that return and action={self.action!r}: use "
+                    "action='reroute', or no repair"
+                )
         if SCORES[self.score].previous and self.lo == 0:
             raise RerouteError("a decision at layer 0 has no previous layer, use score='last_token' or a later layer")
         if self.of_kept and self.ratio is None:

@@ -12,7 +12,8 @@ class StagePlan:
 
     The last decision's action is "delete" whatever was asked: nothing comes after it. seed_cap: limit on the seeds of a
     score in two passes. floor: whether the host made one, keeps_seeds: whether the seeds are one; union: on top of the
-    count. share: of what the decision before kept, where only the device knows that.
+    count. share: of what the decision before kept, where only the device knows that. repair: of tokens that return;
+    proxies: limit on the rows that run for them.
     """
 
     lo: int
@@ -25,6 +26,8 @@ class StagePlan:
     keeps_seeds: bool = False
     union: bool = False
     share: Fraction | None = None
+    repair: str | None = None
+    proxies: int = 0
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,15 @@ from reroute_jax.errors import RerouteError, one_of
 from reroute_jax.routing.hiprune import NEIGHBOURS
 from reroute_jax.routing.nuwa import SIM_ORDERS
 from reroute_jax.routing.plan import DEEPSTACK, POSITION_MODES
+from reroute_jax.routing.repair import REPAIRS
 
 # Of the switches, those that take a budget's place.
 AMOUNTS = ("keep_ratio", "keep")
 
 _STAGED = ("fastv", "pdrop", "random", "uniform", "layout")
-_INSIDE = ("feather", "v2drop", "ivc")
+_INSIDE = ("feather", "v2drop", "ivc", "swiftvlm")
 _ROUTED = ("fastv", "pdrop", "nuwa", "random", "uniform", "layout", *_INSIDE)
+_RETURNING = ("fastv", "pdrop", "nuwa", "random", "uniform", *_INSIDE)
 _BEFORE = ("divprune", "hiprune", "visionzip", "downsample")
 _EVERY = ("fastv", "pdrop", "nuwa", "random", "uniform", "layout")
 _POSITIONED = ("fastv", "pdrop", "nuwa", "random", "uniform", "pool", "layout", *_BEFORE)
@@ -134,6 +136,14 @@ class Switches:
         "visual tokens to keep, a number or a share for each decision, instead of a budget",
         (*_INSIDE, *_BEFORE),
         kind=numbers,
+    )
+    repair: str | None = _switch(
+        None,
+        "of tokens that waited while a stage ran, before they return: SwiftVLM's proxies, the mean offset of what ran, "
+        "or none (15.2)",
+        _RETURNING,
+        choices=("none", *filter(None, REPAIRS)),
+        action="reroute",
     )
     stride: int = _switch(3, "FEATHER keeps every this many rows and columns (14.1)", ("feather",), kind=int)
     floor_count: str = _switch(

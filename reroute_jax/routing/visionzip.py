@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from reroute_jax.nn.layers import take_rows
+from reroute_jax.routing.groups import group_means, nearest, targets
 from reroute_jax.routing.kept import Kept
 from reroute_jax.routing.ops import compact_slots, select
 from reroute_jax.routing.tower import Tower
@@ -46,13 +46,6 @@ class VisionZip(Kept):
         return tower.project(take_rows(joined, index)), jnp.minimum(index, slots)
 
 
-def targets(rest: Bool[Array, "I n"], contextual: Int[Array, " I"]) -> tuple[Bool[Array, "I n"], Int[Array, "I n"]]:
-    """Of the tokens of `rest` every `max(1, rest // contextual)`-th from the first on, and each one's number."""
-    place, step = rest.cumsum(axis=1) - 1, jnp.maximum(1, rest.sum(axis=1) // jnp.maximum(contextual, 1))
-    number, between = jnp.divmod(place, step[:, None])
-    return rest & (between == 0) & (number < contextual[:, None]), number
-
-
 def join(
     features: Float[Array, "I n F"],
     keys: Float[Array, "I n H"],
@@ -63,13 +56,6 @@ def join(
 ) -> Float[Array, "I n F"]:
     """The features, with the mean of the others that are most like it added to each target: of equally similar
     targets the first, and nothing to one that nobody joins. Means are fp32."""
-    unit = keys / jnp.maximum(jnp.linalg.norm(keys, axis=-1, keepdims=True), 1e-12)
-    slots = compact_slots(target, most)
-    likeness = jnp.einsum("InH,IcH->Inc", unit, take_rows(unit, slots), precision=jax.lax.Precision.HIGHEST)
-    likeness = jnp.where((slots < target.shape[1])[:, None], likeness, -jnp.inf)
-    group = (likeness.argmax(axis=2)[..., None] == jnp.arange(most)) & others[..., None]
-    wide = features.astype(jnp.float32)
-    sums = jnp.einsum("Inc,InF->IcF", group.astype(jnp.float32), wide, precision=jax.lax.Precision.HIGHEST)
-    means = sums / jnp.maximum(group.sum(axis=1), 1)[..., None]
+    means = group_means(features, nearest(keys, target, most), others, most)
     added = jnp.where(target[..., None], take_rows(means, jnp.where(target, number, most)), 0)
-    return (wide + added).astype(features.dtype)
+    return (features.astype(jnp.float32) + added).astype(features.dtype)

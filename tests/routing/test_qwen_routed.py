@@ -47,6 +47,8 @@ ROUTES = {
     "feather": {"method": "feather", "action": "delete"},
     "v2drop": {"method": "v2drop", "action": "delete"},
     "ivc": {"method": "ivc", "action": "delete"},
+    "swiftvlm": {"method": "swiftvlm"},
+    "pdrop-mean-offset": {"method": "pdrop", "action": "reroute", "repair": "mean_offset"},
     "ivc-reroute": {"method": "ivc", "action": "reroute"},
 }
 EDGES = {
@@ -64,7 +66,7 @@ GENERATED = {
     "nuwa-0.5-reroute",
     "ivc",
 }
-GENERATED |= {"ivc", "random-reroute", "pool", "downsample", "layer-0"}
+GENERATED |= {"swiftvlm", "random-reroute", "pool", "downsample", "layer-0"}
 
 # A row with one image, one with two, one with a small one, one without: a batch. Then one that is long: attention goes
 # in blocks, and errors of rope grow with the distance.

@@ -50,6 +50,7 @@ ROUTES = {
     "v2drop-reroute": {"method": "v2drop", "action": "reroute"},
     "ivc": {"method": "ivc", "action": "delete"},
     "ivc-reroute": {"method": "ivc", "action": "reroute"},
+    "swiftvlm": {"method": "swiftvlm"},
     "ivc-release": {"method": "ivc", "action": "delete", "ivc_llava_release": True, "budget_of": "kv"},
 }
 EDGES = {
