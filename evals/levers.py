@@ -23,6 +23,7 @@ from convert.embedded import EMBEDDED
 from evals.harness.cli import add_compat_argument, add_fresh_argument, exit_code_of, load_model
 from evals.harness.data import SCENES
 from evals.harness.levers import LEVERS, Cell, Effect, cells, effects
+from evals.harness.matrix import Outcome
 from evals.harness.routes import FULL, Routes, named_run
 from evals.harness.run_folder import locked
 from evals.harness.runner import Run
@@ -30,6 +31,7 @@ from evals.table import OpenedTask, listed, opened_task, outcome
 from reroute_jax.commandline.parsing import DATA, OUTPUT, ROUTE, RUN, Parser, budget, positive, whole
 from reroute_jax.errors import RerouteError
 from reroute_jax.routing.budget import share_of
+from reroute_jax.routing.found import FOUND
 from reroute_jax.types import FLOATS
 
 METRIC = "refcoco_ACC@0.5"
@@ -113,30 +115,36 @@ def _of_model(name: str, levers: Mapping[str, Sequence[str]], task: OpenedTask, 
     rows, cols = model.reference_grid
     by_budget: dict[str, dict[Run, Cell]] = {}
     for share in args.budgets:
-        made = cells(levers, model.config.num_layers, (rows, cols), share_of(share, rows * cols), str(share))
+        layers = [stage.lo for stage in model.plan(FOUND, budget=share).decisions] if FOUND in levers["layers"] else ()
+        of_all = share_of(share, rows * cols)
+        made = cells(levers, model.config.num_layers, (rows, cols), of_all, str(share), layers)
         by_budget[str(share)] = {named_run(cell.schedule): cell for cell in made}
     runs = [run for found in by_budget.values() for run in found]
     print(f"{name}: {len(runs)} combinations of levels", flush=True)
     full = Run(FULL, model.plan("none"))
     done = outcome(name, model, Routes((full, *runs), ()), task, args)
     jax.clear_caches()
+    return [
+        {"model": name, "budget": share} | row
+        for share, of_budget in by_budget.items()
+        for row in worth_of_levels(done, of_budget, levers)
+    ]
+
+
+def worth_of_levels(done: Outcome, of_budget: Mapping[Run, Cell], levers: Mapping[str, Sequence[str]]) -> list[dict]:
+    """One line for each effect, with the questions and tokens that all lines of a budget stand on."""
     scored = done.scored
-    column = {run: scored.estimate(scored.columns[run.name])[:, scored.names.index(METRIC)] for run in runs}
-    found = []
-    for share, of_budget in by_budget.items():
-        metric = {cell: column[run] for run, cell in of_budget.items()}
-        tokens = [done.cost(run.name, "average") for run in of_budget]
-        about = {
-            "model": name,
-            "budget": share,
-            "questions": scored.questions,
-            "tokens_least": min(tokens),
-            "tokens_most": max(tokens),
-            "full": float(np.mean(scored.estimate(scored.columns[FULL])[:, scored.names.index(METRIC)])),
-            "mean": float(np.mean(list(metric.values()))),
-        }
-        found += [about | record(effect) for effect in effects(metric, levers, scored.resampler)]
-    return found
+    place = scored.names.index(METRIC)
+    metric = {cell: scored.estimate(scored.columns[run.name])[:, place] for run, cell in of_budget.items()}
+    tokens = [done.cost(run.name, "average_visual_tokens") for run in of_budget]
+    about = {
+        "questions": scored.questions,
+        "tokens_least": min(tokens),
+        "tokens_most": max(tokens),
+        "full": float(np.mean(scored.estimate(scored.columns[FULL])[:, place])),
+        "mean": float(np.mean(list(metric.values()))),
+    }
+    return [about | record(effect) for effect in effects(metric, levers, scored.resampler)]
 
 
 def record(effect: Effect) -> dict[str, Any]:

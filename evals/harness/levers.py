@@ -21,7 +21,7 @@ from reroute_jax.types import Grid
 LEVERS: dict[str, tuple[str, ...]] = {
     "positions": ("original", "renumber"),
     "coverage": ("none", "grid"),
-    "layers": ("released", "every"),
+    "layers": ("released", "every", "found"),
     "score": ("last_token", "last_token_unrotated", "value_similarity_own"),
     "action": ("delete", "reroute", "layout"),
 }
@@ -42,28 +42,47 @@ class Cell:
         return tuple(pair for pair in self.levels if pair[0] != lever)
 
 
-def cells(levers: Mapping[str, Sequence[str]], num_layers: int, grid: Grid, share: Fraction, shown: str) -> list[Cell]:
+def cells(
+    levers: Mapping[str, Sequence[str]],
+    num_layers: int,
+    grid: Grid,
+    share: Fraction,
+    shown: str,
+    found_layers: Sequence[int] = (),
+) -> list[Cell]:
     """Every combination of the levels for a decoder of `num_layers` layers and images of this grid, all with the same
     keep ratios for the same decision layers. share: of the visual tokens, averaged over the layers; shown: its name.
+    found_layers: those that a search found for this budget, read by the level `found`.
 
     Raises RerouteError for a budget that a combination cannot reach.
     """
     return [
         Cell(
             tuple(zip(levers, levels, strict=True)),
-            _schedule(dict(zip(levers, levels, strict=True)), num_layers, grid, share, shown),
+            _schedule(dict(zip(levers, levels, strict=True)), num_layers, grid, share, shown, found_layers),
         )
         for levels in product(*levers.values())
     ]
 
 
-def _schedule(levels: Mapping[str, str], num_layers: int, grid: Grid, share: Fraction, shown: str) -> Schedule:
+def _schedule(
+    levels: Mapping[str, str],
+    num_layers: int,
+    grid: Grid,
+    share: Fraction,
+    shown: str,
+    found_layers: Sequence[int],
+) -> Schedule:
     visual = grid[0] * grid[1]
-    layers = decision_layers("pyramid", num_layers)
-    # PDrop's pyramid, whose falling ratios suit every action; one ratio where all layers decide.
-    shape = "pyramid" if levels["layers"] == "released" else "flat"
-    layers = layers if shape == "pyramid" else tuple(range(layers[0], num_layers))
-    keep = solve(shape, layers, num_layers, visual, share * visual)
+    pyramid = decision_layers("pyramid", num_layers)
+    layers = {
+        "released": pyramid,
+        "every": tuple(range(pyramid[0], num_layers)),
+        "found": tuple(found_layers),
+    }[levels["layers"]]
+    # PDrop's pyramid has falling ratios, which suit every action. Elsewhere one ratio for all: what a search found
+    # rises and falls, and a deletion cannot follow it.
+    keep = solve("pyramid" if levels["layers"] == "released" else "flat", layers, num_layers, visual, share * visual)
     return Schedule.from_decisions(
         layers,
         keep,

@@ -8,7 +8,10 @@ import pytest
 
 from evals import levers as command
 from evals.harness.levers import LEVERS, Cell, cells, effects
+from evals.harness.matrix import Outcome
 from evals.harness.metrics import Resampler
+from evals.harness.report import Scored
+from evals.harness.routes import FULL, named_run
 from reroute_jax.errors import RerouteError
 from reroute_jax.routing.cost import visual_per_layer
 from reroute_jax.routing.floors import stride_grid
@@ -18,12 +21,12 @@ RESAMPLER = Resampler(tuple(str(number // 2) for number in range(QUESTIONS)))
 
 
 def made(levers=LEVERS, share=Fraction(2, 9)):
-    return cells(levers, 12, (8, 8), share, "2/9")
+    return cells(levers, 12, (8, 8), share, "2/9", found_layers=(1, 2, 5))
 
 
 def test_every_combination_is_there_once_and_spends_the_same():
     found = made()
-    assert len(found) == len({cell.schedule.label for cell in found}) == 2 * 2 * 2 * 3 * 3
+    assert len(found) == len({cell.schedule.label for cell in found}) == 2 * 2 * 3 * 3 * 3
     for layers in LEVERS["layers"]:
         spent = {tuple(visual_per_layer(cell.schedule, 64)) for cell in found if cell.level("layers") == layers}
         [tokens] = spent
@@ -76,6 +79,26 @@ def test_intervals_are_of_questions_not_of_cells():
     [effect] = effects({one: np.zeros(QUESTIONS), two: gain}, levers, RESAMPLER)
     assert effect.worth.low < gain.mean() < effect.worth.high
     assert effect.worth.high - effect.worth.low == pytest.approx(4 / QUESTIONS**0.5, rel=0.5)
+
+
+def test_worth_of_levels_reads_what_runs_scored_and_spent():
+    """Two runs of two questions, one of which deletion gets wrong."""
+    levers = {lever: levels[:1] for lever, levels in LEVERS.items()} | {"action": ("delete", "reroute")}
+    runs = {named_run(cell.schedule): cell for cell in made(levers)}
+    names = [run.name for run in runs]
+    columns = dict(zip([FULL, *names], np.array([[[1.0], [1]], [[1], [0]], [[1], [1]]]), strict=True))
+    scored = Scored([command.METRIC], columns, lambda found: found, Resampler(("0", "1")), {}, 2, {})
+    spent = {name: {"cost": {"average_visual_tokens": tokens}} for name, tokens in zip(names, (14, 13.5), strict=True)}
+    done = Outcome("refcoco", "grounding", command.METRIC, 100, {"runs": spent}, scored)
+    [row] = command.worth_of_levels(done, runs, levers)
+    assert row["worth"]["value"] == 50
+    assert [row[what] for what in ("questions", "tokens_least", "tokens_most", "full", "mean")] == [
+        2,
+        13.5,
+        14,
+        1,
+        0.75,
+    ]
 
 
 def test_the_table_has_a_line_for_each_level():
