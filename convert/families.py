@@ -5,12 +5,10 @@ from __future__ import annotations
 from importlib import import_module
 
 import jax
-import jax.numpy as jnp
-from flax import nnx
 
+import reroute_jax
 from convert.table import ConversionTable
 from reroute_jax.config import ModelConfig
-from reroute_jax.models import FAMILIES
 from reroute_jax.nn.params import named_parameters
 
 
@@ -24,5 +22,4 @@ def table_of(config: ModelConfig) -> ConversionTable:
 
 def abstract_params(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """Every parameter of the model as dotted path -> shape; nothing is allocated."""
-    build = FAMILIES[config.family].model
-    return named_parameters(nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0), dtype=jnp.float32)))
+    return named_parameters(reroute_jax.abstract_params(config))

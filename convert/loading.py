@@ -5,18 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import jax.numpy as jnp
-from flax import nnx
-
+import reroute_jax
 from convert.checkpoint import load_params
-from convert.families import abstract_params, table_of
+from convert.families import table_of
 from convert.opening import open_checkpoint
 from reroute_jax.config import ModelConfig
 from reroute_jax.engine.model import Model
 from reroute_jax.errors import RerouteError, one_of
 from reroute_jax.models import FAMILIES
 from reroute_jax.nn.mrope import COMPATS
-from reroute_jax.nn.params import with_parameters
+from reroute_jax.nn.params import named_parameters, with_parameters
 from reroute_jax.types import FLOATS
 
 
@@ -47,9 +45,8 @@ def load(
         config = _with_option(config, "vicuna_system", True)
     if pixel_limits is not None:
         config = with_pixel_limits(config, pixel_limits)
-    params = load_params(source, abstract_params(config), table_of(config), dtype)
-    build = FAMILIES[config.family].model
-    empty = nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0), dtype=jnp.float32))
+    empty = reroute_jax.abstract_params(config)
+    params = load_params(source, named_parameters(empty), table_of(config), dtype)
     return Model(config, with_parameters(empty, params), source.folder)
 
 

@@ -40,7 +40,7 @@ class RaggedPrompts:
 
     def batch(self, rows: Sequence[int]) -> dict:
         """Inputs as the HF processor gives them."""
-        ids, mask = left_padded([self.ids[row] for row in rows])
+        ids, mask = padded([self.ids[row] for row in rows])
         found = [self.pixels[row] for row in rows if self.grids[row]]
         pixels, thw = (np.concatenate(part) for part in zip(*found, strict=True)) if found else (None, None)
         return {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels, "image_grid_thw": thw}
@@ -65,12 +65,13 @@ class RaggedPrompts:
                 np.testing.assert_allclose(scores[:count], decision.scores, atol=1e-5, rtol=1e-5)
 
 
-def left_padded(rows: Sequence[np.ndarray], filler: int = 9) -> tuple[np.ndarray, np.ndarray]:
+def padded(rows: Sequence[np.ndarray], filler: int = 9, left: bool = True) -> tuple[np.ndarray, np.ndarray]:
     """Ids and mask; padding slots hold an id that must not matter."""
     width = max(map(len, rows))
     ids, mask = np.full((len(rows), width), filler), np.zeros((len(rows), width), int)
     for number, row in enumerate(rows):
-        ids[number, width - len(row) :], mask[number, width - len(row) :] = row, 1
+        where = slice(width - len(row), width) if left else slice(len(row))
+        ids[number, where], mask[number, where] = row, 1
     return ids, mask
 
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
-from flax import nnx
 
+import reroute_jax
 from convert.embedded import EMBEDDED
 from evals.harness.cli import load_model
 from evals.speed.checkpoint_shapes import SHAPES, Shape
@@ -21,7 +21,7 @@ from reroute_jax.config import ModelConfig
 from reroute_jax.engine.batching import Batch
 from reroute_jax.engine.model import Model
 from reroute_jax.errors import RerouteError
-from reroute_jax.models import FAMILIES, read_config
+from reroute_jax.models import read_config
 from reroute_jax.routing import methods
 from reroute_jax.routing.cost import Account, account
 from reroute_jax.routing.plan import Schedule
@@ -133,11 +133,9 @@ def random_model(shape: Shape, dtype: str, seed: int = 0, shapes_only: bool = Fa
     """
     hf_config = shape.config(dtype)
     config = read_config(hf_config)
-
-    def build() -> nnx.Module:
-        return FAMILIES[config.family].model(config, rngs=nnx.Rngs(seed), dtype=jnp.dtype(dtype))
-
-    return Model(config, nnx.eval_shape(build) if shapes_only else build(), Path()), hf_config
+    if shapes_only:
+        return Model(config, reroute_jax.abstract_params(config, dtype), Path()), hf_config
+    return Model(config, reroute_jax.init(config, jax.random.key(seed), dtype), Path()), hf_config
 
 
 def sample(subject: Subject, batch: int, seed: int = 0) -> Sample:

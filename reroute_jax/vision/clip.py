@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from reroute_jax.nn.attention import attention, received_attention
-from reroute_jax.nn.layers import HeadProjection, Linear, OutputProjection, constant, parameter
+from reroute_jax.nn.layers import HeadProjection, Linear, OutputProjection, constant, parameter, traced_once
 from reroute_jax.nn.precision import precision
 from reroute_jax.routing.tower import Tower
 
@@ -117,6 +117,7 @@ class ClipLayer(nnx.Module):
         self.norm2 = LayerNorm(config.hidden_size, config.norm_eps, dtype=dtype)
         self.mlp = ClipMLP(config, rngs=rngs, dtype=dtype)
 
+    @traced_once
     def __call__(self, x: Float[Array, "I C D"]) -> Float[Array, "I C D"]:
         x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))

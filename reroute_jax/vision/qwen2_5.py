@@ -22,6 +22,7 @@ from reroute_jax.nn.layers import (
     Rope,
     parameter,
     take_rows,
+    traced_once,
 )
 from reroute_jax.nn.products import matmul
 from reroute_jax.vision.qwen_config import QwenVisionConfig
@@ -61,6 +62,7 @@ class VisionLayer(nnx.Module):
         self.norm2 = RMSNorm(width, NORM_EPS, dtype=dtype)
         self.mlp = GatedMLP(width, config.mlp_dim, bias=True, rngs=rngs, dtype=dtype)
 
+    @traced_once
     def __call__(self, x: Float[Array, "I P D"], rope: Rope, pixels: QwenPixels) -> Float[Array, "I P D"]:
         with jax.named_scope("attention"):
             x = x + self.attn(self.norm1(x), rope, pixels)

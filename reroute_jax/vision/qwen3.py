@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from reroute_jax.nn.attention import attention
-from reroute_jax.nn.layers import Linear, Rope, parameter
+from reroute_jax.nn.layers import Linear, Rope, parameter, traced_once
 from reroute_jax.vision.clip import LayerNorm
 from reroute_jax.vision.qwen3_packing import Qwen3Pixels
 from reroute_jax.vision.qwen_config import Qwen3VisionConfig
@@ -46,6 +46,7 @@ class VisionLayer(nnx.Module):
         self.norm2 = LayerNorm(config.hidden_size, NORM_EPS, dtype=dtype)
         self.mlp = VisionMLP(config, rngs=rngs, dtype=dtype)
 
+    @traced_once
     def __call__(self, x: Float[Array, "I P D"], rope: Rope, count: Int[Array, " I"]) -> Float[Array, "I P D"]:
         with jax.named_scope("attention"):
             x = x + self.attn(self.norm1(x), rope, count)

@@ -101,6 +101,7 @@ def test_misfits_are_named(change, line):
     assert str(caught.value).splitlines()[1:] == ["  " + line]
 
 
+@pytest.mark.slow
 def test_the_crosscheck_agrees(tmp_path, capsys):
     """Layers behind DeepStack's additions, a routed run whose decisions fall between them, Nuwa's merge of both."""
     folder = tiny_qwen3(tmp_path, layers=5)

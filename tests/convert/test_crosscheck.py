@@ -41,6 +41,7 @@ def test_frameworks_agree_without_and_with_routing(checkpoint, capsys):
     assert "0 of 2 " in out and "DIFFERENT" not in out and out.endswith("PyTorch and JAX agree\n")
 
 
+@pytest.mark.slow
 def test_frameworks_agree_on_qwen(tmp_path, capsys):
     """Positions of three channels, merged dynamic grids, the score of three queries, the repetition penalty."""
     folder = tiny_qwen(tmp_path, layers=4, vision_layers=3)

@@ -19,7 +19,7 @@ import torch
 import reroute_jax
 from reroute_jax.engine.model import Model, PrefillResult
 from tests import tiny, tiny_qwen
-from tests.routing.test_routed import pad
+from tests.ragged import padded
 
 LAYERS = 4
 LENGTHS = (300, 260, 200, 140, 100, 80)
@@ -53,7 +53,7 @@ def inputs(family: str) -> dict[str, np.ndarray]:
         rows = [tiny_qwen.random_ids(length, [GRID], start=4, seed=length) for length in LENGTHS]
         pixels, thw = tiny_qwen.random_patches([GRID] * len(rows))
         images = {"pixel_values": pixels, "image_grid_thw": thw}
-    ids, mask = pad(rows, left=False)
+    ids, mask = padded(rows, left=False)
     return {"input_ids": ids, "attention_mask": mask, **images}
 
 

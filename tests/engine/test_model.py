@@ -16,7 +16,7 @@ from reroute_jax.errors import RerouteError
 from reroute_jax.nn.cache import ROOM
 from reroute_jax.routing.plan import Schedule
 from tests.checkpoints import small
-from tests.routing.test_routed import pad
+from tests.ragged import padded
 from tests.tiny import BOS, random_ids, random_pixels
 
 
@@ -28,7 +28,7 @@ def test_padding_side_and_bucket_do_not_matter():
     pixels = random_pixels(2)
     alone = model.generate_ids(input_ids=short[None], pixel_values=pixels[:1], schedule=schedule, max_new_tokens=10)
     for left in (True, False):
-        ids, mask = pad([short, long], left=left)
+        ids, mask = padded([short, long], left=left)
         both = model.generate_ids(
             input_ids=ids, attention_mask=mask, pixel_values=pixels, schedule=schedule, max_new_tokens=10
         )

@@ -11,8 +11,17 @@ from reroute_jax.errors import RerouteError
 from tests.tiny import load_torch, random_ids, random_pixels, tiny_llava
 
 
-@pytest.mark.parametrize("layers", [[-2, -4], [0, -1, 3], [-3], -1])
-@pytest.mark.parametrize("method", [None, "nuwa"])
+@pytest.mark.parametrize(
+    ("layers", "method"),
+    [
+        ([-2, -4], "nuwa"),
+        ([0, -1, 3], None),
+        (-1, None),
+        pytest.param([-3], "nuwa", marks=pytest.mark.slow),
+        pytest.param([0, -1, 3], "nuwa", marks=pytest.mark.slow),
+        pytest.param(-1, "nuwa", marks=pytest.mark.slow),
+    ],
+)
 def test_features_of_several_layers(tmp_path, layers, method):
     folder = tiny_llava(tmp_path, kv_heads=2, layers=3, feature_layers=layers)
     model, pixels = reroute_jax.load(folder, "float32"), random_pixels(1)

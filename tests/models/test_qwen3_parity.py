@@ -11,13 +11,13 @@ from reroute_jax.errors import RerouteError
 from reroute_jax.nn.positions import rope_tables
 from tests.checkpoints import qwen3_pair
 from tests.models.test_qwen_parity import features_of, in_torch
-from tests.ragged import left_padded
+from tests.ragged import padded
 from tests.tiny_qwen import IM_END, IMAGE, VIDEO, random_ids, random_patches
 
 LENGTH = 340
 # In patches larger than the table of positions and smaller, none square.
 GRIDS = ((7, 5), (3, 10), (1, 2))
-HEADS = [pytest.param(False, id="untied-hub"), pytest.param(True, id="tied-v5")]
+HEADS = [pytest.param(False, id="untied-hub"), pytest.param(True, id="tied-v5", marks=pytest.mark.slow)]
 
 
 def test_image_and_deepstack_features():
@@ -70,7 +70,7 @@ def test_a_batch_of_rows_with_none_one_and_two_images():
     images = [(), GRIDS[:1], GRIDS[1:]]
     rows = [random_ids(size, grids, seed=size) for size, grids in zip((60, 90, 100), images, strict=True)]
     pixels = [random_patches(grids, seed=len(grids)) if grids else (None, None) for grids in images]
-    ids, mask = left_padded(rows, IMAGE)
+    ids, mask = padded(rows, IMAGE)
     given = {
         "pixel_values": np.concatenate([one for one, _ in pixels if one is not None]),
         "image_grid_thw": np.concatenate([thw for _, thw in pixels if thw is not None]),

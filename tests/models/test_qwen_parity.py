@@ -10,7 +10,7 @@ from reroute_jax.errors import RerouteError
 from reroute_jax.nn.positions import rope_tables
 from reroute_jax.routing.merge import merge_arrays
 from tests.checkpoints import qwen_pair
-from tests.ragged import left_padded
+from tests.ragged import padded
 from tests.tiny_qwen import IM_END, IMAGE, VIDEO, random_ids, random_patches
 
 LENGTH = 340
@@ -108,7 +108,7 @@ def test_a_batch_of_rows_with_none_one_and_two_images():
     images = [(), GRIDS[:1], GRIDS[1:]]
     rows = [random_ids(size, grids, seed=size) for size, grids in zip((60, 90, 100), images, strict=True)]
     pixels = [random_patches(grids, seed=len(grids)) if grids else (None, None) for grids in images]
-    ids, mask = left_padded(rows, IMAGE)
+    ids, mask = padded(rows, IMAGE)
     found = ours.generate_ids(
         input_ids=ids,
         attention_mask=mask,

@@ -21,7 +21,7 @@ from reroute_jax.routing.plan import Schedule
 from reroute_jax.routing.stages import ACTIONS
 from tests import tiny_qwen
 from tests.checkpoints import qwen_pair, small
-from tests.ragged import left_padded
+from tests.ragged import padded
 from tests.tiny import random_ids, random_pixels
 
 MASKED = jax.jit(simulator.masked)
@@ -30,7 +30,7 @@ ROWS = ((90, 6, 0), (60, 0, 1), (47, None, 2))  # length, where the image stands
 
 
 def given_rows() -> dict:
-    ids, mask = left_padded([random_ids(length, start=at, seed=seed) for length, at, seed in ROWS])
+    ids, mask = padded([random_ids(length, start=at, seed=seed) for length, at, seed in ROWS], left=False)
     return {"input_ids": ids, "attention_mask": mask, "pixel_values": random_pixels(2, seed=1)}
 
 
@@ -92,7 +92,7 @@ def test_equals_the_walker_under_m_rope():
     _, model = qwen_pair()
     grids = (((5, 6),), ((3, 4),))
     rows = [tiny_qwen.random_ids(size, own, start=4, seed=size) for size, own in zip((70, 40), grids, strict=True)]
-    ids, mask = left_padded(rows)
+    ids, mask = padded(rows, left=False)
     pixels, sizes = tiny_qwen.random_patches([grid for own in grids for grid in own])
     prompts = {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels, "image_grid_thw": sizes}
     schedule = Schedule.from_decisions((1, 2, 5), (0.7, 0.4, 0.2), 6, action=("reroute", "delete", "reroute"))

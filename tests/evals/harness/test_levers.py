@@ -47,12 +47,12 @@ def test_levels_reach_the_schedule():
 
 def test_a_grid_without_room_is_refused():
     with pytest.raises(RerouteError, match="keeps 1 tokens has no room"):
-        cells(LEVERS, 12, (8, 8), Fraction(1, 10), "1/10")
+        made(share=Fraction(1, 10))
 
 
 def test_an_effect_is_the_mean_difference_of_its_pairs():
     """Reroute is worth .2 and a grid .1, which reroute triples."""
-    levers = {"coverage": ("none", "grid"), "layers": LEVERS["layers"], "action": ("delete", "reroute")}
+    levers = {"coverage": ("none", "grid"), "layers": ("released", "every"), "action": ("delete", "reroute")}
     noise = np.random.default_rng(0).normal(size=QUESTIONS)
     template = made()[0]
     found = {}

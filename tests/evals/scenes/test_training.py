@@ -164,7 +164,13 @@ def test_subjects_of_questions():
                 assert bool(about) == (question.answer == "yes")
 
 
-@pytest.mark.parametrize("family, bypassed", [("llava", False), ("llava", True), ("qwen2_5_vl", True)])
+@pytest.mark.parametrize(
+    "family, bypassed",
+    [
+        ("llava", True),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("llava", False), ("qwen2_5_vl", True))),
+    ],
+)
 def test_shared_prefix_equals_the_plain_layer(family, bypassed):
     """A question behind the shared prefix comes out as it does in one sequence of its own."""
     config, slots = model_config(family).decoder, SLOTS[family]
