@@ -29,6 +29,7 @@ from evals.speed.checkpoint_shapes import SHAPES
 from reroute_jax.errors import RerouteError
 from reroute_jax.models import read_config
 from reroute_jax.types import FLOATS
+from tests.marks import cases
 from tests.tiny import SPELLINGS, load_torch, tiny_llava
 
 ROOT = Path(__file__).parents[2]
@@ -196,7 +197,7 @@ def test_a_converted_folder_brings_tokenizer_and_processor(hf, converted):
     assert ours.input_ids == original.input_ids
 
 
-@pytest.mark.parametrize("dtype", [*FLOATS, None])
+@pytest.mark.parametrize("dtype", cases([*FLOATS, None], {"float32", "float16"}))
 def test_dtype_option(hf, converted, tmp_path, dtype):
     kind = FLOATS[dtype or "float32"]
     expected = {path: np.asarray(value).astype(kind) for path, value in load(hf).items()}

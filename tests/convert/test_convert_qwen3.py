@@ -59,6 +59,7 @@ def test_both_spellings_and_a_tied_head_load_what_torch_loads(tmp_path, spelling
     assert_same(dict(to_hf(table_of(config), load(tmp_path))), state)
 
 
+@pytest.mark.slow
 def test_a_random_checkpoint_converts_and_answers(tmp_path):
     hf, out = tmp_path / "hf", tmp_path / "out"
     random_checkpoint.write(SHAPES["qwen3-tiny"], hf, dtype="float32")

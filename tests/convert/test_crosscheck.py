@@ -115,6 +115,7 @@ def rows_of(out):
     return found
 
 
+@pytest.mark.slow
 def test_activations_in_the_thousands_agree(massive, capsys):
     assert main([str(massive), *FAST]) == 0
     rows = rows_of(capsys.readouterr().out)

@@ -16,6 +16,7 @@ from PIL import Image
 from evals import gqa, pope, table
 from evals.harness import prompts
 from evals.harness.data import rec_docs, rec_source
+from evals.harness.matrix import draw
 from reroute_jax.routing.presets import PRESETS
 from tests.evals.harness.test_data import encoded, photo, row, write
 from tests.evals.stub import StubModel
@@ -54,6 +55,7 @@ def models(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[StubModel]:
         return loaded[-1]
 
     monkeypatch.setattr(table, "load_model", load)
+    monkeypatch.setattr(table, "draw", lambda sheets, files: [file.touch() for file in files])
     monkeypatch.chdir(tmp_path)
     return loaded
 
@@ -323,7 +325,8 @@ def test_local_folder_has_a_folder_for_each_task(tmp_path: Path, models: list[St
     assert (tmp_path / "o" / "scenes-llava" / "refcoco-testA" / "full" / "full.jsonl").exists()
 
 
-def test_figure_has_a_line_for_each_method_and_action(tmp_path: Path) -> None:
+def test_figure_has_a_line_for_each_method_and_action(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table, "draw", draw)
     run("--tasks", "refcoco", *SMALL, "--methods", "fastv,pool", "--out", tmp_path)
     drawn = (tmp_path / "figure.svg").read_text()
     for label in ("fastv delete", "fastv reroute", "pool", "visual tokens per layer, % of all"):

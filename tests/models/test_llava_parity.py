@@ -14,6 +14,7 @@ from tests.tiny import random_ids, random_pixels
 
 LENGTH = 340
 HEADS = [pytest.param(4, id="mha"), pytest.param(2, id="gqa")]
+QUICK = [HEADS[1], pytest.param(*HEADS[0].values, id=HEADS[0].id, marks=pytest.mark.slow)]
 
 
 def encoded(model, pixels):
@@ -34,7 +35,7 @@ def test_image_features(kv_heads):
 
 
 @pytest.mark.parametrize("start", [0, 5])
-@pytest.mark.parametrize("kv_heads", HEADS)
+@pytest.mark.parametrize("kv_heads", QUICK)
 def test_all_position_logits(kv_heads, start):
     theirs, ours = pair(kv_heads)
     ids, pixels = random_ids(LENGTH, start=start)[None], random_pixels(1)
@@ -50,7 +51,7 @@ def test_all_position_logits(kv_heads, start):
     np.testing.assert_allclose(last, expected[:, -1], atol=1e-4)
 
 
-@pytest.mark.parametrize("penalty", [1.0, 1.3])
+@pytest.mark.parametrize("penalty", [1.3, pytest.param(1.0, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kv_heads", HEADS)
 def test_greedy_tokens(kv_heads, penalty):
     theirs, ours = pair(kv_heads)
@@ -69,7 +70,7 @@ def test_greedy_tokens(kv_heads, penalty):
     assert len(set(found[0].tolist())) > 8
 
 
-@pytest.mark.parametrize("kv_heads", HEADS)
+@pytest.mark.parametrize("kv_heads", QUICK)
 def test_text_only(kv_heads):
     theirs, ours = pair(kv_heads)
     ids = random_ids(300, start=None)[None]

@@ -17,6 +17,7 @@ LENGTH = 340
 # No side but one is a multiple of the window, 4 x 4, and no image is square.
 GRIDS = ((7, 5), (3, 10), (4, 6))
 HEADS = [pytest.param(False, id="untied-hub"), pytest.param(True, id="tied-v5")]
+QUICK = [HEADS[1], pytest.param(*HEADS[0].values, id=HEADS[0].id, marks=pytest.mark.slow)]
 
 
 def in_torch(ids, pixels, thw):
@@ -48,7 +49,7 @@ def test_image_features(grids):
     np.testing.assert_allclose(features_of(ours, pixels, grids), torch.cat(list(expected)), atol=1e-5)
 
 
-@pytest.mark.parametrize("tied", HEADS)
+@pytest.mark.parametrize("tied", QUICK)
 def test_positions_and_all_position_logits(tied):
     theirs, ours = qwen_pair(tied)
     grids = GRIDS[:2]
@@ -71,7 +72,7 @@ def test_positions_and_all_position_logits(tied):
     np.testing.assert_allclose(last, expected[:, -1], atol=1e-4)
 
 
-@pytest.mark.parametrize("penalty", [1.0, 1.05])
+@pytest.mark.parametrize("penalty", [1.05, pytest.param(1.0, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("tied", HEADS)
 def test_greedy_tokens(tied, penalty):
     theirs, ours = qwen_pair(tied)
@@ -84,7 +85,7 @@ def test_greedy_tokens(tied, penalty):
     assert len(set(found[0].tolist())) > 6
 
 
-@pytest.mark.parametrize("tied", HEADS)
+@pytest.mark.parametrize("tied", QUICK)
 def test_text_only(tied):
     theirs, ours = qwen_pair(tied)
     ids = random_ids(300)[None]

@@ -53,7 +53,7 @@ BUDGETS = {"nuwa-delete": 0.4, "nuwa-reroute": 0.4, "pdrop-late": 0.7}
 GENERATED = {"pdrop-delete", "pdrop-reroute", "pdrop-running"}
 # Where DeepStack adds nothing to what a route does, another family shows it.
 SLOW = {"fastv-delete", "fastv-previous", "fastv-reroute", "pdrop-first-image", "layout", "nuwa-reroute", "hiprune"}
-SLOW |= {"random-reroute", "uniform-running", "pool", "visionzip"}
+SLOW |= {"random-reroute", "uniform-running", "pool", "visionzip", "layout-running"}
 
 # A row with two images, one with a small one, one without.
 ROWS = RaggedPrompts(
@@ -92,6 +92,7 @@ def test_policies_differ_where_a_decision_comes_before_an_addition():
         assert np.abs(expected(one, 0).logits - expected(other, 0).logits).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_keeping_everything_is_an_unrouted_run_under_every_policy():
     _, model = qwen3_pair()
     plain = model.prefill(**ROWS.batch(BATCH)).logits

@@ -81,7 +81,18 @@ def reference(model, torch_model, ids, pixels, schedule, **more):
 
 
 SLOW = {"fastv-reroute", "fastv-renumber", "pdrop-every2-delete", "pdrop-reroute-renumber", "nuwa-host", "nuwa-flat"}
-SLOW |= {"random-delete", "uniform", "divprune", "v2drop", "ivc", "mixed-previous", "keep-all"}
+SLOW |= {
+    "random-delete",
+    "uniform",
+    "divprune",
+    "v2drop",
+    "ivc",
+    "mixed-previous",
+    "keep-all",
+    "nuwa-pyramid",
+    "layout",
+}
+SLOW |= {"nuwa-unit-weights", "feather", "fastv-previous", "last-layer", "nuwa-delete"}
 # What decode sees of a route: the length of each stage's cache and the positions. Other routes differ in scores only.
 GENERATED = {"fastv-delete", "fastv-renumber", "pdrop-reroute", "pdrop-renumber", "pdrop-reroute-renumber", "layer-0"}
 GENERATED |= {"divprune-renumber", "ivc-release", "nuwa-reroute", "last-layer"}

@@ -87,6 +87,7 @@ def test_equals_the_walker(schedule):
     check(small(), given_rows(), schedule)
 
 
+@pytest.mark.slow
 def test_equals_the_walker_under_m_rope():
     """Sections of the rotary pairs, three positions a token, and answers at positions of their own."""
     _, model = qwen_pair()
