@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 from flax import nnx
 
 from reroute_jax.decoder import Prefilled
+from reroute_jax.engine import programs
 from reroute_jax.engine.answers import Answer, Chosen, Usage
 from reroute_jax.engine.batching import Batch, Layout
 from reroute_jax.engine.groups import Group
@@ -28,7 +30,8 @@ def answer_group(module: nnx.Module, tokenizer: Any, group: Group, sampling: Sam
     batch, dtype = group.batch, dtype_of(module)
     anchors, prefilled = run_prefill(module, batch)
     images = [image for layout in group.layouts for image in layout.question.images]
-    traces = Trace.of(batch, prefilled, anchors, module.config, dtype, lambda: images) if trace else None
+    merged = partial(programs.members, module, batch.images)
+    traces = Trace.of(batch, prefilled, anchors, module.config, dtype, lambda: images, merged) if trace else None
     # Decoding takes the cache.
     ran = Ran.of(prefilled)
     rows, finite = _chosen(module, group, prefilled, sampling)

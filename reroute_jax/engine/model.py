@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from flax import nnx
 from PIL import Image
 
 from reroute_jax.config import ModelConfig
+from reroute_jax.engine import programs
 from reroute_jax.engine.answering import answer_group, stream_tokens
 from reroute_jax.engine.answers import Answer, raise_errors
 from reroute_jax.engine.batching import Batch, Question, lay_out
@@ -148,7 +149,8 @@ class Model:
         def images() -> list[np.ndarray]:
             return images_given(batch, given.get("pixel_values"), self.files)
 
-        return PrefillResult(logits, Trace.of(batch, found, anchors, self.config, self.dtype, images))
+        merged = partial(programs.members, self.module, batch.images)
+        return PrefillResult(logits, Trace.of(batch, found, anchors, self.config, self.dtype, images, merged))
 
     def generate_ids(
         self,

@@ -25,6 +25,14 @@ def encode(module, images: Images) -> tuple[jax.Array, jax.Array]:
     return features.reshape(-1, features.shape[-1]), (anchors + images.first[:, None]).reshape(-1)
 
 
+@compiled()
+def members(module, images: Images) -> jax.Array:
+    """Of each feature the tokens of its image that a merge made it of, Bool `[I, C, n]`."""
+    log.info("compiling members of %s", type(images.merge).__name__)
+    tower = FAMILIES[module.config.family].tower(module, images.pixels)
+    return images.merge.members(tower, jax.tree.map(jax.numpy.asarray, images.arrays))
+
+
 @compiled(static_argnames="plan")
 def prefill(decoder, prompt, features, anchors, plan) -> Prefilled:
     log.info("compiling prefill for ids %s, %d stages", prompt.ids.shape, len(plan.stages))

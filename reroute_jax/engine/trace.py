@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -51,7 +53,7 @@ class Trace:
 
     selected: per decision `[B, k]`. scores: per decision fp32 `[B, n]`, -inf where a token was not a candidate.
     anchors: `[B, N1]`, tokens that a merge kept, a cell by its centre, or None. kv_tokens: `[B, L]`, keys cached per
-    layer. seen: what the prompts were.
+    layer. seen: what the prompts were. find_members: gives `members`.
     """
 
     selected: tuple[np.ndarray, ...]
@@ -59,10 +61,18 @@ class Trace:
     anchors: np.ndarray | None
     kv_tokens: np.ndarray
     seen: Seen
+    find_members: Callable[[], np.ndarray | None] = lambda: None
+
+    @cached_property
+    def members(self) -> np.ndarray | None:
+        """`[B, N1, M]`, the tokens that each of `anchors` was made of, itself among them; None without a merge. They
+        are found where they are first asked for, by another run of the tower."""
+        return self.find_members()
 
     @classmethod
-    def of(cls, batch: Batch, found: Prefilled, anchors, config: ModelConfig, dtype: str, open_images) -> Trace:
-        """Of the live rows of a batch. anchors: as of `programs.encode`. dtype, open_images: as of `Seen`."""
+    def of(cls, batch: Batch, found: Prefilled, anchors, config: ModelConfig, dtype: str, open_images, merged) -> Trace:
+        """Of the live rows of a batch. anchors: as of `programs.encode`. dtype, open_images: as of `Seen`. merged: as
+        `programs.members`, of the batch's images."""
         live = len(batch.layouts)
         grids = tuple(layout.question.grids for layout in batch.layouts)
         return cls(
@@ -71,6 +81,7 @@ class Trace:
             anchors=None if batch.schedule.merge is None else _kept(batch, np.asarray(anchors))[:live],
             kv_tokens=np.asarray(found.cache.tokens_per_layer())[:live],
             seen=Seen(batch.schedule, grids, open_images, config, dtype),
+            find_members=lambda: None if batch.schedule.merge is None else _members(batch, merged),
         )
 
     def of_row(self, row: int) -> Trace:
@@ -81,7 +92,12 @@ class Trace:
             anchors=None if self.anchors is None else _trimmed(self.anchors[row]),
             kv_tokens=self.kv_tokens[row : row + 1],
             seen=self.seen.of_row(row),
+            find_members=lambda: None if self.anchors is None else self._members_of(row),
         )
+
+    def _members_of(self, row: int) -> np.ndarray:
+        own = self.members[row : row + 1, self.anchors[row] >= 0]
+        return own[..., : int((own >= 0).sum(axis=2).max(initial=0))]
 
     def stages(self, row: int = 0) -> list[StageTokens]:
         """What every visual token of a row did in each stage."""
@@ -114,6 +130,23 @@ def _kept(batch: Batch, anchors: np.ndarray) -> np.ndarray:
     row, slot = np.nonzero(prompt.feature >= 0)
     kept[row, of_slot[row, slot]] = True
     return _indices(kept)
+
+
+def _members(batch: Batch, merged: Callable[[], Any]) -> np.ndarray:
+    """Indices of the tokens that each one left of each row was made of."""
+    if batch.images is None:
+        return np.zeros((len(batch.layouts), 0, 0), np.int32)
+    found, prompt, rows = np.asarray(merged()), batch.prompt, []
+    for row in range(len(batch.layouts)):
+        image, within = np.divmod(prompt.feature[row][prompt.feature[row] >= 0], found.shape[1])
+        before = batch.images.first[image] - prompt.first_feature[row]
+        rows.append([start + np.flatnonzero(mask) for start, mask in zip(before, found[image, within], strict=True)])
+    most = max((len(one) for row in rows for one in row), default=0)
+    members = np.full((len(rows), max(map(len, rows)), most), -1, np.int32)
+    for row, own in enumerate(rows):
+        for number, one in enumerate(own):
+            members[row, number, : len(one)] = one
+    return members
 
 
 def _indices(mask: np.ndarray) -> np.ndarray:

@@ -103,8 +103,11 @@ def encode_images(
     merge: Merge | None,
 ) -> tuple[Float[Array, "I C D"], Int[Array, "I C"]]:
     """See `Family`."""
-    images = ClipImages(model.vision, model.projector, pixels, model.config.vision.feature_layers)
-    return reduced(merge, images, arrays)
+    return reduced(merge, _tower(model, pixels), arrays)
+
+
+def _tower(model: Llava, pixels: Float[Array, "I 3 height width"]) -> ClipImages:
+    return ClipImages(model.vision, model.projector, pixels, model.config.vision.feature_layers)
 
 
 def image_grids(pixel_values, image_grid_thw, config: ModelConfig) -> list[Grid]:
@@ -177,6 +180,7 @@ FAMILY = Family(
     read_config=_read_config,
     model=Llava,
     encode_images=encode_images,
+    tower=_tower,
     image_grids=image_grids,
     pack=_pack,
     positions=lambda ids, grids, config: (np.arange(len(ids)), len(ids)),

@@ -134,6 +134,7 @@ FAMILY = Family(
     read_config=_read_config,
     model=QwenVL,
     encode_images=encode_images,
+    tower=lambda model, pixels: QwenImages(model.vision, pixels),
     image_grids=image_grids,
     pack=_pack,
     positions=_positions,

@@ -138,6 +138,7 @@ FAMILY = Family(
     read_config=_read_config,
     model=Qwen3VL,
     encode_images=encode_images,
+    tower=lambda model, pixels: Qwen3Images(model.vision, pixels),
     image_grids=image_grids,
     pack=lambda pixel_values, grids, config, images: pack(
         np.asarray(pixel_values, np.float32), grids, config.vision, images

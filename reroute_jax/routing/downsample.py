@@ -8,12 +8,12 @@ from fractions import Fraction
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 from PIL import Image
 
 from reroute_jax.nn.layers import take_rows
 from reroute_jax.routing.kept import Kept, check_grid
-from reroute_jax.routing.pool import cell_centres
+from reroute_jax.routing.pool import pool_weights
 from reroute_jax.routing.tower import Tower
 from reroute_jax.types import Grid
 
@@ -60,16 +60,21 @@ class Downsample(Kept):
         return Fraction(cols, grid[1]), Fraction(rows, grid[0])
 
     def arrays(self, grid: Grid, tokens: int) -> dict[str, np.ndarray]:
-        centre = np.zeros(self.cap(tokens), np.int32)
-        centres = cell_centres(grid, self.cells(grid))
-        centre[: len(centres)] = centres
-        return {"centre": centre}
+        cap, size = self.cap(tokens), grid[0] * grid[1]
+        centre, covered = np.zeros(cap, np.int32), np.zeros((cap, tokens), bool)
+        weights, centres = pool_weights(grid, self.cells(grid))
+        centre[: len(centres)], covered[: len(centres), :size] = centres, weights > 0
+        return {"centre": centre, "covered": covered}
 
     def reduce(self, tower: Tower, arrays: dict[str, Array]) -> tuple[Float[Array, "I C E"], Int[Array, "I C"]]:
         """The tower has seen the smaller images; a token stands for the middle of what it covers."""
         features, centre = tower.project(tower.features()), arrays["centre"]
         slots = jnp.broadcast_to(jnp.arange(centre.shape[1]), centre.shape)
         return take_rows(features, slots), centre
+
+    def members(self, tower: Tower, arrays: dict[str, Array]) -> Bool[Array, "I C n"]:
+        """The tokens of the large image in the area of one of the smaller image."""
+        return jnp.asarray(arrays["covered"])
 
 
 def smaller_grid(grid: Grid, tokens: int, square: bool) -> Grid:

@@ -5,7 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fractions import Fraction
 
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
 from reroute_jax.errors import RerouteError
+from reroute_jax.routing.tower import Tower
 from reroute_jax.types import Grid
 
 
@@ -32,6 +36,15 @@ class Kept:
     def cap(self, visual: int) -> int:
         """The most that can be left of up to `visual` tokens."""
         return min(visual, self.count) if self.count is not None else max(1, round(self.share * visual))
+
+    def members(self, tower: Tower, arrays: dict[str, Array]) -> Bool[Array, "I C n"]:
+        """A kept token stands for itself."""
+        return of_slots(self.reduce(tower, arrays)[1], tower.features().shape[1])
+
+
+def of_slots(index: Int[Array, "I C"], tokens: int) -> Bool[Array, "I C n"]:
+    """The token of each slot alone, of `tokens`; none in slots behind them."""
+    return index[..., None] == jnp.arange(tokens)
 
 
 def check_grid(visual: int, grid: Grid) -> None:

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -75,16 +76,21 @@ class NuwaMerge:
 
     def reduce(self, tower: Tower, arrays: dict[str, Array]) -> tuple[Float[Array, "I C E"], Int[Array, "I C"]]:
         features, similarity = tower.features(), tower.similarity(self.sim_order)
-        one = partial(
-            stage_one,
-            cap=self.cap(features.shape[1]),
-            top_n=self.top_n,
-            quantile=self.quantile,
-            self_weight_override=self.self_weight_override,
-        )
+        one = partial(stage_one, **self._rules(features.shape[1]))
         given = (arrays[name] for name in ("grid", "keep", "radius"))
         merged, anchors = jax.vmap(one)(tower.metric(), features, similarity, *given)
         return tower.project(merged), anchors
+
+    def members(self, tower: Tower, arrays: dict[str, Array]) -> Bool[Array, "I C n"]:
+        """All tokens that take part in an anchor's sum."""
+        metric, given = tower.metric(), (arrays[name] for name in ("grid", "keep", "radius"))
+        one = partial(merge_weights, **self._rules(metric.shape[1]))
+        weights, _ = jax.vmap(one)(metric, tower.similarity(self.sim_order), *given)
+        return weights > 0
+
+    def _rules(self, tokens: int) -> dict[str, Any]:
+        names = ("top_n", "quantile", "self_weight_override")
+        return {"cap": self.cap(tokens), **{name: getattr(self, name) for name in names}}
 
 
 def candidate_count(grid: tuple[int, int], top_n: int) -> int:
@@ -100,20 +106,33 @@ def stage_one(
     grid: Int[Array, 2],
     keep: Int[Array, ""],
     radius: Float[Array, ""],
+    **rules: Any,
+) -> tuple[Float[Array, "cap D"], Int[Array, " cap"]]:
+    """Merged features, in the features' dtype, and the patch index of each of the `keep` anchors, ascending; entries
+    behind them hold index n. features: what is merged, of patches as in `merge_weights`, which explains the rest."""
+    weights, anchors = merge_weights(metric, similarity, grid, keep, radius, **rules)
+    return jnp.matmul(weights.astype(features.dtype), features, precision=precision(features)), anchors
+
+
+def merge_weights(
+    metric: Float[Array, " n"],
+    similarity: Float[Array, "n C"],
+    grid: Int[Array, 2],
+    keep: Int[Array, ""],
+    radius: Float[Array, ""],
     *,
     cap: int,
     top_n: int,
     quantile: Fraction,
     self_weight_override: bool,
-) -> tuple[Float[Array, "cap D"], Int[Array, " cap"]]:
-    """Merged features, in the features' dtype, and the patch index of each of the `keep` anchors, ascending; entries
-    behind them hold index n.
+) -> tuple[Float[Array, "cap n"], Int[Array, " cap"]]:
+    """fp32 weights of all patches for each of the `keep` anchors, and these, ascending, n behind them.
 
-    metric: attention each patch receives; features: what is merged; similarity: what patches are compared by, all for
-    rows * cols patches in row-major order at the front of n slots. top_n: candidates per 2x2 region, whose number
-    `keep` must not exceed; radius: reach in patches. Anchors at or above the `quantile` of the anchors' metric stay as
-    they are. self_weight_override: an anchor counts with weight 1 on top of its normalised neighbourhood, as released
-    for LLaVA; False leaves the weights summing to 1. Weights are fp32. Of equal metrics the lowest index wins.
+    metric: attention each patch receives; similarity: what patches are compared by, both for rows * cols patches in
+    row-major order at the front of n slots. top_n: candidates per 2x2 region, whose number `keep` must not exceed;
+    radius: reach in patches. Anchors at or above the `quantile` of the anchors' metric stay as they are.
+    self_weight_override: an anchor counts with weight 1 on top of its normalised neighbourhood, as released for LLaVA;
+    False leaves the weights summing to 1. Of equal metrics the lowest index wins.
     """
     n = metric.shape[0]
     inside = jnp.arange(n) < grid[0] * grid[1]
@@ -128,8 +147,7 @@ def stage_one(
     weights = weights / (weights.sum(axis=1, keepdims=True) + 1e-8)
     if self_weight_override:
         weights = jnp.where(own, 1, weights)
-    merged = jnp.matmul(weights.astype(features.dtype), features, precision=precision(features))
-    return merged, anchors
+    return weights, anchors
 
 
 def _candidates(metric: Float[Array, " n"], grid: Int[Array, 2], top_n: int) -> Bool[Array, " n"]:

@@ -9,7 +9,7 @@ from fractions import Fraction
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from reroute_jax.errors import RerouteError
 from reroute_jax.routing.kept import check_grid
@@ -55,6 +55,9 @@ class PoolMerge:
         # The fp32 weights make the whole product fp32.
         averages = jnp.einsum("Icn,InD->IcD", arrays["pool"], features, precision=jax.lax.Precision.HIGHEST)
         return averages.astype(features.dtype), jnp.asarray(arrays["centre"])
+
+    def members(self, tower: Tower, arrays: dict[str, Array]) -> Bool[Array, "I C n"]:
+        return jnp.asarray(arrays["pool"]) > 0
 
 
 def pool_weights(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from reroute_jax.nn.layers import take_rows
 from reroute_jax.routing.groups import group_means, nearest, targets
-from reroute_jax.routing.kept import Kept
+from reroute_jax.routing.kept import Kept, of_slots
 from reroute_jax.routing.ops import compact_slots, select
 from reroute_jax.routing.tower import Tower
 from reroute_jax.types import Grid
@@ -37,25 +38,42 @@ class VisionZip(Kept):
 
     def reduce(self, tower: Tower, arrays: dict[str, Array]) -> tuple[Float[Array, "I C E"], Int[Array, "I C"]]:
         features = tower.features()
-        slots, cap = features.shape[1], self.cap(features.shape[1])
-        inside = jnp.arange(slots) < arrays["size"][:, None]
+        found = self._grouped(tower, arrays, features.shape[1])
+        joined = join(features, found, self.split(self.cap(features.shape[1]))[1])
+        return tower.project(take_rows(joined, found.index)), found.index
+
+    def members(self, tower: Tower, arrays: dict[str, Array]) -> Bool[Array, "I C n"]:
+        """A dominant token stands for itself, a target for its group too."""
+        tokens = tower.features().shape[1]
+        found = self._grouped(tower, arrays, tokens)
+        number = take_rows(jnp.where(found.target, found.number, -1), found.index)
+        grouped = (number[..., None] == found.group[:, None]) & found.others[:, None]
+        return of_slots(found.index, tokens) | grouped
+
+    def _grouped(self, tower: Tower, arrays: dict[str, Array], tokens: int) -> Grouped:
+        cap = self.cap(tokens)
+        inside = jnp.arange(tokens) < arrays["size"][:, None]
         dominant = select(tower.metric(), inside, arrays["dominant"], cap)
-        target, rank = targets(inside & ~dominant, arrays["contextual"])
-        joined = join(features, tower.keys(), inside & ~dominant & ~target, target, rank, self.split(cap)[1])
-        index = compact_slots(dominant | target, cap)
-        return tower.project(take_rows(joined, index)), jnp.minimum(index, slots)
+        target, number = targets(inside & ~dominant, arrays["contextual"])
+        group = nearest(tower.keys(), target, self.split(cap)[1])
+        index = jnp.minimum(compact_slots(dominant | target, cap), tokens)
+        return Grouped(index, target, number, group, inside & ~dominant & ~target)
 
 
-def join(
-    features: Float[Array, "I n F"],
-    keys: Float[Array, "I n H"],
-    others: Bool[Array, "I n"],
-    target: Bool[Array, "I n"],
-    number: Int[Array, "I n"],
-    most: int,
-) -> Float[Array, "I n F"]:
-    """The features, with the mean of the others that are most like it added to each target: of equally similar
-    targets the first, and nothing to one that nobody joins. Means are fp32."""
-    means = group_means(features, nearest(keys, target, most), others, most)
-    added = jnp.where(target[..., None], take_rows(means, jnp.where(target, number, most)), 0)
+class Grouped(NamedTuple):
+    """index: of the tokens that stay. target: the contextual ones, and each one's number. group: number of the target
+    that a token is most like, which is read at the others."""
+
+    index: Int[Array, "I C"]
+    target: Bool[Array, "I n"]
+    number: Int[Array, "I n"]
+    group: Int[Array, "I n"]
+    others: Bool[Array, "I n"]
+
+
+def join(features: Float[Array, "I n F"], found: Grouped, most: int) -> Float[Array, "I n F"]:
+    """The features, with the mean of the others of its group added to each target, nothing to one that nobody joins.
+    Means are fp32."""
+    means = group_means(features, found.group, found.others, most)
+    added = jnp.where(found.target[..., None], take_rows(means, jnp.where(found.target, found.number, most)), 0)
     return (features.astype(jnp.float32) + added).astype(features.dtype)

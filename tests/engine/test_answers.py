@@ -76,6 +76,10 @@ def test_a_trace_of_an_answer_is_that_of_its_prompt_alone():
         for mine, its in zip(found.trace.selected, alone.selected, strict=True):
             np.testing.assert_array_equal(mine, its)
         np.testing.assert_array_equal(found.trace.kv_tokens, alone.kv_tokens)
+        np.testing.assert_array_equal(found.trace.members, alone.members)
+        (anchors,), (members,) = alone.anchors, alone.members
+        assert all(anchor in own for anchor, own in zip(anchors, members, strict=True))
+        assert members.shape[1] > 1 and members.max() < 36
         assert running(figure(found.trace))[0] == found.trace.anchors[0].tolist()
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from reroute_jax.routing import nuwa
+from reroute_jax.routing.tower import Tower
 
 compiled = jax.jit(nuwa.stage_one, static_argnames=("cap", "top_n", "quantile", "self_weight_override"))
 quantile = jax.jit(nuwa._quantile, static_argnums=2)
@@ -98,6 +99,14 @@ def test_vector_6a_weights():
     expected[2:11] = [0.0551, 0.0811, 0.0654, 0.1697, 1, 0.1697, 0.0468, 0.0811, 0.0551]
     np.testing.assert_allclose(merged[1], expected, atol=5e-5)
     assert merged[0].tolist() == [1.0] + [0.0] * 15
+
+
+def test_members_are_all_that_take_part():
+    merge, tower = nuwa.NuwaMerge(Fraction(3, 16), 1), Tower()
+    tower.metric, tower.similarity = lambda: SCORES_6[None], lambda order: CIRCLE_6[None]
+    given = {"grid": jnp.array([[4, 4]]), "keep": jnp.array([3]), "radius": jnp.array([8**0.5])}
+    members = merge.members(tower, given)[0]
+    assert [np.flatnonzero(one).tolist() for one in members[:2]] == [[0], list(range(2, 11))]
 
 
 def test_vector_6b():

@@ -10,10 +10,12 @@ import torch
 from convert.crosscheck import merges
 from reroute_jax.errors import RerouteError
 from reroute_jax.routing.divprune import DivPrune, farthest
+from reroute_jax.routing.downsample import Downsample
 from reroute_jax.routing.hiprune import HiPrune
 from reroute_jax.routing.merge import MERGES, merge_arrays, reduced
 from reroute_jax.routing.methods import plan
 from reroute_jax.routing.plan import Schedule
+from reroute_jax.routing.pool import PoolMerge
 from reroute_jax.routing.tower import Tower
 from reroute_jax.routing.visionzip import VisionZip
 
@@ -44,6 +46,14 @@ def kept(merge, tower):
     return found, np.array(features[0])
 
 
+def made_of(merge, tower):
+    """Members of each token that stays."""
+    size = tower.grid[0] * tower.grid[1]
+    arrays = merge_arrays(merge, [tower.grid], 1, size)
+    found = np.array(merge.members(tower, {name: jnp.asarray(array) for name, array in arrays.items()}))[0]
+    return [np.flatnonzero(one).tolist() for one in found[: merge.anchors(size, tower.grid)]]
+
+
 def circle(degrees):
     angles = np.deg2rad(degrees)
     return np.stack([np.cos(angles), np.sin(angles)], axis=-1).astype(np.float32)
@@ -56,6 +66,14 @@ def test_divprune():
     tower = Given((1, 7), features=jnp.array(features)[None])
     assert kept(DivPrune(count=4), tower)[0] == [2, 4, 5, 6]
     assert kept(DivPrune(count=3), tower)[0] == [2, 5, 6]
+
+
+def test_members_of_what_is_kept_and_of_cells():
+    features = jnp.array(circle([0, 10, 25, 90, 100, 200, 305]))[None]
+    assert made_of(DivPrune(count=3), Given((1, 7), features=features)) == [[2], [5], [6]]
+    for merge in (PoolMerge(Fraction(1, 4)), Downsample(count=4)):
+        cells = made_of(merge, Given((4, 4), features=jnp.zeros((1, 16, 2))))
+        assert cells == [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
 
 
 def test_divprune_never_chooses_a_token_twice():
@@ -92,6 +110,7 @@ def test_visionzip():
     # Dominant 0, 3, 5, 4, 6; of the rest 1, 2, 7 the first is the target, and their mean is added to it.
     assert index == [0, 1, 3, 4, 5, 6]
     np.testing.assert_allclose(found[1], [2 + (3 + 8) / 2, 2])
+    assert made_of(VisionZip(count=6), tower) == [[0], [1, 2, 7], [3], [4], [5], [6]]
 
 
 def test_groups_of_visionzip():
