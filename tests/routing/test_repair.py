@@ -23,7 +23,7 @@ from reroute_jax.routing.repair import ProxyBypass as JaxProxyBypass
 from reroute_jax.routing.repair import ProxyOffset
 from reroute_jax.routing.stages import Stage
 from tests.checkpoints import LAYERS, pair
-from tests.ragged import left_padded
+from tests.ragged import padded
 from tests.routing.test_cost import LLAVA_7B
 from tests.tiny import random_ids, random_pixels
 
@@ -200,7 +200,7 @@ def test_rows_of_two_one_and_no_image():
         random_ids(70, start=0, seed=2),
         random_ids(30, start=None, seed=3),
     ]
-    ids, mask = left_padded(rows)
+    ids, mask = padded(rows)
     given = {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}
     result = model.prefill(**given, schedule=schedule, trace=True)
     tokens = model.generate_ids(**given, schedule=schedule, max_new_tokens=5)
