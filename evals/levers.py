@@ -22,6 +22,7 @@ import numpy as np
 from convert.embedded import EMBEDDED
 from evals.harness.cli import add_compat_argument, add_fresh_argument, exit_code_of, load_model
 from evals.harness.data import SCENES
+from evals.harness.lever_figure import draw
 from evals.harness.levers import LEVERS, Cell, Effect, cells, effects
 from evals.harness.matrix import Outcome
 from evals.harness.routes import FULL, Routes, named_run
@@ -107,7 +108,8 @@ def _run(args: argparse.Namespace) -> None:
         (args.out / "effects.jsonl").write_text(lines)
         text = table(rows)
         (args.out / "levers.md").write_text(text)
-    print(f"{text}\neffects.jsonl, levers.md, answers and summaries: {args.out}")
+        draw(rows, args.out / "levers.svg")
+    print(f"{text}\neffects.jsonl, levers.md, levers.svg, answers and summaries: {args.out}")
 
 
 def _of_model(name: str, levers: Mapping[str, Sequence[str]], task: OpenedTask, args: argparse.Namespace) -> list[dict]:

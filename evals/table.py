@@ -65,6 +65,10 @@ OFFICIAL_NOTE = (
     "The stage-wise configurations are the computation of their namesakes and share their answers. The released avg64 "
     "rows of PDrop's schedules average more than 64 tokens of 576: compare at the realised share."
 )
+SCALED_NOTE = (
+    "None of these configurations was released for this family: they are ours, the released layers scaled to the depth "
+    "of the model, with the released ratios."
+)
 PLOT_HINT = "the figure needs matplotlib: pip install 'reroute_jax[plot]'"
 
 
@@ -316,7 +320,7 @@ def _official(config: ModelConfig, full: Run) -> Planned:
     """The released configurations of the model's family. Those that differ in their label alone share one run."""
     own = FAMILIES[config.family]
     if own.released is None:
-        raise RerouteError(f"no configurations were released for {config.family}: leave out --official")
+        raise RerouteError(f"there are no released configurations for {config.family}: leave out --official")
     runs: dict[Schedule, Run] = {}
     entries = []
     for name, (family, variant, tier) in PRESETS.items():
@@ -348,6 +352,8 @@ def _sheet(name: str, planned: Planned, asked: Sequence[OpenedTask], args: argpa
         outcomes.append(outcome(name, model, planned.routes, one, args))
     jax.clear_caches()  # the programs of a model that is done
     notes = [OFFICIAL_NOTE] * args.official
+    if args.official and FAMILIES[model.config.family].released.depth is None:
+        notes.append(SCALED_NOTE)
     notes += [f"Note: {CAVEATS[name]}."] if name in CAVEATS else []
     notes += [
         f"{one.task}: {len(found)} questions left out, {reason}."

@@ -47,10 +47,11 @@ def check_processor(processor: Any, settings: Mapping[str, tuple[Any, Any]]) -> 
 
 @dataclass(frozen=True)
 class Released:
-    """The released configurations of a family. prefix: of their names. depth: decoder layers that they are for."""
+    """The released configurations of a family. prefix: of their names. depth: decoder layers that they are for; None
+    where none were released, and ours are the others' layers scaled to the model's depth, with their ratios."""
 
     prefix: str
-    depth: int
+    depth: int | None
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Family:
     one_grid: whether all images have the same square grid.
     options: of the options that only some families have (arguments of `load` and of the commands), those of this one.
     nuwa: rules of the method of that name, None where it has none for the family.
-    released: the released routing configurations, None where there are none.
+    released: the released routing configurations, or ours in their place; None where there are neither.
     evaluation: how the reference asks the family.
     read_config(hf): of config.json as transformers read it; raises RerouteError for a setting that is not implemented.
     model(config, rngs=, dtype=): the parameters, with a `decoder`.

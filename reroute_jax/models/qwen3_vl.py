@@ -21,7 +21,7 @@ from transformers import Qwen3VLConfig
 from reroute_jax.config import ModelConfig, decoder_config, require
 from reroute_jax.decoder import Decoder
 from reroute_jax.errors import RerouteError
-from reroute_jax.models.family import Evaluation, Family
+from reroute_jax.models.family import Evaluation, Family, Released
 from reroute_jax.models.qwen_shared import (
     NUWA_RULES,
     TURNS,
@@ -133,7 +133,7 @@ FAMILY = Family(
     options=("pixel_limits",),
     # Nuwa was not released for this family: those of Qwen2.5-VL.
     nuwa=NUWA_RULES,
-    released=None,
+    released=Released("qwen3vl_scaled", None),
     evaluation=Evaluation("qwen3", "scale_1000", 128),
     read_config=_read_config,
     model=Qwen3VL,

@@ -1,4 +1,5 @@
-"""Released configurations: the 38 of Reroute by their own names (7.3), and those of other methods (17)."""
+"""Released configurations: the 38 of Reroute by their own names (7.3), and those of other methods (17). For a family
+that Reroute was not released for, ours in their place, whose names say that they are scaled."""
 
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ _VARIANTS = {
 
 
 def preset_name(family: Family, variant: str | None, tier: int | None) -> str:
-    """What the release calls a variant and tier (None and None: all tokens) of a family that it covers."""
+    """What the release calls, or would call, a variant and tier (None and None: all tokens) of a family."""
     prefix = family.released.prefix
     return f"{prefix}_baseline" if variant is None else f"{prefix}_{variant}_avg{tier}"
 
@@ -131,7 +132,7 @@ def preset(name: str, num_layers: int) -> Schedule:
         return made
     one_of("preset", name, (*PRESETS, *METHOD_PRESETS))
     family, variant, tier = PRESETS[name]
-    depth = FAMILIES[family].released.depth
+    depth = FAMILIES[family].released.depth or num_layers
     _check_depth(name, depth, num_layers)
     if variant is None:
         return Schedule.from_decisions((), (), depth, label=name)

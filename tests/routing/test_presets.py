@@ -83,8 +83,19 @@ def test_row_of_the_table(name, depth, layers, counts, nominal, realised, kv_vis
 
 
 def test_there_are_38():
-    assert len(PRESETS) == len(TABLE) == 38
-    assert {param.values[0] for param in TABLE} == set(PRESETS)
+    released = {name for name in PRESETS if "_scaled_" not in name}
+    assert len(released) == len(TABLE) == 38
+    assert {param.values[0] for param in TABLE} == released
+
+
+def test_scaled_to_the_depth_of_a_family_that_was_left_out():
+    """Of a model of 36 layers: 36 / 32 of the layers 2, 7, 15, 23, but for the first, and the released ratios."""
+    assert len({name for name in PRESETS if name.startswith("qwen3vl_scaled_")}) == 19
+    schedule = preset("qwen3vl_scaled_ours_vs_pdrop_avg128", 36)
+    assert [stage.lo for stage in schedule.decisions] == [2, 7, 16, 25]
+    assert [stage.ratio for stage in schedule.decisions] == [0.2655, 0.2655, 0.1328, 0.0664]
+    assert {stage.action for stage in schedule.decisions} == {"reroute"} and schedule.deepstack == "all"
+    assert preset("qwen3vl_scaled_baseline", 28).decisions == ()
 
 
 def test_refusals():

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from evals import levers as command
+from evals.harness.lever_figure import draw
 from evals.harness.levers import LEVERS, Cell, cells, effects
 from evals.harness.matrix import Outcome
 from evals.harness.metrics import Resampler
@@ -105,6 +106,16 @@ def test_the_table_has_a_line_for_each_level():
     row = {"model": "m", "budget": "2/9", "lever": "coverage", "level": "grid", "against": "none", "within": "all"}
     text = command.table([row | {"worth": {"value": 1.26, "low": -0.5, "high": 3}}])
     assert text.splitlines()[-1] == "| m | 2/9 | coverage | grid | none | +1.3 (-0.5 to +3.0) |  |  |  |"
+
+
+def test_the_figure_has_every_level_and_budget(tmp_path):
+    worth = {"value": 1.26, "low": -0.5, "high": 3}
+    row = {"model": "m", "lever": "coverage", "level": "grid", "worth": worth}
+    rows = [row | {"budget": budget, "within": within} for budget in ("2/9", "1/9") for within in ("all", "reroute")]
+    draw(rows, tmp_path / "levers.svg")
+    drawn = (tmp_path / "levers.svg").read_text()
+    for text in ("coverage: grid", "m, 2/9", "m, 1/9", "reroute"):
+        assert f"<!-- {text} -->" in drawn
 
 
 @pytest.mark.parametrize(
