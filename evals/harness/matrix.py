@@ -83,6 +83,14 @@ class Average:
     def tokens(self, run: str) -> float:
         return float(np.mean([one.cost(run, "average_visual_tokens") for one in self.outcomes]))
 
+    def macs(self, run: str) -> float:
+        """Multiply-accumulates of a prefill, with scoring and what a reduction before the decoder computes."""
+        parts = ("prompt_swiglu", "prompt_scoring", "merging")
+        return float(np.mean([sum(one.cost(run, part) for part in parts) for one in self.outcomes]))
+
+    def kv_bytes(self, run: str) -> float:
+        return float(np.mean([one.cost(run, "kv_bytes") for one in self.outcomes]))
+
     def retention(self, run: str) -> Interval:
         return UNKNOWN if run == FULL else interval(self._value(run), self._draws[run])
 
@@ -131,7 +139,7 @@ def markdown(sheets: Sequence[Sheet]) -> str:
 
 def _markdown(sheet: Sheet) -> str:
     everything = Average(sheet.outcomes)
-    header = ["configuration", "visual tokens per layer", "% of all"]
+    header = ["configuration", "visual tokens per layer", "% of all", "TMACs with scoring", "KV MB"]
     header += [f"{one.task} {one.metric.removeprefix('refcoco_')}" for one in sheet.outcomes]
     for kind, average in sheet.averages.items():
         count = len(average.outcomes)
@@ -140,6 +148,7 @@ def _markdown(sheet: Sheet) -> str:
     rows = []
     for entry in sheet.entries:
         row = [entry.name, f"{everything.tokens(entry.run):.2f}", f"{everything.share(entry.run):.1f}"]
+        row += [f"{everything.macs(entry.run) / 1e12:.4g}", f"{everything.kv_bytes(entry.run) / 1e6:.4g}"]
         row += [_score(one, entry) for one in sheet.outcomes]
         for average in sheet.averages.values():
             row.append("" if entry.run == FULL else _shown(average.retention(entry.run), "{:.1f}"))
@@ -204,6 +213,8 @@ def _numbers(average: Average, entry: Entry) -> dict[str, float | None]:
     return {
         "average_visual_tokens": average.tokens(entry.run),
         "share_percent": average.share(entry.run),
+        "macs": average.macs(entry.run),
+        "kv_bytes": average.kv_bytes(entry.run),
         "retention_percent": kept.value,
         "retention_low": kept.low,
         "retention_high": kept.high,

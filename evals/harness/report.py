@@ -25,6 +25,7 @@ from evals.harness.readability import shares, warnings
 from evals.harness.routes import FULL, Routes
 from evals.harness.runner import Answerer, Record, Task
 from reroute_jax.errors import RerouteError
+from reroute_jax.models import FAMILIES
 from reroute_jax.routing.cost import Account, account
 from reroute_jax.routing.plan import Schedule
 
@@ -39,7 +40,8 @@ RESIZED_NOTE = (
 )
 COST_NOTE = (
     "TFLOPs: multiply-accumulates of the prefill, text included, as the papers count them (three-matrix MLP; the "
-    "2-matrix form\nis FastV's); the scoring of the decisions is in neither. KV bytes: after the prefill."
+    "2-matrix form\nis FastV's); the scoring of the decisions and what a reduction before the decoder computes are in "
+    "neither. KV bytes:\nafter the prefill."
 )
 
 
@@ -131,8 +133,9 @@ def score_runs(records: Mapping[str, Sequence[Record]], names: Sequence[str], se
 def mean_cost(schedule: Schedule, model: Answerer, records: Sequence[Record]) -> dict[str, Any]:
     """Cost of a question, averaged over `records`; compute in multiply-accumulates, as the papers count FLOPs."""
     sizes = Counter((tuple(record["visual_grid"]), record["text_tokens"]) for record in records)
+    how = {"dtype": model.dtype, "tower": FAMILIES[model.config.family].tower_sizes(model.config)}
     accounts = [
-        account(schedule, model.config.decoder, visual=grid[0] * grid[1], text=text, grid=grid, dtype=model.dtype)
+        account(schedule, model.config.decoder, visual=grid[0] * grid[1], text=text, grid=grid, **how)
         for grid, text in sizes
     ]
 
@@ -148,6 +151,7 @@ def mean_cost(schedule: Schedule, model: Answerer, records: Sequence[Record]) ->
         "kv_visual_tokens": mean(lambda one: one.kv_visual),
         "kv_tokens": mean(lambda one: one.kv_tokens),
         "kv_bytes": mean(lambda one: one.kv_bytes),
+        "merging": mean(lambda one: one.merging),
         **{
             f"{part}_{form}": mean(lambda one, part=part, form=form: getattr(getattr(one, part), form))
             for part in ("prompt", "visual_only")
@@ -247,6 +251,7 @@ def _cost_table(runs: Mapping[str, Any]) -> str:
         "TFLOPs",
         "2-matrix form",
         "scoring adds",
+        "merging adds",
         "KV bytes",
     ]
     rows = []
@@ -254,7 +259,9 @@ def _cost_table(runs: Mapping[str, Any]) -> str:
         cost = values["cost"]
         tera = [f"{cost[f'prompt_{form}'] / TERA:.4g}" for form in ("swiglu", "fastv", "scoring")]
         tokens = [f"{cost[f'{kind}_visual_tokens']:.2f}" for kind in ("average", "nominal")]
-        rows.append([run, *tokens, *tera, f"{cost['kv_bytes']:.0f}"])
+        # A finished run of an older version has none.
+        merging = f"{cost['merging'] / TERA:.4g}" if "merging" in cost else "n/a"
+        rows.append([run, *tokens, *tera, merging, f"{cost['kv_bytes']:.0f}"])
     return table(header, rows)
 
 

@@ -21,7 +21,7 @@ from reroute_jax.config import ModelConfig
 from reroute_jax.engine.batching import Batch
 from reroute_jax.engine.model import Model
 from reroute_jax.errors import RerouteError
-from reroute_jax.models import read_config
+from reroute_jax.models import FAMILIES, read_config
 from reroute_jax.routing import methods
 from reroute_jax.routing.cost import Account, account
 from reroute_jax.routing.plan import Schedule
@@ -66,7 +66,8 @@ class Subject:
     def account(self, schedule: Schedule) -> Account:
         """Theory of one row, its cache in the model's dtype."""
         sizes = {"visual": self.visual, "text": self.text, "grid": self.grid}
-        return account(schedule, self.model.config.decoder, **sizes, dtype=self.model.dtype)
+        tower = FAMILIES[self.config.family].tower_sizes(self.config)
+        return account(schedule, self.config.decoder, **sizes, dtype=self.model.dtype, tower=tower)
 
 
 @dataclass(frozen=True)

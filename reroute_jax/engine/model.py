@@ -114,7 +114,8 @@ class Model:
         run, multiply-accumulates, KV bytes. text: text tokens of the row. grid: as of `plan`."""
         rows, cols = grid or self.reference_grid
         sizes = {"visual": rows * cols, "grid": (rows, cols), "text": text}
-        return account(schedule, self.config.decoder, **sizes, dtype=self.dtype)
+        tower = self.family.tower_sizes(self.config)
+        return account(schedule, self.config.decoder, **sizes, dtype=self.dtype, tower=tower)
 
     # --- Prompts as arrays --------------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from PIL import Image
 from reroute_jax.config import ModelConfig
 from reroute_jax.errors import RerouteError
 from reroute_jax.routing.nuwa_rules import NuwaRules
-from reroute_jax.routing.tower import Tower
+from reroute_jax.routing.tower import Tower, TowerSizes
 from reroute_jax.types import Grid, Size
 
 
@@ -86,6 +86,7 @@ class Family:
         as much more behind each where its decoder adds features later, and the index of the visual token that each
         stands for, `[I, C]`; compiled. `arrays` are those of `merge_arrays`; `merge` is static.
     tower(model, pixels): what a merge reads of these images, for `encode_images` (`routing/tower.py`).
+    tower_sizes(config): what the cost of a merge depends on.
     image_grids(pixel_values, image_grid_thw, config): grid of each image, as the HF processor returns them; raises
         RerouteError where they do not fit each other or the model.
     pack(pixel_values, grids, config, images): pixels for `encode_images`, padded to `images` images.
@@ -115,6 +116,7 @@ class Family:
     model: Callable[..., nnx.Module]
     encode_images: Callable[..., tuple]
     tower: Callable[[Any, Any], Tower]
+    tower_sizes: Callable[[ModelConfig], TowerSizes]
     image_grids: Callable[[Any, Any, ModelConfig], list[Grid]]
     pack: Callable[[Any, Sequence[Grid], ModelConfig, int], Any]
     positions: Callable[[np.ndarray, Sequence[Grid], ModelConfig], tuple[np.ndarray, int]]

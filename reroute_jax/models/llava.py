@@ -21,6 +21,7 @@ from reroute_jax.errors import RerouteError
 from reroute_jax.models.family import Evaluation, Family, Released, check_processor
 from reroute_jax.routing.merge import Merge, reduced
 from reroute_jax.routing.nuwa_rules import NuwaRules
+from reroute_jax.routing.tower import TowerSizes
 from reroute_jax.types import AnyArray, Grid, Size
 from reroute_jax.vision.clip import ClipConfig, ClipImages, ClipTower, Projector
 
@@ -110,6 +111,19 @@ def _tower(model: Llava, pixels: Float[Array, "I 3 height width"]) -> ClipImages
     return ClipImages(model.vision, model.projector, pixels, model.config.vision.feature_layers)
 
 
+def _tower_sizes(config: ModelConfig) -> TowerSizes:
+    vision = config.vision
+    return TowerSizes(
+        width=vision.hidden_size,
+        head_dim=vision.hidden_size // vision.num_heads,
+        patches=1,
+        class_token=True,
+        features=vision.hidden_size * len(vision.feature_layers),
+        similarity=vision.hidden_size,
+        projected=config.decoder.hidden_size,
+    )
+
+
 def image_grids(pixel_values, image_grid_thw, config: ModelConfig) -> list[Grid]:
     """Every image has the tower's own grid."""
     if image_grid_thw is not None:
@@ -181,6 +195,7 @@ FAMILY = Family(
     model=Llava,
     encode_images=encode_images,
     tower=_tower,
+    tower_sizes=_tower_sizes,
     image_grids=image_grids,
     pack=_pack,
     positions=lambda ids, grids, config: (np.arange(len(ids)), len(ids)),

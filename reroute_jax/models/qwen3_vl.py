@@ -30,6 +30,7 @@ from reroute_jax.models.qwen_shared import (
     pixel_limits,
     special_tokens,
     token_bucket,
+    tower_sizes,
     typical_grid,
     vision_sizes,
     whole_image,
@@ -139,6 +140,7 @@ FAMILY = Family(
     model=Qwen3VL,
     encode_images=encode_images,
     tower=lambda model, pixels: Qwen3Images(model.vision, pixels),
+    tower_sizes=tower_sizes,
     image_grids=image_grids,
     pack=lambda pixel_values, grids, config, images: pack(
         np.asarray(pixel_values, np.float32), grids, config.vision, images

@@ -16,6 +16,7 @@ from reroute_jax.config import ModelConfig, token_ids
 from reroute_jax.errors import RerouteError
 from reroute_jax.models.family import check_processor
 from reroute_jax.routing.nuwa_rules import NuwaRules
+from reroute_jax.routing.tower import TowerSizes
 from reroute_jax.types import Grid, Size
 
 # What stands in a chat for an image, and the turns, as the hub's checkpoints write them.
@@ -52,6 +53,22 @@ def vision_sizes(vision) -> dict[str, int]:
         "temporal_patch_size": vision.temporal_patch_size,
         "merge": vision.spatial_merge_size,
     }
+
+
+def tower_sizes(config: ModelConfig) -> TowerSizes:
+    """DeepStack's levels stand behind a token's own features."""
+    vision, width = config.vision, config.decoder.hidden_size
+    joined, features = vision.merge**2 * vision.hidden_size, width * (1 + config.decoder.deepstack)
+    return TowerSizes(
+        width=vision.hidden_size,
+        head_dim=vision.hidden_size // vision.num_heads,
+        patches=vision.merge**2,
+        class_token=False,
+        features=features,
+        similarity=width,
+        projected=features,
+        merger=joined * (joined + width),
+    )
 
 
 def special_tokens(hf) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from reroute_jax.config import DecoderConfig
 from reroute_jax.routing.plan import Schedule
 from reroute_jax.routing.repair import REPAIRS
 from reroute_jax.routing.scores import SCORES, Score
+from reroute_jax.routing.tower import TowerSizes
+from reroute_jax.types import Grid
 
 FORMS = ("fastv", "swiglu", "gqa")
 
@@ -40,6 +42,8 @@ class Account:
     visual: image tokens before any merge. average: visual tokens per decoder layer as they really run, of a count that
     each image decides the limit (14.3); nominal: before
     keep counts are cut to whole numbers. visual_only, prompt: compute of the visual tokens alone, and with the text.
+    merging: multiply-accumulates of the reduction before the decoder, beside the tower and in none of the forms (20);
+    None where the tower's sizes were not given.
     kv_visual, kv_tokens: cached tokens after prefill summed over the layers, visual and all; kv_bytes: of keys and
     values of all.
     """
@@ -53,13 +57,15 @@ class Account:
     kv_visual: int
     kv_tokens: int
     kv_bytes: int
+    merging: int | None = None
 
     def __str__(self) -> str:
         tera = {form: getattr(self.prompt, form) / 1e12 for form in ("swiglu", "fastv", "scoring")}
+        merging = f", merging before the decoder {self.merging / 1e12:.3g}" if self.merging else ""
         return (
             f"{self.label}: {self.average:.2f} of {self.visual} visual tokens per layer (nominal {self.nominal:.2f}), "
             f"prompt {tera['swiglu']:.4g} TFLOPs SwiGLU form, {tera['fastv']:.4g} FastV form, scoring adds "
-            f"{tera['scoring']:.3g}, KV {self.kv_bytes / 1e6:.4g} MB"
+            f"{tera['scoring']:.3g}{merging}, KV {self.kv_bytes / 1e6:.4g} MB"
         )
 
 
@@ -78,10 +84,11 @@ def account(
     text: int,
     grid: tuple[int, int],
     dtype: str = "bfloat16",
+    tower: TowerSizes | None = None,
 ) -> Account:
     """Cost of a row with `text` text tokens and one image of `visual` tokens on a (rows, cols) grid.
 
-    dtype: of the cache. Raises RerouteError if the schedule is for another depth.
+    dtype: of the cache. tower: for the cost of a merge. Raises RerouteError if the schedule is for another depth.
     """
     schedule.check_depth(config.num_layers)
     entering = schedule.merged_count(visual, grid)
@@ -103,7 +110,13 @@ def account(
         kv_visual=sum(cached),
         kv_tokens=kv_tokens,
         kv_bytes=2 * kv_tokens * kv_width(config) * jnp.dtype(dtype).itemsize,
+        merging=None if tower is None else merge_macs(schedule, tower, grid),
     )
+
+
+def merge_macs(schedule: Schedule, tower: TowerSizes, grid: Grid) -> int:
+    """Multiply-accumulates of the reduction before the decoder, of one image (20)."""
+    return 0 if schedule.merge is None else schedule.merge.macs(tower, grid)
 
 
 def _nominal(schedule: Schedule, visual: int) -> float:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from reroute_jax.nn.layers import take_rows
 from reroute_jax.routing.kept import Kept
-from reroute_jax.routing.tower import Tower
+from reroute_jax.routing.tower import Tower, TowerSizes
 from reroute_jax.types import Grid
 
 
@@ -29,6 +29,10 @@ class DivPrune(Kept):
         one = partial(farthest, cap=self.cap(features.shape[1]))
         index = jax.vmap(one)(features, arrays["size"], arrays["keep"])
         return take_rows(features, index), index
+
+    def macs(self, sizes: TowerSizes, grid: Grid) -> int:
+        """Of the distances (20)."""
+        return (grid[0] * grid[1]) ** 2 * sizes.projected
 
 
 def farthest(

@@ -14,7 +14,7 @@ from PIL import Image
 from reroute_jax.nn.layers import take_rows
 from reroute_jax.routing.kept import Kept, check_grid
 from reroute_jax.routing.pool import pool_weights
-from reroute_jax.routing.tower import Tower
+from reroute_jax.routing.tower import Tower, TowerSizes
 from reroute_jax.types import Grid
 
 
@@ -71,6 +71,10 @@ class Downsample(Kept):
         features, centre = tower.project(tower.features()), arrays["centre"]
         slots = jnp.broadcast_to(jnp.arange(centre.shape[1]), centre.shape)
         return take_rows(features, slots), centre
+
+    def macs(self, sizes: TowerSizes, grid: Grid) -> int:
+        """None: the tower itself costs less (20)."""
+        return 0
 
     def members(self, tower: Tower, arrays: dict[str, Array]) -> Bool[Array, "I C n"]:
         """The tokens of the large image in the area of one of the smaller image."""

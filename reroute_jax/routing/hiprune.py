@@ -15,7 +15,7 @@ from reroute_jax.errors import one_of
 from reroute_jax.nn.layers import take_rows
 from reroute_jax.routing.kept import Kept
 from reroute_jax.routing.ops import choose, compact_slots
-from reroute_jax.routing.tower import Tower
+from reroute_jax.routing.tower import Tower, TowerSizes
 from reroute_jax.types import Grid
 
 NEIGHBOURS = ("grid", "flat")
@@ -58,6 +58,10 @@ class HiPrune(Kept):
         )
         index = compact_slots(choose(registers, inside, arrays["keep"], cap, near, union=False), cap)
         return tower.project(take_rows(features, index)), jnp.minimum(index, features.shape[1])
+
+    def macs(self, sizes: TowerSizes, grid: Grid) -> int:
+        """Of two maps (20)."""
+        return 2 * sizes.received_macs(grid[0] * grid[1])
 
 
 def near_anchors(

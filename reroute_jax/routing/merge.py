@@ -22,8 +22,8 @@ from reroute_jax.routing.visionzip import VisionZip
 from reroute_jax.types import AnyArray, Grid
 
 # Each has `anchors(visual, grid)` and `cap(visual)`, the tokens that it leaves; `arrays(grid, tokens)`, of one image of
-# up to `tokens` tokens; `reduce(tower, arrays)`, features at decoder width and the token that each stands for; and
-# `members(tower, arrays)`, the tokens that each is made of.
+# up to `tokens` tokens; `reduce(tower, arrays)`, features at decoder width and the token that each stands for;
+# `members(tower, arrays)`, the tokens that each is made of; and `macs(sizes, grid)`, its multiply-accumulates (20).
 Merge = NuwaMerge | PoolMerge | Downsample | DivPrune | HiPrune | VisionZip
 MERGES = {merge.__name__: merge for merge in (NuwaMerge, PoolMerge, Downsample, DivPrune, HiPrune, VisionZip)}
 

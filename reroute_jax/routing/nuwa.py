@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from reroute_jax.errors import RerouteError, one_of
 from reroute_jax.nn.precision import precision
 from reroute_jax.routing.kept import check_grid
-from reroute_jax.routing.tower import Tower
+from reroute_jax.routing.tower import Tower, TowerSizes
 from reroute_jax.types import Grid
 
 SIM_ORDERS = ("raster", "window")
@@ -87,6 +87,12 @@ class NuwaMerge:
         one = partial(merge_weights, **self._rules(metric.shape[1]))
         weights, _ = jax.vmap(one)(metric, tower.similarity(self.sim_order), *given)
         return weights > 0
+
+    def macs(self, sizes: TowerSizes, grid: Grid) -> int:
+        """Of the metric, what tokens are compared by, the cosines of the anchors and their sums."""
+        visual = grid[0] * grid[1]
+        sums = self.anchors(visual, grid) * visual * (sizes.similarity + sizes.features)
+        return sizes.metric_macs(visual) + visual * sizes.merger + sums
 
     def _rules(self, tokens: int) -> dict[str, Any]:
         names = ("top_n", "quantile", "self_weight_override")

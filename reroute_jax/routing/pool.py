@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from reroute_jax.errors import RerouteError
 from reroute_jax.routing.kept import check_grid
 from reroute_jax.routing.solver import pool_grid
-from reroute_jax.routing.tower import Tower
+from reroute_jax.routing.tower import Tower, TowerSizes
 from reroute_jax.types import Grid
 
 
@@ -55,6 +55,10 @@ class PoolMerge:
         # The fp32 weights make the whole product fp32.
         averages = jnp.einsum("Icn,InD->IcD", arrays["pool"], features, precision=jax.lax.Precision.HIGHEST)
         return averages.astype(features.dtype), jnp.asarray(arrays["centre"])
+
+    def macs(self, sizes: TowerSizes, grid: Grid) -> int:
+        """Of the averages: every token takes part in one."""
+        return grid[0] * grid[1] * sizes.projected
 
     def members(self, tower: Tower, arrays: dict[str, Array]) -> Bool[Array, "I C n"]:
         return jnp.asarray(arrays["pool"]) > 0

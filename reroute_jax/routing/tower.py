@@ -5,7 +5,36 @@ Letters: I images, n visual tokens of the largest one (a bucket), F features, E 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from jaxtyping import Array, Float
+
+
+@dataclass(frozen=True)
+class TowerSizes:
+    """What the cost of a reduction depends on (20). width, head_dim: of the tower's blocks. patches: of a token.
+    class_token: whether `metric` is one row of a map, and not a whole one. features, similarity, projected: widths of
+    what `features`, `similarity` and `project` give. merger: multiply-accumulates of a token in the patch merger."""
+
+    width: int
+    head_dim: int
+    patches: int
+    class_token: bool
+    features: int
+    similarity: int
+    projected: int
+    merger: int = 0
+
+    def received_macs(self, visual: int) -> int:
+        """Of a map of attention between all patches, with its queries and keys."""
+        rows = self.patches * visual
+        return 2 * rows * self.width**2 + rows**2 * self.width
+
+    def metric_macs(self, visual: int) -> int:
+        """Of `metric`, whose keys `keys` takes over."""
+        if self.class_token:
+            return visual * self.width**2 + self.width**2 + visual * self.width
+        return self.received_macs(visual)
 
 
 class Tower:

@@ -13,7 +13,7 @@ from reroute_jax.nn.layers import take_rows
 from reroute_jax.routing.groups import group_means, nearest, targets
 from reroute_jax.routing.kept import Kept, of_slots
 from reroute_jax.routing.ops import compact_slots, select
-from reroute_jax.routing.tower import Tower
+from reroute_jax.routing.tower import Tower, TowerSizes
 from reroute_jax.types import Grid
 
 
@@ -49,6 +49,13 @@ class VisionZip(Kept):
         number = take_rows(jnp.where(found.target, found.number, -1), found.index)
         grouped = (number[..., None] == found.group[:, None]) & found.others[:, None]
         return of_slots(found.index, tokens) | grouped
+
+    def macs(self, sizes: TowerSizes, grid: Grid) -> int:
+        """Of the metric with its keys, and of the groups (20)."""
+        visual = grid[0] * grid[1]
+        dominant, contextual = self.split(self.anchors(visual, grid))
+        groups = (visual - dominant) * contextual * (sizes.head_dim + sizes.features)
+        return sizes.metric_macs(visual) + groups
 
     def _grouped(self, tower: Tower, arrays: dict[str, Array], tokens: int) -> Grouped:
         cap = self.cap(tokens)

@@ -10,6 +10,7 @@ from reroute_jax.routing.cost import Compute, account, visual_per_layer
 from reroute_jax.routing.methods import plan
 from reroute_jax.routing.plan import Schedule
 from reroute_jax.routing.presets import preset
+from reroute_jax.routing.tower import TowerSizes
 
 LLAVA_7B = DecoderConfig(
     vocab_size=32064,
@@ -137,6 +138,30 @@ def test_bytes_follow_the_dtype_and_the_key_heads():
     }
     assert llava == {"float32": 2 * 32 * 580 * 4096 * 4, "float16": 2 * 32 * 580 * 4096 * 2}
     assert account(full(28), QWEN_7B, text=4, **IMAGE).kv_bytes == 2 * 28 * 580 * 512 * 2
+
+
+# Section 20 at 576 tokens of LLaVA-1.5-7B, whose tower is 1024 wide.
+CLIP_L = TowerSizes(1024, 64, patches=1, class_token=True, features=1024, similarity=1024, projected=4096)
+
+
+@pytest.mark.parametrize(
+    ("method", "budget", "macs"),
+    [
+        ("divprune", 64, 576**2 * 4096),  # 1.36 G
+        ("visionzip", 64, 576 * 1024**2 + 1024**2 + 576 * 1024 + 522 * 10 * (64 + 1024)),
+        ("hiprune", 64, 2 * 576**2 * 1024 + 4 * 576 * 1024**2),
+        ("nuwa", 64, 576 * 1024**2 + 1024**2 + 576 * 1024 + 112 * 576 * 2048),
+        ("pool", 64, 576 * 4096),
+        ("downsample", 64, 0),
+        ("fastv", 64, 0),
+    ],
+)
+def test_reductions_before_the_decoder(method, budget, macs):
+    schedule = plan(method, num_layers=32, budget=budget, **IMAGE)
+    cost = account(schedule, LLAVA_7B, text=64, tower=CLIP_L, **IMAGE)
+    assert cost.merging == macs and ("merging" in str(cost)) == (macs > 0)
+    # Beside the decoder, and not in its forms.
+    assert replace(cost, merging=None) == account(schedule, LLAVA_7B, text=64, **IMAGE)
 
 
 def test_one_line():
