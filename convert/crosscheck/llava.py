@@ -51,6 +51,10 @@ class LlavaImage:
         layers = [layers] if isinstance(layers, int) else layers
         return torch.cat([self.states[layer][1:] for layer in layers], dim=-1)
 
+    def class_features(self) -> Tensor:
+        layers = self.model.config.vision_feature_layer
+        return torch.cat([self.states[layer][0] for layer in ([layers] if isinstance(layers, int) else layers)])
+
     def project(self, features: Tensor) -> Tensor:
         return self.model.model.multi_modal_projector(features)
 

@@ -29,6 +29,7 @@ class TorchTower(Protocol):
 
     def features(self) -> Tensor: ...
     def project(self, features: Tensor) -> Tensor: ...
+    def class_features(self) -> Tensor: ...
     def metric(self) -> Tensor: ...
     def similarity(self, order: str) -> Tensor: ...
     def radius(self) -> float: ...
@@ -42,7 +43,8 @@ def reduced(merge: Merge | None, tower: TorchTower) -> ImageTensors:
     """The image as the decoder gets it."""
     if merge is None:
         return ImageTensors(tower.project(tower.features()), torch.arange(math.prod(tower.grid)), tower.grid)
-    return ImageTensors(*_RULES[type(merge)](merge, tower), tower.grid)
+    placed = not (isinstance(merge, VisionZip) and merge.cls == "keep")
+    return ImageTensors(*_RULES[type(merge)](merge, tower), tower.grid, placed)
 
 
 def nuwa(merge: NuwaMerge, tower: TorchTower) -> tuple[Tensor, Tensor]:
@@ -130,11 +132,16 @@ def visionzip(merge: VisionZip, tower: TorchTower) -> tuple[Tensor, Tensor]:
     count = _count(merge, tower)
     contextual = max(1, round(count * 5 / 32))
     features, keys, size = tower.features(), tower.keys(), math.prod(tower.grid)
-    dominant = _best(tower.metric(), range(size), count - contextual)
+    released = merge.cls == "keep"
+    dominant = _best(tower.metric(), range(size), count - contextual - released)
     rest = [cell for cell in range(size) if cell not in dominant]
     step = max(1, len(rest) // contextual)
     targets = [rest[number * step] for number in range(contextual)]
     joined = group_means(features, keys, [cell for cell in rest if cell not in targets], targets)
+    if released:
+        patches = torch.tensor([*sorted(dominant), *targets])
+        rows = torch.cat([tower.class_features()[None], joined[patches]])
+        return tower.project(rows), torch.cat([patches[:1], patches])
     kept = torch.tensor(sorted([*dominant, *targets]))
     return tower.project(joined[kept]), kept
 

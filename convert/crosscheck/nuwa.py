@@ -13,11 +13,13 @@ from torch import Tensor, nn
 @dataclass(frozen=True)
 class ImageTensors:
     """One image of a prompt. features [n, D] as the decoder gets them; index [n]: the original visual token that gives
-    each its position; grid: (rows, columns) of the visual tokens before any merge."""
+    each its position; grid: (rows, columns) of the visual tokens before any merge. placed: whether each stands where
+    that token did, and not one behind the other."""
 
     features: Tensor
     index: Tensor
     grid: tuple[int, int]
+    placed: bool = True
 
     @property
     def count(self) -> int:

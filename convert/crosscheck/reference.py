@@ -306,7 +306,7 @@ def _decoder_input(
     wide = max((image.features.shape[1] for image in images), default=width)
     deepstack = hidden.new_zeros(len(ids), wide - width) if wide > width else None
     for number, (image, run, first) in enumerate(zip(images, runs, _firsts(images), strict=True)):
-        left = run[image.index]
+        left = run[image.index] if image.placed else run[: len(image.index)]
         kept[left] = True
         hidden[left] = image.features[:, :width].to(hidden.dtype)
         if deepstack is not None:

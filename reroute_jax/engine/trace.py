@@ -81,7 +81,7 @@ class Trace:
             anchors=None if batch.schedule.merge is None else _kept(batch, np.asarray(anchors))[:live],
             kv_tokens=np.asarray(found.cache.tokens_per_layer())[:live],
             seen=Seen(batch.schedule, grids, open_images, config, dtype),
-            find_members=lambda: None if batch.schedule.merge is None else _members(batch, merged),
+            find_members=lambda: None if batch.schedule.merge is None else _members(batch, np.asarray(anchors), merged),
         )
 
     def of_row(self, row: int) -> Trace:
@@ -132,13 +132,15 @@ def _kept(batch: Batch, anchors: np.ndarray) -> np.ndarray:
     return _indices(kept)
 
 
-def _members(batch: Batch, merged: Callable[[], Any]) -> np.ndarray:
-    """Indices of the tokens that each one left of each row was made of."""
+def _members(batch: Batch, anchors: np.ndarray, merged: Callable[[], Any]) -> np.ndarray:
+    """Indices of the tokens that each one left of each row was made of, in the order of these."""
     if batch.images is None:
         return np.zeros((len(batch.layouts), 0, 0), np.int32)
     found, prompt, rows = np.asarray(merged()), batch.prompt, []
     for row in range(len(batch.layouts)):
-        image, within = np.divmod(prompt.feature[row][prompt.feature[row] >= 0], found.shape[1])
+        features = prompt.feature[row][prompt.feature[row] >= 0]
+        _, order = np.unique(anchors[features], return_index=True)
+        image, within = np.divmod(features[order], found.shape[1])
         before = batch.images.first[image] - prompt.first_feature[row]
         rows.append([start + np.flatnonzero(mask) for start, mask in zip(before, found[image, within], strict=True)])
     most = max((len(one) for row in rows for one in row), default=0)

@@ -158,7 +158,7 @@ def _hiprune(request: Request) -> Schedule:
 
 
 def _visionzip(request: Request) -> Schedule:
-    return request.schedule((), (), merge=VisionZip(**_amount(request)))
+    return request.schedule((), (), merge=VisionZip(**_amount(request), cls=request.switches.cls))
 
 
 def _layout(request: Request) -> Schedule:

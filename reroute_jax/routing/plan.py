@@ -27,6 +27,7 @@ from reroute_jax.routing.repair import REPAIRS
 from reroute_jax.routing.scores import SCORES
 from reroute_jax.routing.stages import ACTIONS, Stage
 from reroute_jax.routing.static_plan import RoutingPlan, StagePlan
+from reroute_jax.routing.visionzip import VisionZip
 from reroute_jax.types import Grid
 
 POSITION_MODES = ("original", "renumber")
@@ -85,6 +86,8 @@ class Schedule:
         self._check_scores()
         self._check_floors()
         self._check_repairs()
+        if isinstance(self.merge, VisionZip) and self.merge.keeps_class:
+            self._check_class_token()
         for what in ("ratio", "count"):
             of_input = [None if stage.of_kept else getattr(stage, what) for stage in self.decisions]
             _check_falling(what, self.decisions, of_input)
@@ -101,6 +104,13 @@ class Schedule:
                     f"score={stage.score!r} at layer {stage.lo}: after a decision that {before.action}s, the layer "
                     "before has not seen every token, use 'last_token' there"
                 )
+
+    def _check_class_token(self) -> None:
+        if self.position_mode != "renumber" or self.decisions:
+            raise RerouteError(
+                "a class token that is kept has no place in the image: use position_mode='renumber' and no decisions, "
+                "or cls='drop'"
+            )
 
     def _check_repairs(self) -> None:
         used = {stage.repair for stage in self.decisions}

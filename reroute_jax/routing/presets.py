@@ -16,6 +16,7 @@ from reroute_jax.routing.hiprune import HiPrune
 from reroute_jax.routing.merge import Merge
 from reroute_jax.routing.plan import Schedule
 from reroute_jax.routing.solver import OFFICIAL_RATIOS, decision_layers
+from reroute_jax.routing.visionzip import VisionZip
 
 _TIERS = (192, 128, 64)
 
@@ -114,6 +115,7 @@ METHOD_PRESETS: dict[str, Callable[[], Schedule]] = {
     **{f"swiftvlm_llava15_{tier}": _swiftvlm(count) for tier, count in ((192, 144), (128, 74), (64, 3))},
     "divprune_llava15": _before(DivPrune(Fraction(98, 1000)), 32, "renumber"),
     **{f"hiprune_llava15_{tier}": _before(HiPrune(count=tier, neighbours="flat"), 32, "renumber") for tier in _TIERS},
+    **{f"visionzip_llava15_{tier}": _before(VisionZip(count=tier, cls="keep"), 32, "renumber") for tier in _TIERS},
     **{
         f"hiprune_qwen25vl_{share}": _before(HiPrune(Fraction(share, 1000), neighbours="flat"), 28, "original")
         for share in (334, 223, 112)

@@ -14,6 +14,7 @@ from reroute_jax.routing.hiprune import NEIGHBOURS
 from reroute_jax.routing.nuwa import SIM_ORDERS
 from reroute_jax.routing.plan import DEEPSTACK, POSITION_MODES
 from reroute_jax.routing.repair import REPAIRS
+from reroute_jax.routing.visionzip import CLASS_TOKENS
 
 # Of the switches, those that take a budget's place.
 AMOUNTS = ("keep_ratio", "keep")
@@ -183,6 +184,14 @@ class Switches:
         ("hiprune",),
         choices=NEIGHBOURS,
         defect=True,
+    )
+    cls: str = _switch(
+        "drop",
+        "'keep' the class token in the place of a patch and put contextual tokens last, as released; with "
+        "position_mode='renumber' (16.2)",
+        ("visionzip",),
+        choices=CLASS_TOKENS,
+        family="llava",
     )
     blur: bool = _switch(
         False,

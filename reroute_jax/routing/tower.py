@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from jaxtyping import Array, Float
 
+from reroute_jax.errors import RerouteError
+
 
 @dataclass(frozen=True)
 class TowerSizes:
@@ -47,6 +49,10 @@ class Tower:
     def project(self, features: Float[Array, "I C F"]) -> Float[Array, "I C E"]:
         """Features at decoder width."""
         raise NotImplementedError
+
+    def class_features(self) -> Float[Array, "I F"]:
+        """The same of the class token. Raises RerouteError for a tower without one."""
+        raise RerouteError("this model's vision tower has no class token to keep: leave out cls='keep'")
 
     def metric(self) -> Float[Array, "I n"]:
         """Attention that ranks: of the class token in the second-to-last block (4.2), or received in the last (5.2)."""

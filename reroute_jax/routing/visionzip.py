@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from reroute_jax.errors import RerouteError, one_of
 from reroute_jax.nn.layers import take_rows
 from reroute_jax.routing.groups import group_means, nearest, targets
 from reroute_jax.routing.kept import Kept, of_slots
@@ -16,11 +17,34 @@ from reroute_jax.routing.ops import compact_slots, select
 from reroute_jax.routing.tower import Tower, TowerSizes
 from reroute_jax.types import Grid
 
+CLASS_TOKENS = ("drop", "keep")
+
 
 @dataclass(frozen=True)
 class VisionZip(Kept):
     """Dominant tokens stay as they are. Of the others every n-th is a target; the rest join the target whose key
-    is most similar, and their mean is added to it. Everything keeps its own place; the class token is left out."""
+    is most similar, and their mean is added to it.
+
+    cls: "drop", everything keeps its own place; or "keep" as released: the class token comes first in the place of one
+    dominant token, and targets come last. Then nothing has a place in the image.
+    """
+
+    cls: str = "drop"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of("cls", self.cls, CLASS_TOKENS)
+
+    @property
+    def keeps_class(self) -> bool:
+        return self.cls == "keep"
+
+    def anchors(self, visual: int, grid: Grid) -> int:
+        """Raises RerouteError where the class token would leave no dominant one."""
+        keep = super().anchors(visual, grid)
+        if self.keeps_class and self.split(keep)[0] < 2:
+            raise RerouteError(f"VisionZip with cls='keep' leaves {keep} tokens, expected at least 3: keep more")
+        return keep
 
     def split(self, keep: int) -> tuple[int, int]:
         """(dominant, contextual) tokens of an image that keeps so many: 54 + 10 of 64, as released."""
@@ -32,7 +56,7 @@ class VisionZip(Kept):
         dominant, contextual = self.split(self.anchors(size, grid))
         return {
             "size": np.array(size, np.int32),
-            "dominant": np.array(dominant, np.int32),
+            "dominant": np.array(dominant - self.keeps_class, np.int32),
             "contextual": np.array(contextual, np.int32),
         }
 
@@ -40,7 +64,10 @@ class VisionZip(Kept):
         features = tower.features()
         found = self._grouped(tower, arrays, features.shape[1])
         joined = join(features, found, self.split(self.cap(features.shape[1]))[1])
-        return tower.project(take_rows(joined, found.index)), found.index
+        left = take_rows(joined, found.index)
+        if self.keeps_class:
+            left = left.at[:, 0].set(tower.class_features())
+        return tower.project(left), found.index
 
     def members(self, tower: Tower, arrays: dict[str, Array]) -> Bool[Array, "I C n"]:
         """A dominant token stands for itself, a target for its group too."""
@@ -54,7 +81,7 @@ class VisionZip(Kept):
         """Of the metric with its keys, and of the groups (20)."""
         visual = grid[0] * grid[1]
         dominant, contextual = self.split(self.anchors(visual, grid))
-        groups = (visual - dominant) * contextual * (sizes.head_dim + sizes.features)
+        groups = (visual - dominant + self.keeps_class) * contextual * (sizes.head_dim + sizes.features)
         return sizes.metric_macs(visual) + groups
 
     def _grouped(self, tower: Tower, arrays: dict[str, Array], tokens: int) -> Grouped:
@@ -63,8 +90,16 @@ class VisionZip(Kept):
         dominant = select(tower.metric(), inside, arrays["dominant"], cap)
         target, number = targets(inside & ~dominant, arrays["contextual"])
         group = nearest(tower.keys(), target, self.split(cap)[1])
-        index = jnp.minimum(compact_slots(dominant | target, cap), tokens)
-        return Grouped(index, target, number, group, inside & ~dominant & ~target)
+        index = released_order(dominant, target, cap) if self.keeps_class else compact_slots(dominant | target, cap)
+        return Grouped(jnp.minimum(index, tokens), target, number, group, inside & ~dominant & ~target)
+
+
+def released_order(dominant: Bool[Array, "I n"], target: Bool[Array, "I n"], size: int) -> Int[Array, "I C"]:
+    """The dominant tokens, then the targets, behind a slot for the class token, which repeats the first of them."""
+    slots, dominants = jnp.arange(size), 1 + dominant.sum(axis=1, keepdims=True)
+    first = jnp.pad(compact_slots(dominant, size - 1), ((0, 0), (1, 0)), mode="edge")
+    behind = jnp.take_along_axis(compact_slots(target, size), jnp.maximum(slots - dominants, 0), axis=1)
+    return jnp.where(slots < dominants, first, behind)
 
 
 class Grouped(NamedTuple):

@@ -203,6 +203,9 @@ class ClipImages(Tower):
         """Patches of the hidden states that the projector sees, side by side."""
         return jnp.concatenate([self.state(layer)[:, 1:] for layer in self.layers], axis=-1)
 
+    def class_features(self) -> Float[Array, "I F"]:
+        return jnp.concatenate([self.state(layer)[:, 0] for layer in self.layers], axis=-1)
+
     def project(self, features: Float[Array, "I C F"]) -> Float[Array, "I C E"]:
         return self.projector(features)
 

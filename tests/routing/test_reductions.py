@@ -113,6 +113,27 @@ def test_visionzip():
     assert made_of(VisionZip(count=6), tower) == [[0], [1, 2, 7], [3], [4], [5], [6]]
 
 
+class Released(VisionZip):
+    def split(self, keep):
+        return 3, 2
+
+
+# Vector 22.7 as released: the class token, dominant patches 1 and 4, targets 0 and 5 behind them.
+def test_visionzip_with_its_class_token():
+    tower = Given(
+        (2, 4),
+        features=jnp.array([[(p, 1.0) for p in range(8)]]),
+        class_features=jnp.array([[-1.0, 1.0]]),
+        metric=jnp.array([[0.05, 0.30, 0.02, 0.08, 0.20, 0.10, 0.15, 0.10]]),
+        keys=jnp.array(circle([0, 0, 10, 80, 0, 95, 30, 170]))[None],
+    )
+    merge = Released(count=5, cls="keep")
+    features, index = reduced(merge, tower, merge_arrays(merge, [(2, 4)], 1, 8))
+    np.testing.assert_allclose(features[0], [(-1, 1), (1, 1), (4, 1), (4, 2), (10, 2)])
+    assert index[0].tolist() == [1, 1, 4, 0, 5]
+    assert made_of(merge, tower) == [[1], [1], [4], [0, 2, 6], [3, 5, 7]]
+
+
 def test_groups_of_visionzip():
     """Vector 22.7's groups: targets 0 and 5, groups {2, 6} and {3, 7}."""
     features = torch.tensor([(p, 1.0) for p in range(8)])
@@ -176,6 +197,9 @@ def test_asking():
         (lambda: HiPrune(Fraction(3, 2)), "a share of 3/2"),
         (lambda: HiPrune(count=3, neighbours="ring"), "expected one of: grid, flat"),
         (lambda: VisionZip(count=4).anchors(5, (2, 3)), "2 x 3 does not hold 5"),
+        (lambda: VisionZip(count=2, cls="keep").anchors(6, (2, 3)), "leaves 2 tokens, expected at least 3"),
+        (lambda: Schedule.from_decisions((), (), 4, merge=VisionZip(count=4, cls="keep")), "no place in the image"),
+        (lambda: Tower().class_features(), "no class token to keep"),
         (lambda: plan("divprune", num_layers=4, visual=4, grid=(2, 2), keep=(1, 2)), "one number of tokens, not 1,2"),
     ],
 )
