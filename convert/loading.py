@@ -7,6 +7,7 @@ from pathlib import Path
 
 import reroute_jax
 from convert.checkpoint import load_params
+from convert.embedded import EMBEDDED, locate
 from convert.families import table_of
 from convert.opening import open_checkpoint
 from reroute_jax.config import ModelConfig
@@ -25,18 +26,20 @@ def load(
     vicuna_system: bool = False,
     pixel_limits: tuple[int, int] | None = None,
 ) -> Model:
-    """Load a hub id, a Hugging Face folder (converted on the fly) or a converted folder.
+    """Load a hub id, a Hugging Face folder (converted on the fly), a converted folder, or an embedded model.
 
-    dtype: "float32", "bfloat16" or "float16"; None keeps the stored one. mrope_compat: "hf-5.4" for the rotary
-    positions that transformers 5.4 gave to Qwen2.5-VL's images, to compare with numbers made with it (`mrope.py`).
-    vicuna_system: open LLaVA's prompts with the system sentence of its own evaluation, which the checkpoint's chat
-    template leaves out. pixel_limits: fewest and most pixels of an image of Qwen2.5-VL, instead of those of the
-    checkpoint's image processor.
+    dtype: "float32", "bfloat16" or "float16"; None keeps the stored one, but float32 for an embedded model.
+    mrope_compat: "hf-5.4" for the rotary positions that transformers 5.4 gave to Qwen2.5-VL's images, to compare with
+    numbers made with it (`mrope.py`). vicuna_system: open LLaVA's prompts with the system sentence of its own
+    evaluation, which the checkpoint's chat template leaves out. pixel_limits: fewest and most pixels of an image of
+    Qwen2.5-VL, instead of those of the checkpoint's image processor.
     Raises RerouteError for a checkpoint that is absent, damaged, of an unknown architecture, or does not fit its
     config.json.
     """
     if dtype is not None:
         one_of("dtype", dtype, tuple(FLOATS))
+    if path in EMBEDDED:
+        path, dtype = locate(path), dtype or "float32"
     source, config = open_checkpoint(path)
     if mrope_compat is not None:
         one_of("mrope_compat", mrope_compat, COMPATS)

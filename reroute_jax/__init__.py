@@ -37,7 +37,8 @@ def load(
     vicuna_system: bool = False,
     pixel_limits: tuple[int, int] | None = None,
 ) -> Model:
-    """Load a hub id, a Hugging Face folder (converted on the fly) or a converted folder; see `convert.loading.load`."""
+    """Load a hub id, a Hugging Face folder (converted on the fly), a converted folder or an embedded model; see
+    `convert.loading.load`."""
     # Imported here: `convert` needs this package's configuration, and loading needs `convert`.
     from convert.loading import load as load_model
 

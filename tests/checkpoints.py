@@ -50,3 +50,10 @@ def qwen3_pair(tied: bool = False) -> tuple[Qwen3VLForConditionalGeneration, Mod
     spelling of the config, else the hub's."""
     folder = tiny_qwen3.tiny_qwen3(Path(mkdtemp()) / "qwen3", spelling="v5" if tied else "hub", tied=tied, seed=6)
     return tiny_qwen3.load_torch(folder), reroute_jax.load(folder, "float32")
+
+
+@cache
+def smallest() -> Model:
+    """Of 2 decoder layers and 2 of vision, where many programs are compiled."""
+    folder = tiny_llava(Path(mkdtemp()) / "smallest", kv_heads=2, layers=2, vision_layers=2, seed=3)
+    return reroute_jax.load(folder, "float32")

@@ -6,7 +6,7 @@ import shlex
 
 import pytest
 
-from reroute_jax.commandline.parsing import DATA, DEFECT, OUTPUT, ROUTE, RUN, SWITCH, Parser
+from reroute_jax.commandline.parsing import DATA, DEFECT, OUTPUT, ROUTE, RUN, SERVE, SWITCH, Parser
 from reroute_jax.commandline.routes import flag
 from reroute_jax.routing.switches import SWITCHES
 
@@ -21,6 +21,7 @@ GROUPS = {
     "evals.search": (RUN, DATA, ROUTE, DEFECT, OUTPUT),
     "evals.bench": (RUN, DATA, ROUTE, OUTPUT),
     "evals.profile": (*ROUTED, OUTPUT),
+    "reroute_jax.serve": (RUN, ROUTE, SWITCH, DEFECT, SERVE),
     "evals.scenes.train": (RUN, OUTPUT),
     "convert": (RUN, OUTPUT),
     "convert.crosscheck": ROUTED,
@@ -29,6 +30,7 @@ GROUPS = {
     "benchmarks.attention": (RUN, DATA, OUTPUT),
     "benchmarks.found_schedules": (RUN, DATA, OUTPUT),
     "benchmarks.gpu": (RUN, OUTPUT),
+    "benchmarks.load": (RUN, DATA, ROUTE, OUTPUT),
     "benchmarks.random_checkpoint": (RUN, OUTPUT),
     "benchmarks.vision_windows": (RUN, DATA),
 }

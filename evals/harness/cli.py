@@ -115,9 +115,9 @@ def add_data_arguments(parser: Parser, hub: Hub) -> None:
 
 def load_model(name: str, dtype: str | None, mrope_compat: str | None = None, vicuna_system: bool = False) -> Answerer:
     """The model of --model, --dtype, --mrope-compat and --vicuna-system, within the harness's pixel limits."""
+    model = reroute_jax.load(name, dtype, mrope_compat, vicuna_system)
     if name in EMBEDDED:
-        return reroute_jax.load(locate(name), dtype or "float32", mrope_compat, vicuna_system)
-    model = reroute_jax.load(locate(name), dtype, mrope_compat, vicuna_system)
+        return model
     return replace(model, config=with_harness_pixels(model.config, lambda: model.image_processor))
 
 

@@ -11,7 +11,14 @@ import jax
 from reroute_jax.errors import RerouteError
 
 # Packages that an extra of this project brings, by the name they are imported under.
-EXTRAS = {"datasets": "hub", "matplotlib": "plot", "torch": "torch"}
+EXTRAS = {
+    "datasets": "hub",
+    "matplotlib": "plot",
+    "prometheus_client": "serve",
+    "starlette": "serve",
+    "torch": "torch",
+    "uvicorn": "serve",
+}
 OUT_OF_MEMORY = "out of memory: give a smaller --batch-size, or a machine with more"
 
 

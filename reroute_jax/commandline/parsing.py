@@ -26,8 +26,9 @@ DATA = "on what"
 ROUTE = "how to route"
 SWITCH = "switches of methods (each is refused where the method has no use for it)"
 DEFECT = "defects of a release, to reproduce its numbers"
+SERVE = "who is served"
 OUTPUT = "output"
-GROUPS = (RUN, DATA, ROUTE, SWITCH, DEFECT, OUTPUT)
+GROUPS = (RUN, DATA, ROUTE, SWITCH, DEFECT, SERVE, OUTPUT)
 
 
 class Parser(argparse.ArgumentParser):

@@ -208,7 +208,7 @@ def _file(source: Any, name: str) -> Iterator[BinaryIO]:
     if isinstance(source, bytes | bytearray | memoryview):
         yield io.BytesIO(_some(bytes(source), name))
     elif _is_data_url(source):
-        yield io.BytesIO(_some(_data_url(source, name), name))
+        yield io.BytesIO(_some(data_url_bytes(source, name), name))
     elif isinstance(source, str | os.PathLike):
         with _file_at(os.fsdecode(source), name) as file:
             yield file
@@ -240,8 +240,8 @@ def _file_at(path: str, name: str) -> BinaryIO:
         raise RerouteError(f"{name} cannot be read ({reason}), expected the path of an image file") from None
 
 
-def _data_url(url: str, name: str) -> bytes:
-    """data:[TYPE][;PARAMETERS][;base64],DATA (RFC 2397)."""
+def data_url_bytes(url: str, name: str) -> bytes:
+    """Of data:[TYPE][;PARAMETERS][;base64],DATA (RFC 2397). name: as of `open_image`. Raises RerouteError."""
     head, comma, data = url.partition(",")
     kind, *parameters = head[len("data:") :].split(";")
     if not comma:

@@ -3,26 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 _BROKEN = "\ufffd"  # what a tokenizer makes of bytes that are no whole character yet
 
 
-def pieces(tokenizer, tokens: Iterable[int]) -> Iterator[str]:
-    """The text of the tokens as they come, cut where characters are whole; together, the text of them all.
+class Detokenizer:
+    """The text of tokens as they come, cut where characters are whole; together, the text of them all.
 
     Each token is decoded behind those of the last piece, so that what a tokenizer does at a beginning is done once.
     """
-    ids: list[int] = []
-    start = shown = 0  # ids[start:shown] have been given out, and are decoded again as context
 
-    def text(part: list[int]) -> str:
-        return tokenizer.decode(part, skip_special_tokens=True)
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []  # those of the last piece, which are decoded again as context, and those behind
+        self._shown = 0  # of them, those of the last piece
 
+    def add(self, token: int) -> str:
+        """What the token completes, often nothing."""
+        self._ids.append(token)
+        piece = self._new_text()
+        if not piece or piece.endswith(_BROKEN):
+            return ""
+        self._ids = self._ids[self._shown :]
+        self._shown = len(self._ids)
+        return piece
+
+    def rest(self) -> str:
+        """What is left at the end, broken or not."""
+        return self._new_text()
+
+    def _new_text(self) -> str:
+        return self._text(self._ids)[len(self._text(self._ids[: self._shown])) :]
+
+    def _text(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def pieces(tokenizer: Any, tokens: Iterable[int]) -> Iterator[str]:
+    """The text of the tokens, a piece as soon as there is one."""
+    text = Detokenizer(tokenizer)
     for token in tokens:
-        ids.append(token)
-        before, now = text(ids[start:shown]), text(ids[start:])
-        if len(now) > len(before) and not now.endswith(_BROKEN):
-            yield now[len(before) :]
-            start, shown = shown, len(ids)
-    if rest := text(ids[start:])[len(text(ids[start:shown])) :]:
+        if piece := text.add(token):
+            yield piece
+    if rest := text.rest():
         yield rest

@@ -80,6 +80,11 @@ def make_pools(
     return Pools(model, limits, tuple(pools))
 
 
+def pool_count(schedules: Sequence[Schedule], limits: Limits) -> int:
+    """Of `make_pools`."""
+    return len(limits.text) * (1 + limits.images * len(set(schedules)))
+
+
 def _example(model: Model, images: int) -> Question:
     """The shortest question with so many images of the family's typical kind."""
     blank = Image.new("RGB", (64, 64))

@@ -19,6 +19,10 @@ class Busy(RerouteError):
     """As many requests wait as may."""
 
 
+class Stopping(RerouteError):
+    """The engine has ended, or is about to."""
+
+
 class Engine:
     """Answers requests in slots of its pools, on a thread of its own.
 
@@ -80,7 +84,7 @@ class Engine:
                     if pool.running:
                         self._guarded(pool, pool.advance)
         finally:
-            self._tell_all(News(error=RerouteError("the server stops: ask again later")))
+            self._tell_all(News(error=Stopping("the server stops: ask another one, or later")))
 
     def _receive(self) -> bool:
         """Take in what was submitted, waiting where there is nothing else to do. False where the thread is to end."""

@@ -38,5 +38,5 @@ class Request:
     layout: Layout
     sampling: Sampling
     number: int
-    tell: Callable[[News], None]
+    tell: Callable[[News], object]
     cancelled: bool = False

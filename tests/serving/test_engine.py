@@ -17,7 +17,7 @@ from reroute_jax.serving.buckets import Limits, Unplaced, make_pools
 from reroute_jax.serving.engine import Busy, Engine
 from reroute_jax.serving.pool import Pool
 from reroute_jax.serving.requests import News, Request
-from tests.checkpoints import small
+from tests.checkpoints import smallest
 
 LIMITS = Limits(slots=2, token_budget=52, text=(16,), images=1, new_tokens=40)
 
@@ -28,13 +28,13 @@ def picture(seed: int) -> Image.Image:
 
 @pytest.fixture(scope="module")
 def plans():
-    model = small()
-    return {"all": model.plan("none"), "routed": model.plan("fastv", budget="1/3", first_decision=1)}
+    model = smallest()
+    return {"all": model.plan("none"), "routed": model.plan("fastv", budget="3/4", first_decision=1)}
 
 
 @pytest.fixture(scope="module")
 def pools(plans):
-    return make_pools(small(), tuple(plans.values()), LIMITS)
+    return make_pools(smallest(), tuple(plans.values()), LIMITS)
 
 
 @pytest.fixture
@@ -50,8 +50,8 @@ class Asked:
     def __init__(self, engine, pools, item, schedule, number=0, log=None, **sampling):
         self.news, self.told = SimpleQueue(), []
         log = [] if log is None else log
-        sampling = Sampling(stop=small().config.eos_tokens, **sampling)
-        pool, layout = pools.place(small().question(item), schedule)
+        sampling = Sampling(stop=smallest().config.eos_tokens, **sampling)
+        pool, layout = pools.place(smallest().question(item), schedule)
 
         def tell(news):
             log.append((self, news))
@@ -77,7 +77,7 @@ class Asked:
 
 def test_answers_are_those_of_answer_whatever_runs_beside_them(engine, pools, plans):
     """Three plans of work, greedy and drawn, more than there are slots; the late ones join while others decode."""
-    model = small()
+    model = smallest()
     cases = [
         ("all", (picture(0), "where is the red cup ?"), {"limit": 40}),
         ("routed", (picture(1), "what is left of the dog ?"), {"limit": 33}),
@@ -112,7 +112,7 @@ def test_answers_are_those_of_answer_whatever_runs_beside_them(engine, pools, pl
 
 def test_the_answers_to_one_question_are_those_of_its_copies(engine, pools, plans):
     item, how = (picture(3), "what is it ?"), {"temperature": 1.5, "seed": 7}
-    wanted = small().answer([item] * 3, schedule=plans["routed"], max_new_tokens=6, **how)
+    wanted = smallest().answer([item] * 3, schedule=plans["routed"], max_new_tokens=6, **how)
     asked = [Asked(engine, pools, item, plans["routed"], number, limit=6, **how) for number in range(3)]
     assert [one.tokens for one in asked] == [answer.token_ids for answer in wanted]
     assert len({one.tokens for one in asked}) > 1
@@ -127,7 +127,7 @@ def test_who_is_cancelled_makes_room(engine, pools, plans):
     first.next()
     second.next()
     first.request.cancelled = True
-    wanted = small().answer([(picture(2), "where ?")], schedule=plans["all"], max_new_tokens=40)[0]
+    wanted = smallest().answer([(picture(2), "where ?")], schedule=plans["all"], max_new_tokens=40)[0]
     assert third.tokens == wanted.token_ids and len(second.tokens) == 40
     places = {id(who): [at for at, (one, _) in enumerate(log) if one is who] for who in (first, second, third)}
     assert places[id(third)][0] < places[id(second)][-1]
@@ -175,7 +175,7 @@ def test_a_program_that_fails_ends_its_own_pool_and_no_other(engine, pools, plan
     assert fine.all()[-1].error is None and len(fine.tokens) == 20
     monkeypatch.undo()
     again = Asked(engine, pools, (picture(0), "where ?"), plans["routed"], limit=20)
-    wanted = small().answer([(picture(0), "where ?")], schedule=plans["routed"], max_new_tokens=20)[0]
+    wanted = smallest().answer([(picture(0), "where ?")], schedule=plans["routed"], max_new_tokens=20)[0]
     assert again.tokens == wanted.token_ids
 
 
@@ -212,12 +212,12 @@ def test_the_end_is_told(pools, plans):
 )
 def test_what_is_too_large_has_no_place(pools, plans, item, said):
     with pytest.raises(Unplaced, match=said):
-        pools.place(small().question(item), plans["all"])
+        pools.place(smallest().question(item), plans["all"])
 
 
 def test_a_server_that_holds_no_prompt_does_not_start(plans):
     with pytest.raises(RerouteError, match="--max-text 4 holds no prompt"):
-        make_pools(small(), [plans["all"]], Limits(2, 52, (4,), 1, 8))
+        make_pools(smallest(), [plans["all"]], Limits(2, 52, (4,), 1, 8))
 
 
 class Recorded(Pool):
@@ -262,4 +262,4 @@ def test_the_oldest_enters_first_and_a_busy_pool_holds_nobody_else_up():
 
 
 def pools_layout():
-    return lay_out(small().question((None, "where ?")), small().config, small().plan("none"))
+    return lay_out(smallest().question((None, "where ?")), smallest().config, smallest().plan("none"))

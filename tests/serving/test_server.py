@@ -1,0 +1,347 @@
+"""The server as a process on loopback, asked by OpenAI's own client and by clients that misbehave."""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import httpx
+import numpy as np
+import openai
+import pytest
+from PIL import Image
+
+from tests.checkpoints import smallest
+
+ROOT = Path(__file__).parents[2]
+KEY = "a-key"
+QUEUE = 8
+OPTIONS = ["--method", "fastv", "--budget", "3/4", "--first-decision", "1", "--also", "none", "--max-batch", "1"]
+OPTIONS += ["--max-text", "32", "--token-budget", "68", "--max-tokens", "33", "--port", "0", "--queue", str(QUEUE)]
+OPTIONS += ["--max-body", "1", "--allow-fetch", "127.0.0.1", "--api-key", KEY]
+QUESTION = "where is the red cup ?"
+
+
+class Server:
+    """A process, where it listens, and what it says."""
+
+    def __init__(self, folder: Path, output: Path):
+        self.output = output
+        with output.open("w") as file:
+            command = [sys.executable, "-m", "reroute_jax.serve", "--model", str(folder), *OPTIONS]
+            self.process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
+        while (found := re.search(r"listening on (\S+)/v1", output.read_text())) is None:
+            assert self.process.poll() is None, output.read_text()
+            time.sleep(0.05)
+        self.url = found[1]
+        self.model = folder.name
+        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key=KEY, max_retries=0)
+
+    def post(self, content: str | bytes | dict, **headers) -> httpx.Response:
+        body = json.dumps(content) if isinstance(content, dict) else content
+        given = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"} | headers
+        return httpx.post(f"{self.url}/v1/chat/completions", content=body, headers=given, timeout=60)
+
+    def asked(self, content=QUESTION, **more) -> dict:
+        return {"model": self.model, "messages": [{"role": "user", "content": content}], **more}
+
+    def chat(self, content, **more):
+        return self.client.chat.completions.create(**self.asked(content, **more))
+
+    def metric(self, name: str) -> float:
+        text = httpx.get(f"{self.url}/metrics", headers={"Authorization": f"Bearer {KEY}"}).text
+        found = re.search(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE)
+        return float(found[1]) if found else 0.0
+
+    def becomes_idle(self) -> bool:
+        for _ in range(200):
+            if self.metric("reroute_requests_running") == self.metric("reroute_requests_waiting") == 0:
+                return True
+            time.sleep(0.05)
+        return False
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    started = Server(smallest().folder, tmp_path_factory.mktemp("server") / "output")
+    started.programs = started.metric("reroute_programs_compiled")
+    yield started
+    started.process.kill()
+    started.process.wait()
+
+
+@pytest.fixture(scope="module")
+def plans():
+    model = smallest()
+    return {"none": model.plan("none"), "fastv": model.plan("fastv", budget="3/4", first_decision=1)}
+
+
+def picture(seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (84, 84, 3), np.uint8))
+
+
+def png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def shown(encoded: bytes, text: str = QUESTION) -> list[dict]:
+    return with_url(f"data:image/png;base64,{base64.b64encode(encoded).decode()}", text)
+
+
+def with_url(url: str, text: str = QUESTION) -> list[dict]:
+    return [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": text}]
+
+
+@pytest.mark.parametrize("method", ["fastv", "none"])
+def test_an_answer_is_that_of_answer_and_tells_its_cost(server, plans, method):
+    found = server.chat(shown(png(picture())), extra_body={"routing": {"method": method}})
+    wanted = smallest().answer([(picture(), QUESTION)], schedule=plans[method], max_new_tokens=33)[0]
+    assert found.choices[0].message.content == wanted.text
+    assert found.choices[0].finish_reason == wanted.finish_reason
+    assert found.usage.prompt_tokens == wanted.usage.prompt_tokens
+    assert found.usage.completion_tokens == wanted.usage.new_tokens
+    routing, layers = found.usage.routing, wanted.usage.visual_tokens_per_layer
+    assert (routing["method"], routing["visual_tokens"]) == (method, 36)
+    assert routing["visual_tokens_per_layer"] == list(layers)
+    assert routing["realised_visual_tokens"] == pytest.approx(sum(layers) / len(layers), abs=1e-3)
+
+
+def test_a_stream_is_the_same_in_pieces(server, plans):
+    wanted = smallest().answer([(picture(), QUESTION)], schedule=plans["fastv"], max_new_tokens=33, logprobs=True)[0]
+    more = {"stream": True, "stream_options": {"include_usage": True}, "logprobs": True}
+    chunks = list(server.chat(shown(png(picture())), **more))
+    choices = [chunk.choices[0] for chunk in chunks[:-1]]
+    assert "".join(choice.delta.content or "" for choice in choices) == wanted.text
+    assert len([choice for choice in choices if choice.delta.content]) > 2
+    assert [choice.finish_reason for choice in choices if choice.finish_reason] == [wanted.finish_reason]
+    logprobs = [entry.logprob for choice in choices if choice.logprobs for entry in choice.logprobs.content]
+    np.testing.assert_allclose(logprobs, wanted.logprobs, atol=1e-4)
+    assert chunks[-1].choices == [] and chunks[-1].usage.completion_tokens == wanted.usage.new_tokens
+
+
+def test_drawn_answers_are_those_of_copies_of_the_question(server):
+    how = {"temperature": 1.5, "top_p": 0.9, "seed": 11}
+    found = server.chat(QUESTION, n=2, max_completion_tokens=8, **how)
+    wanted = smallest().answer([(None, QUESTION)] * 2, max_new_tokens=8, **how)
+    assert [choice.message.content for choice in found.choices] == [one.text for one in wanted]
+    assert wanted[0].text != wanted[1].text
+    assert found.usage.completion_tokens == sum(one.usage.new_tokens for one in wanted)
+    unseeded = {server.chat(QUESTION, temperature=1.5, max_tokens=8).choices[0].message.content for _ in range(4)}
+    assert len(unseeded) > 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_string_stops_an_answer(server, stream):
+    whole = smallest().answer([(None, QUESTION)], max_new_tokens=33)[0].text
+    stop = whole[len(whole) // 2 :][:6]
+    found = server.chat(QUESTION, stop=["no such words", stop], stream=stream)
+    parts = found if stream else [found]
+    text = "".join((part.choices[0].delta if stream else part.choices[0].message).content or "" for part in parts)
+    assert text == whole[: whole.index(stop)]
+    assert server.becomes_idle()
+
+
+def test_a_chat_has_roles_and_special_tokens_in_text_are_plain(server):
+    chat = [("system", "no dog"), ("user", "is <image> </s> red"), ("assistant", "yes"), ("user", "and the cup ?")]
+    messages = [{"role": role, "content": content} for role, content in chat]
+    found = server.client.chat.completions.create(model=server.model, messages=messages, max_tokens=5)
+    wanted = smallest().answer([chat], max_new_tokens=5, text_special_tokens=False)[0]
+    assert found.choices[0].message.content == wanted.text
+    assert found.usage.prompt_tokens == wanted.usage.prompt_tokens
+
+
+def test_models_and_health(server):
+    model = server.client.models.list().data[0]
+    assert model.id == server.model
+    assert model.routing == [{"method": "fastv", "budget": "3/4", "action": "reroute"}, {"method": "none"}]
+    assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
+
+
+WRONG = {
+    "no JSON": ("{", 400, "the body is no JSON"),
+    "NaN": ('{"temperature": NaN}', 400, "NaN is no number"),
+    "a deep one": ("[" * 100_000, 400, "the body is no JSON"),
+    "no object": ("[]", 400, "the body is no JSON object"),
+    "another model": ({"model": "gpt"}, 404, "there is no model 'gpt' here, expected"),
+    "an unknown parameter": ({"top_k": 4}, 400, "'top_k' is no parameter of this server"),
+    "what is not implemented": ({"frequency_penalty": 1}, 400, "frequency_penalty is 1, expected nothing but 0"),
+    "no messages": ({"messages": []}, 400, "messages is [], expected a list"),
+    "a message that is none": ({"messages": ["hi"]}, 400, "message 1 is not a message"),
+    "a role that is none": ({"messages": [{"role": "cat", "content": "hi"}]}, 400, "the role of message 1 is 'cat'"),
+    "an unknown part": ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, 400, "message 1 has a part"),
+    "temperature": ({"temperature": -1}, 400, "temperature is -1"),
+    "a string for a number": ({"top_p": "high"}, 400, "top_p is 'high'"),
+    "seed": ({"seed": -4}, 400, "seed is -4"),
+    "max_tokens": ({"max_tokens": 34}, 400, "max_tokens is 34, expected a whole number from 1 to 33"),
+    "n": ({"n": 9}, 400, "n is 9, expected a whole number from 1 to 8"),
+    "stop": ({"stop": [""]}, 400, "stop is"),
+    "an unknown plan": ({"routing": {"method": "nuwa"}}, 400, "expected one of: fastv 3/4 reroute, none"),
+    "routing that is none": ({"routing": "fast"}, 400, "routing is no object"),
+    "a budget that is none": ({"routing": {"budget": "much"}}, 400, "'much' is neither"),
+    "a long text": ({"messages": [{"role": "user", "content": "cup " * 99}]}, 400, "this server takes up to 32"),
+    "half a character": ({"messages": [{"role": "user", "content": "\ud800"}]}, 400, ""),
+    "a broken image": ({"messages": [{"role": "user", "content": shown(png(picture())[:500])}]}, 400, "image 1"),
+    "no image": ({"messages": [{"role": "user", "content": shown(b"text")}]}, 400, "image 1 cannot be decoded"),
+    "two images": (
+        {"messages": [{"role": "user", "content": shown(png(picture())) * 2}]},
+        400,
+        "the prompt has 2 images, this server takes up to 1",
+    ),
+    "a file": (
+        {"messages": [{"role": "user", "content": with_url("file:///etc/passwd")}]},
+        400,
+        "image 1 has no URL that is taken",
+    ),
+    "another host": (
+        {"messages": [{"role": "user", "content": with_url("http://localhost/a.png")}]},
+        400,
+        "this server fetches those of 127.0.0.1",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_wrong_is_told_in_one_line(server, case):
+    wrong, status, said = WRONG[case]
+    response = server.post(server.asked() | wrong if isinstance(wrong, dict) else wrong)
+    error = response.json()["error"]
+    assert (response.status_code, set(error)) == (status, {"message", "type", "param", "code"})
+    assert said in error["message"] and "\n" not in error["message"]
+    assert error["type"] == "invalid_request_error"
+
+
+def test_errors_have_their_status(server):
+    asked = json.dumps(server.asked())
+    assert server.post(asked, **{"Content-Type": "text/plain"}).status_code == 415
+    assert server.post(asked, Authorization="Bearer other").status_code == 401
+    assert httpx.get(f"{server.url}/metrics").status_code == 401
+    unknown = httpx.get(f"{server.url}/v1/completions")
+    assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "not_found")
+    assert httpx.get(f"{server.url}/v1/chat/completions").status_code == 405
+    huge = server.post(b" " * 50_000_000)
+    assert (huge.status_code, huge.json()["error"]["code"]) == (413, "too_large")
+    assert server.becomes_idle()
+    with pytest.raises(openai.AuthenticationError):
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="other").models.list()
+
+
+def test_images_are_fetched_from_hosts_that_are_allowed(server, plans):
+    class Pictures(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200 if self.path == "/a.png" else 302)
+            self.send_header("Location", "http://localhost/b.png")
+            self.end_headers()
+            self.wfile.write(png(picture()) if self.path == "/a.png" else b"")
+
+        def log_message(self, *args):
+            pass
+
+    host = HTTPServer(("127.0.0.1", 0), Pictures)
+    threading.Thread(target=host.serve_forever, daemon=True).start()
+    here = f"http://127.0.0.1:{host.server_port}"
+    found = server.chat(with_url(f"{here}/a.png"))
+    wanted = smallest().answer([(picture(), QUESTION)], schedule=plans["fastv"], max_new_tokens=33)[0]
+    assert found.choices[0].message.content == wanted.text
+    with pytest.raises(openai.BadRequestError, match=r"image 1 cannot be fetched \(status 302\)"):
+        server.chat(with_url(f"{here}/elsewhere"))
+    host.shutdown()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_makes_room(server, stream):
+    before = server.metric('reroute_tokens_total{kind="new",plan="none"}')
+    timeout = 60 if stream else 0.01
+    asked = server.asked(stream=stream, n=4, routing={"method": "none"})
+    with httpx.Client(headers={"Authorization": f"Bearer {KEY}"}, timeout=timeout) as client:
+        request = client.build_request("POST", f"{server.url}/v1/chat/completions", json=asked)
+        if stream:
+            response = client.send(request, stream=True)
+            next(response.iter_lines())
+            response.close()
+        else:
+            with pytest.raises(httpx.TimeoutException):
+                client.send(request)
+    assert server.becomes_idle()
+    assert server.metric('reroute_tokens_total{kind="new",plan="none"}') == before
+
+
+def test_many_clients_get_their_own_answers(server, plans):
+    """Forty, as many at once as may wait."""
+    items = [(picture(seed), f"how many {what}") for seed, what in enumerate(("cups", "dogs"))]
+    texts = {
+        (number, method): smallest().answer([item], schedule=plans[method], max_new_tokens=9)[0].text
+        for number, item in enumerate(items)
+        for method in plans
+    }
+
+    def ask(client: int):
+        kind = number, method = client % 2, list(plans)[client // 2 % 2]
+        content = shown(png(items[number][0]), items[number][1])
+        return kind, server.post(server.asked(content, max_tokens=9, routing={"method": method}))
+
+    with ThreadPoolExecutor(QUEUE) as pool:
+        for kind, response in pool.map(ask, range(40)):
+            assert response.json()["choices"][0]["message"]["content"] == texts[kind]
+
+
+def test_as_many_may_wait_and_no_more(server):
+    """Clients that have sent half of their bodies take all places; then they send the rest and are answered."""
+    body = json.dumps(server.asked(max_tokens=2)).encode()
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}", "Content-Length": str(len(body))}
+    slow = [http.client.HTTPConnection(server.url.removeprefix("http://")) for _ in range(QUEUE)]
+    for connection in slow:
+        connection.putrequest("POST", "/v1/chat/completions")
+        for header in headers.items():
+            connection.putheader(*header)
+        connection.endheaders(body[:50])
+    while server.metric("reroute_requests_waiting") < QUEUE:
+        time.sleep(0.01)
+    refused = server.post(server.asked())
+    assert (refused.status_code, refused.headers["Retry-After"]) == (429, "1")
+    assert refused.json()["error"]["message"] == "8 requests wait and 8 may: try again later"
+    for connection in slow:
+        connection.send(body[50:])
+    assert [connection.getresponse().status for connection in slow] == [200] * QUEUE
+    assert server.becomes_idle()
+
+
+def test_nothing_was_compiled_and_nothing_logged(server):
+    assert server.programs > 0
+    assert server.metric("reroute_programs_compiled") == server.programs
+    said = server.output.read_text()
+    assert "listening on http://127.0.0.1:" in said
+    assert not [word for word in ("cup", "image 1", "POST", "Traceback", KEY) if word in said]
+
+
+def test_at_the_end_what_runs_is_finished_and_what_is_new_is_refused(server):
+    """The last test of the file: the server is gone afterwards."""
+    wanted = smallest().answer([(None, QUESTION)], max_new_tokens=33)[0].text
+    with httpx.Client() as other:
+        other.get(f"{server.url}/health")  # a connection that stays open
+        stream = server.chat(QUESTION, stream=True, n=8, max_tokens=33)
+        chunks = [next(stream)]
+        os.kill(server.process.pid, signal.SIGTERM)
+        time.sleep(0.05)
+        refused = server.post(server.asked())
+        chunks += list(stream)
+    texts = {
+        index: "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices[0].index == index)
+        for index in range(8)
+    }
+    assert texts == dict.fromkeys(range(8), wanted)
+    assert (refused.status_code, refused.headers["Retry-After"]) == (503, "1")
+    assert server.process.wait(timeout=30) == 0
