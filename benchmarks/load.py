@@ -201,7 +201,7 @@ def server(args: argparse.Namespace) -> Iterator[str]:
     command += ["--budget", str(budget)] if budget is not None else []
     command += ["--action", action] if action is not None else []
     command += [part for plan in others for part in ("--also", plan)]
-    command += ["--max-tokens", str(args.new_tokens), "--queue", str(args.queue), *shlex.split(args.serve)]
+    command += ["--max-tokens", str(args.new_tokens), "--queue", str(args.queue), *shlex.split(args.serve or "")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             line = process.stdout.readline()
@@ -237,7 +237,7 @@ def _parser() -> Parser:
     parser = Parser("benchmarks.load", __doc__, examples)
     run, data, route = parser.group(RUN), parser.group(DATA), parser.group(ROUTE)
     run.add_argument("--model", default="scenes-llava", help="(default: %(default)s)")
-    run.add_argument("--serve", default="", metavar="ARGUMENTS", help="more of them for the server")
+    run.add_argument("--serve", metavar="ARGUMENTS", help="more of them for the server")
     run.add_argument("--queue", type=positive, default=1024, help="of the server (default: %(default)s)")
     run.add_argument("--url", help="of a server that runs already, without /v1 and without routing")
     run.add_argument("--name", default="other", help="of that server in the table (default: %(default)s)")

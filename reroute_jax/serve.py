@@ -67,7 +67,7 @@ def plans_of(args: argparse.Namespace, model: Model) -> list[Plan]:
         first = Plan(fixed.label, None, None, fixed)
     else:
         first = planned(model, args.method or DEFAULT_METHOD, args.budget, args.action, switches)
-    return [first, *(planned(model, method, budget, action, {}) for method, budget, action in args.also)]
+    return [first, *(planned(model, method, budget, action, {}) for method, budget, action in args.also or ())]
 
 
 def _log_warnings() -> None:
@@ -128,7 +128,6 @@ def _parser() -> Parser:
         "--also",
         type=_plan,
         action="append",
-        default=[],
         metavar="PLAN",
         help="METHOD, METHOD:BUDGET or METHOD:BUDGET:ACTION, another plan that requests may ask for; may be repeated",
     )

@@ -119,7 +119,7 @@ def _drawn(
 
 
 def _draws(
-    logits: Float[Array, "B vocab"], hot: Bool[Array, " B"], produced: Int[Array, " B"], sampling: RowSampling
+    logits: Float[Array, "B vocab"], hot: Bool[AnyArray, " B"], produced: Int[Array, " B"], sampling: RowSampling
 ) -> Int[Array, " B"]:
     # From the largest logit down: the quotient then overflows to minus infinity at most.
     scaled = (logits - logits.max(axis=-1, keepdims=True)) / jnp.where(hot, sampling.temperature, 1)[:, None]
