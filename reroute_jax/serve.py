@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,7 +55,9 @@ def _serve(args: argparse.Namespace) -> None:
     if args.compilation_cache is not None:
         keep_programs(args.compilation_cache)
     model = reroute_jax.load(args.model, args.dtype)
-    limits = Limits(args.max_batch, args.token_budget, args.max_text, args.max_images, args.max_tokens)
+    limits = Limits(
+        args.max_batch, args.token_budget, args.max_text, args.max_images, args.image_sizes, args.max_tokens
+    )
     key = args.api_key or os.environ.get(KEY_VARIABLE) or None
     options = Options(Path(args.model).name, limits, args.queue, args.max_body * 2**20, args.allow_fetch, key)
     serve(model, plans_of(args, model), options, listener)
@@ -84,6 +87,14 @@ def _buckets(text: str) -> tuple[int, ...]:
         )
     except RerouteError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _sizes(text: str) -> tuple[tuple[int, int], ...]:
+    """argparse type: WIDTHxHEIGHT, several with commas between them."""
+    found = [re.fullmatch(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", part) for part in text.split(",")]
+    if None in found:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of sizes, expected such as 448x448,640x480")
+    return tuple((int(size[1]), int(size[2])) for size in found)
 
 
 def _plan(text: str) -> tuple:
@@ -152,6 +163,14 @@ def _parser() -> Parser:
         "(default: %(default)s)",
     )
     run.add_argument("--max-images", type=whole, default=1, help="of a prompt (default: %(default)s)")
+    run.add_argument(
+        "--image-sizes",
+        type=_sizes,
+        default="448x448",
+        metavar="SIZES",
+        help="in pixels, such as 448x448,640x480, for Qwen, which sees each image in its own size: one size "
+        "for all that have about as many visual tokens (default: %(default)s)",
+    )
     run.add_argument("--max-tokens", type=new_tokens, default=256, help="of an answer (default: %(default)s)")
     run.add_argument("--compilation-cache", type=Path, metavar="DIR", help="keep compiled programs there")
     served.add_argument("--host", default="127.0.0.1", help="to listen on, 0.0.0.0 for all (default: %(default)s)")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from PIL import Image
 
-from reroute_jax.engine.batching import Layout, Question, lay_out
+from reroute_jax.engine.batching import BatchShape, Layout, Question, lay_out
 from reroute_jax.engine.groups import most_rows
 from reroute_jax.engine.model import Model
 from reroute_jax.engine.questions import question_of
@@ -15,19 +15,31 @@ from reroute_jax.errors import RerouteError
 from reroute_jax.nn.cache import ROOM
 from reroute_jax.routing.plan import Schedule
 from reroute_jax.serving.pool import Pool, PoolSize
+from reroute_jax.types import Size
 
 
 @dataclass(frozen=True)
 class Limits:
     """slots: answers side by side, of each plan and bucket. token_budget: slots at the decoder's input that are
     prefilled at a time. text: buckets for the text tokens of a prompt, ascending. images: of a prompt, at most.
-    new_tokens: of an answer, at most."""
+    image_sizes: examples of images, for families that see each in its own size. new_tokens: of an answer, at most."""
 
     slots: int
     token_budget: int
     text: tuple[int, ...]
     images: int
+    image_sizes: tuple[Size, ...]
     new_tokens: int
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Questions that share a pool: laid out for `schedule`, like `example` but for the text, for which `shape` has
+    room."""
+
+    schedule: Schedule
+    example: Layout
+    shape: BatchShape
 
 
 class Unplaced(RerouteError):
@@ -48,13 +60,15 @@ class Pools:
         layout = lay_out(question, self.model.config, schedule)
         if len(question.grids) > limits.images:
             raise Unplaced(f"the prompt has {len(question.grids)} images, this server takes up to {limits.images}")
-        text = int((~layout.routed).sum())
+        text = text_tokens(layout)
         if text > limits.text[-1]:
             raise Unplaced(f"the prompt has {text} text tokens, this server takes up to {limits.text[-1]}")
         holding = [pool for pool in self.all if pool.holds(layout, schedule)]
         if not holding:
             sizes = " and ".join(f"{rows} x {columns}" for rows, columns in question.grids)
-            raise Unplaced(f"the images have {sizes} visual tokens, for which this server has no bucket: resize them")
+            raise Unplaced(
+                f"the prompt has images of {sizes} visual tokens, this server was not started for their size"
+            )
         return min(holding, key=lambda pool: pool.shape.text), layout
 
 
@@ -62,39 +76,37 @@ def unrouted(model: Model) -> Schedule:
     return Schedule.from_decisions((), (), model.config.num_layers)
 
 
-def make_pools(
-    model: Model, schedules: Sequence[Schedule], limits: Limits, made: Callable[[Pool], None] = lambda pool: None
-) -> Pools:
-    """Allocate all pools and compile all that will run. made: is told of each.
+def text_tokens(layout: Layout) -> int:
+    return int((~layout.routed).sum())
 
-    Raises RerouteError for limits that hold no prompt, and for a schedule of another depth.
+
+def kinds(model: Model, schedules: Sequence[Schedule], limits: Limits) -> list[Kind]:
+    """One for every schedule, number and size of images, and bucket of text tokens.
+
+    Raises RerouteError for a bucket that holds no prompt, and for a schedule of another depth.
     """
-    pools = []
+    found: dict[tuple[Schedule, BatchShape], Kind] = {}
     for images in range(limits.images + 1):
-        question = _example(model, images)
-        for schedule in dict.fromkeys(schedules) if images else [unrouted(model)]:
-            layout = lay_out(question, model.config, schedule)
-            for text in limits.text:
-                pools.append(_pool(model, schedule, layout, text, limits))
-                made(pools[-1])
-    return Pools(model, limits, tuple(pools))
+        for size in limits.image_sizes:
+            question = _example(model, images, size)
+            for schedule in schedules if images else [unrouted(model)]:
+                layout = lay_out(question, model.config, schedule)
+                for text in limits.text:
+                    shape = replace(layout.shape, text=text)
+                    if text_tokens(layout) > text:
+                        raise RerouteError(f"--max-text {text} holds no prompt, the chat template takes more: raise it")
+                    found.setdefault((schedule, shape), Kind(schedule, layout, shape))
+    return list(found.values())
 
 
-def pool_count(schedules: Sequence[Schedule], limits: Limits) -> int:
-    """Of `make_pools`."""
-    return len(limits.text) * (1 + limits.images * len(set(schedules)))
-
-
-def _example(model: Model, images: int) -> Question:
-    """The shortest question with so many images of the family's typical kind."""
-    blank = Image.new("RGB", (64, 64))
-    return question_of([("user", [*[blank] * images, "a"])], model.files)
-
-
-def _pool(model: Model, schedule: Schedule, layout: Layout, text: int, limits: Limits) -> Pool:
-    shape = replace(layout.shape, text=text)
-    if int((~layout.routed).sum()) > text:
-        raise RerouteError(f"--max-text {text} holds no prompt: the chat template alone takes more, raise it")
-    rows = most_rows(shape, limits.slots, limits.token_budget)
+def make_pool(model: Model, kind: Kind, limits: Limits) -> Pool:
+    """Raises RerouteError where the token budget holds no prompt."""
+    rows = most_rows(kind.shape, limits.slots, limits.token_budget)
     size = PoolSize(limits.slots, rows, max(ROOM, limits.new_tokens))
-    return Pool(model.module, model.files, schedule, layout, shape, size)
+    return Pool(model.module, model.files, kind.schedule, kind.example, kind.shape, size)
+
+
+def _example(model: Model, images: int, size: Size) -> Question:
+    """The shortest question with so many images of this size."""
+    blank = Image.new("RGB", size)
+    return question_of([("user", [*[blank] * images, "a"])], model.files)

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from reroute_jax.engine.compilation import compilations
 from reroute_jax.engine.model import Model
 from reroute_jax.serving.app import Service
-from reroute_jax.serving.buckets import Limits, make_pools, pool_count
+from reroute_jax.serving.buckets import Limits, Pools, kinds, make_pool
 from reroute_jax.serving.chat_request import Served
 from reroute_jax.serving.conversation import Desk
 from reroute_jax.serving.engine import Engine
@@ -54,8 +54,8 @@ def serve(model: Model, plans: Sequence[Plan], options: Options, listener: socke
     """
     schedules = [plan.schedule for plan in plans]
     with compilations() as compiled, ThreadPoolExecutor(WORKERS, "prepare") as workers:
-        with tqdm(total=pool_count(schedules, options.limits), desc="compiling", unit="pool") as bar:
-            pools = make_pools(model, schedules, options.limits, lambda pool: bar.update())
+        asked = tqdm(kinds(model, schedules, options.limits), desc="compiling", unit="pool")
+        pools = Pools(model, options.limits, tuple(make_pool(model, kind, options.limits) for kind in asked))
         engine = Engine(pools.all, options.most_waiting)
         try:
             desk = Desk(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from queue import SimpleQueue
 
 import jax
@@ -13,13 +14,13 @@ from reroute_jax.engine.batching import lay_out
 from reroute_jax.engine.compilation import compilations
 from reroute_jax.engine.sampling import Sampling
 from reroute_jax.errors import RerouteError
-from reroute_jax.serving.buckets import Limits, Unplaced, make_pools
+from reroute_jax.serving.buckets import Limits, Pools, Unplaced, kinds, make_pool
 from reroute_jax.serving.engine import Busy, Engine
 from reroute_jax.serving.pool import Pool
 from reroute_jax.serving.requests import News, Request
 from tests.checkpoints import smallest
 
-LIMITS = Limits(slots=2, token_budget=52, text=(16,), images=1, new_tokens=40)
+LIMITS = Limits(slots=2, token_budget=52, text=(16,), images=1, image_sizes=((84, 84), (30, 30)), new_tokens=40)
 
 
 def picture(seed: int) -> Image.Image:
@@ -34,7 +35,9 @@ def plans():
 
 @pytest.fixture(scope="module")
 def pools(plans):
-    return make_pools(smallest(), tuple(plans.values()), LIMITS)
+    model = smallest()
+    asked = kinds(model, tuple(plans.values()), LIMITS)
+    return Pools(model, LIMITS, tuple(make_pool(model, kind, LIMITS) for kind in asked))
 
 
 @pytest.fixture
@@ -215,9 +218,15 @@ def test_what_is_too_large_has_no_place(pools, plans, item, said):
         pools.place(smallest().question(item), plans["all"])
 
 
+def test_a_kind_is_a_plan_a_number_of_images_and_a_bucket(plans):
+    """Every image of LLaVA has as many tokens, so that two sizes are one kind."""
+    found = kinds(smallest(), tuple(plans.values()), replace(LIMITS, text=(16, 32), images=2))
+    assert len({(kind.schedule, kind.shape) for kind in found}) == len(found) == 2 + 2 * 2 * 2
+
+
 def test_a_server_that_holds_no_prompt_does_not_start(plans):
     with pytest.raises(RerouteError, match="--max-text 4 holds no prompt"):
-        make_pools(smallest(), [plans["all"]], Limits(2, 52, (4,), 1, 8))
+        kinds(smallest(), [plans["all"]], replace(LIMITS, text=(4,)))
 
 
 class Recorded(Pool):
