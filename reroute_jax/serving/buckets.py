@@ -109,4 +109,5 @@ def make_pool(model: Model, kind: Kind, limits: Limits) -> Pool:
 def _example(model: Model, images: int, size: Size) -> Question:
     """The shortest question with so many images of this size."""
     blank = Image.new("RGB", size)
-    return question_of([("user", [*[blank] * images, "a"])], model.files)
+    chat = [("user", [*[blank] * images, "a"])]
+    return question_of(chat, model.files, text_special_tokens=False)

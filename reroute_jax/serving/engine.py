@@ -14,6 +14,8 @@ from reroute_jax.serving.requests import News, Request
 
 log = logging.getLogger("reroute_jax")
 
+_STOPPING = "the server stops: ask another one, or later"
+
 
 class Busy(RerouteError):
     """As many requests wait as may."""
@@ -35,7 +37,7 @@ class Engine:
         self.pools, self.most_waiting = tuple(pools), most_waiting
         self._inbox: SimpleQueue[tuple[Pool, Request] | None] = SimpleQueue()
         self._queues = {pool: deque[tuple[int, Request]]() for pool in self.pools}
-        self._arrivals, self._waiting, self._lock = 0, 0, threading.Lock()
+        self._arrivals, self._waiting, self._ended, self._lock = 0, 0, False, threading.Lock()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -66,9 +68,12 @@ class Engine:
             self._waiting -= count
 
     def submit(self, pool: Pool, requests: Sequence[Request]) -> None:
-        """Requests that have places."""
-        for request in requests:
-            self._inbox.put((pool, request))
+        """Requests that have places. Raises Stopping where the thread has ended."""
+        with self._lock:
+            if self._ended:
+                raise Stopping(_STOPPING)
+            for request in requests:
+                self._inbox.put((pool, request))
 
     def close(self) -> None:
         """End the thread; what still waits or runs is told so."""
@@ -84,7 +89,7 @@ class Engine:
                     if pool.running:
                         self._guarded(pool, pool.advance)
         finally:
-            self._tell_all(News(error=Stopping("the server stops: ask another one, or later")))
+            self._end()
 
     def _receive(self) -> bool:
         """Take in what was submitted, waiting where there is nothing else to do. False where the thread is to end."""
@@ -122,8 +127,14 @@ class Engine:
             log.exception("a program failed")
             pool.fail(RerouteError(f"the device failed on this question ({type(problem).__name__})"), entering)
 
-    def _tell_all(self, news: News) -> None:
+    def _end(self) -> None:
+        """Tell all that run or wait."""
+        with self._lock:
+            self._ended = True
+        while not self._inbox.empty():
+            if (item := self._inbox.get()) is not None:
+                self._queues[item[0]].append((self._arrivals, item[1]))
         waiting = [request for queue in self._queues.values() for _, request in queue]
         running = [row.request for pool in self.pools for row in pool.rows if row is not None]
         for request in (*running, *waiting):
-            request.tell(news)
+            request.tell(News(error=Stopping(_STOPPING)))

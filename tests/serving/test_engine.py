@@ -15,7 +15,7 @@ from reroute_jax.engine.compilation import compilations
 from reroute_jax.engine.sampling import Sampling
 from reroute_jax.errors import RerouteError
 from reroute_jax.serving.buckets import Limits, Pools, Unplaced, kinds, make_pool
-from reroute_jax.serving.engine import Busy, Engine
+from reroute_jax.serving.engine import Busy, Engine, Stopping
 from reroute_jax.serving.pool import Pool
 from reroute_jax.serving.requests import News, Request
 from tests.checkpoints import smallest
@@ -200,6 +200,8 @@ def test_the_end_is_told(pools, plans):
     asked[0].next()
     engine.close()
     assert not engine.alive
+    with pytest.raises(Stopping, match="the server stops"):
+        Asked(engine, pools, (None, "where ?"), plans["all"], limit=2)
     assert "the server stops" in str(asked[-1].all()[-1].error)
     for pool in pools.all:
         pool.reset()
