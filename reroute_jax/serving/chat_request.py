@@ -6,6 +6,7 @@ import json
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import UnionType
 from typing import Any
 
 from reroute_jax.config import ModelConfig
@@ -87,12 +88,12 @@ def read_chat_request(body: bytes, served: Served) -> ChatRequest:
         messages=_messages(given),
         plan=plan_asked_for(served.plans, given.get("routing")),
         sampling=Sampling(
-            temperature=_given(given, "temperature", 0.0),
-            top_p=_given(given, "top_p", 1.0),
+            temperature=_of_type(given, "temperature", int | float, 0.0, "a number"),
+            top_p=_of_type(given, "top_p", int | float, 1.0, "a number"),
             repetition_penalty=served.repetition_penalty,
             stop=served.stop,
             limit=_limit(given, served.new_tokens),
-            seed=_given(given, "seed", secrets.randbits(32)),
+            seed=_of_type(given, "seed", int, secrets.randbits(32), "a whole number"),
         ),
         count=_whole(given, "n", 1, MOST_CHOICES),
         stop=_stops(given),
@@ -171,9 +172,9 @@ def _boolean(given: dict[str, Any], name: str) -> bool:
     return _of_type(given, name, bool, False, "true or false")
 
 
-def _of_type(given: dict[str, Any], name: str, kind: type, default: Any, expected: str) -> Any:
+def _of_type(given: dict[str, Any], name: str, kind: type | UnionType, default: Any, expected: str) -> Any:
     value = _given(given, name, default)
-    if not isinstance(value, kind):
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise _wrong(given, name, expected)
     return value
 
