@@ -5,7 +5,7 @@ keep the best, gather them with all text into a shorter sequence, run the stage'
 deletes continues with the shorter sequence. One that reroutes (arXiv 2606.12412) writes it back into the full one,
 where deferred tokens kept their hidden states, and the next decision chooses among all of them again.
 
-Letters: F image features of the batch, E their width: the decoder's, and as much again for each of DeepStack's levels,
+Letters: F image features of a row, E their width: the decoder's, and as much again for each of DeepStack's levels,
 which stand behind.
 """
 
@@ -78,9 +78,8 @@ class Prompt:
     """A right-padded batch as the host prepares it. `n` is the largest original visual count of a row.
 
     ids: token ids; positions: rotary positions in the unpruned prompt, three of each with M-RoPE.
-    feature: for a visual slot the row of the flattened image features it reads, else -1.
+    feature: for a visual slot which of its row's image features it reads, else -1.
     routed: visual slots that decisions choose among; others run like text.
-    first_feature: index of the row's first visual token among the original features of the batch.
     visual_positions: rotary positions of the row's original visual tokens.
     keep: per decision and row, how many visual tokens to select.
     seeds: per decision and row, tokens that the second pass of a score looks from.
@@ -95,7 +94,6 @@ class Prompt:
     valid: Bool[AnyArray, "B T"]
     feature: Int[AnyArray, "B T"]
     routed: Bool[AnyArray, "B T"]
-    first_feature: Int[AnyArray, " B"]
     visual_positions: Int[AnyArray, "*channels B n"]
     keep: Int[AnyArray, "J B"]
     seeds: Int[AnyArray, "J B"]
@@ -157,8 +155,8 @@ def forward(
 def prefill(
     decoder: Decoder,
     prompt: Prompt,
-    features: Float[Array, "F E"],
-    anchors: Int[Array, " F"],
+    features: Float[Array, "B F E"],
+    anchors: Int[Array, "B F"],
     plan: RoutingPlan,
 ) -> Prefilled:
     """Run a prompt through the staged decoder, for decoding from its last token; arguments as of `walk`."""
@@ -169,12 +167,12 @@ def prefill(
 
 
 def walk(
-    decoder: Decoder, prompt: Prompt, features: Float[Array, "F E"], anchors: Int[Array, " F"], plan: RoutingPlan
+    decoder: Decoder, prompt: Prompt, features: Float[Array, "B F E"], anchors: Int[Array, "B F"], plan: RoutingPlan
 ) -> Walked:
     """Run a prompt through all stages.
 
-    features: image features of the whole batch, flattened. anchors: the index of each among the batch's original
-    (unmerged) features. plan: static.
+    features: of each row's images. anchors: the index of each among its row's original (unmerged) features. plan:
+    static.
     """
     deepstack = partial(_deepstack, prompt.feature, features)
     tracked = any(SCORES[stage.score].reads_change for stage in plan.stages if stage.score is not None)
@@ -246,13 +244,19 @@ def decode_step(
     return decoder.logits(x[:, 0]), KVCache(tuple(stages))
 
 
-def prompt_rows(decoder: Decoder, prompt: Prompt, features, anchors, renumbered: bool = False) -> Rows:
+def prompt_rows(
+    decoder: Decoder,
+    prompt: Prompt,
+    features: Float[Array, "B F E"],
+    anchors: Int[Array, "B F"],
+    renumbered: bool = False,
+) -> Rows:
     """A prompt at the decoder's input. renumbered: the positions of visual tokens stand in the prompt, too."""
     visual = prompt.feature >= 0
-    index = jnp.where(visual, anchors[prompt.feature] - prompt.first_feature[:, None], -1)
+    index = jnp.where(visual, take_rows(anchors, prompt.feature), -1)
     embeds = decoder.embed(jnp.where(visual, 0, prompt.ids))
-    own = features[:, : embeds.shape[-1]]
-    hidden = jnp.where(visual[..., None], own[prompt.feature].astype(embeds.dtype), embeds)
+    own = take_rows(features[..., : embeds.shape[-1]], prompt.feature)
+    hidden = jnp.where(visual[..., None], own.astype(embeds.dtype), embeds)
     positions = prompt.positions
     if not renumbered:
         # A merge decides on the device which original tokens, and so which positions, stand in the visual slots.
@@ -303,7 +307,7 @@ def _choose(
 
 def _deepstack(
     feature: Int[Array, "B T"],
-    features: Float[Array, "F E"],
+    features: Float[Array, "B F E"],
     hidden: Float[Array, "B C D"],
     slots: Int[Array, "B C"],
     layers: range,
@@ -313,14 +317,14 @@ def _deepstack(
     feature: of each slot of the prompt. slots: where the rows stood there, -1 for padding.
     """
     width = hidden.shape[-1]
-    levels = [level for level in layers if level < features.shape[1] // width - 1]
+    levels = [level for level in layers if level < features.shape[2] // width - 1]
     if not levels:
         return hidden
     with jax.named_scope("deepstack"):
         of_row = jnp.where(slots < 0, -1, take_rows(feature, slots))
         for level in levels:
-            added = features[of_row, (level + 1) * width : (level + 2) * width].astype(hidden.dtype)
-            hidden = hidden + jnp.where((of_row < 0)[..., None], 0, added)
+            added = take_rows(features[..., (level + 1) * width : (level + 2) * width], of_row)
+            hidden = hidden + jnp.where((of_row < 0)[..., None], 0, added.astype(hidden.dtype))
     return hidden
 
 

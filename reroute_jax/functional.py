@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from reroute_jax.config import ModelConfig
 from reroute_jax.decoder import Decision, Prompt, walk
 from reroute_jax.engine.batching import Images
+from reroute_jax.engine.features import image_features, no_features
 from reroute_jax.models import FAMILIES
 from reroute_jax.nn.cache import KVCache
 from reroute_jax.routing.static_plan import RoutingPlan
@@ -64,13 +65,9 @@ def apply(params: nnx.Module, prompt: Prompt, plan: RoutingPlan, images: Images 
     """
     prompt, images = jax.tree.map(jnp.asarray, (prompt, images))
     if images is None:
-        width = params.config.decoder.hidden_size
-        features, anchors = jnp.zeros((1, width)), jnp.zeros(1, jnp.int32)
+        features, anchors = no_features(params, len(prompt.ids))
     else:
-        family = FAMILIES[params.config.family]
-        features, anchors = family.encode_images(params, images.pixels, images.arrays, images.merge)
-        features = features.reshape(-1, features.shape[-1])
-        anchors = (anchors + images.first[:, None]).reshape(-1)
+        features, anchors = image_features(params, images)
     walked = walk(params.decoder, prompt, features, anchors, plan)
     rows = walked.rows
     return Output(params.decoder.logits(rows.hidden), rows.slot, rows.valid, walked.cache, walked.decisions)

@@ -208,14 +208,14 @@ def test_full_size_wiring(hf, billions, route):
     arrays = merge_arrays(schedule.merge, [(24, 24)] * 2, 2, 576)
 
     def run(module, prompt, pixels):
-        features, anchors = (x.reshape(-1, *x.shape[2:]) for x in encode_images(module, pixels, arrays, schedule.merge))
+        features, anchors = encode_images(module, pixels, arrays, schedule.merge)
         result = prefill(module.decoder, prompt, features, anchors, batch.plan)
         return features, result.logits, [keys for stage in result.cache.stages for keys in stage.keys]
 
     features, logits, keys = jax.eval_shape(
         run, module, batch.prompt, jax.ShapeDtypeStruct((2, 3, 336, 336), jnp.float32)
     )
-    assert features.shape == (2 * schedule.merged_count(576, (24, 24)), config.decoder.hidden_size)
+    assert features.shape == (2, schedule.merged_count(576, (24, 24)), config.decoder.hidden_size)
     assert logits.shape == (2, 32064) and logits.dtype == jnp.float32
     merged = schedule.merged_count(576, (24, 24))
     kept = [merged if s.cap is None else s.cap for s in batch.plan.stages for _ in range(s.lo, s.hi)]

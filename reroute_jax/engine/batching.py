@@ -90,12 +90,12 @@ class Layout:
 @jax.tree_util.register_dataclass
 @dataclass
 class Images:
-    """A batch's images for the encoder. pixels: as the family packs them, padded to as many images in every batch of a
-    shape. first: index of each image's first token among the batch's original visual tokens. merge: static."""
+    """A batch's images for the encoder. pixels: as the family packs them, row after row, every row padded to as many
+    images. first: index of each image's first token among its row's original visual tokens. merge: static."""
 
     pixels: Any
     arrays: dict[str, AnyArray]
-    first: Int[AnyArray, " I"]
+    first: Int[AnyArray, "B images"]
     merge: Merge | None = field(metadata={"static": True})
 
 
@@ -204,7 +204,7 @@ def make_batch(
         schedule=schedule,
         prompt=_prompt(rows, shape, scheduled),
         plan=scheduled.resolve(shape.routed),
-        images=_images(layouts, shape.images * len(rows), config, schedule, pixels) if shape.images else None,
+        images=_images(rows, shape.images, config, schedule, pixels) if shape.images else None,
         seen=_seen(rows, config.decoder.vocab_size),
         live=np.arange(len(rows)) < len(layouts),
     )
@@ -216,14 +216,12 @@ def _prompt(rows: Sequence[Layout], shape: BatchShape, schedule: Schedule) -> Pr
     valid, routed = np.zeros((batch, slots), bool), np.zeros((batch, slots), bool)
     feature = np.full((batch, slots), -1, np.int32)
     visual_positions = np.zeros((*channels, batch, shape.visual), np.int32)
-    first_image = np.cumsum([0, *(len(row.question.grids) for row in rows)])
-    first_feature = np.cumsum([0, *(row.visual_positions.shape[-1] for row in rows)])
     routed_counts = [int(row.routed.sum()) for row in rows]
     for b, row in enumerate(rows):
         filled = slice(0, len(row.ids))
         ids[b, filled], positions[..., b, filled], routed[b, filled] = row.ids, row.positions, row.routed
         valid[b, filled] = True
-        feature[b, filled] = np.where(row.image >= 0, (first_image[b] + row.image) * shape.image + row.within, -1)
+        feature[b, filled] = np.where(row.image >= 0, row.image * shape.image + row.within, -1)
         visual_positions[..., b, : row.visual_positions.shape[-1]] = row.visual_positions
     return Prompt(
         ids=ids,
@@ -231,7 +229,6 @@ def _prompt(rows: Sequence[Layout], shape: BatchShape, schedule: Schedule) -> Pr
         valid=valid,
         feature=feature,
         routed=routed,
-        first_feature=first_feature[:-1].astype(np.int32),
         visual_positions=visual_positions,
         keep=schedule.keep_counts(routed_counts),
         seeds=schedule.seed_counts(routed_counts),
@@ -265,14 +262,22 @@ def _floors(rows: Sequence[Layout], schedule: Schedule, visual: int) -> Bool[np.
     return floor
 
 
-def _images(layouts: Sequence[Layout], images: int, config: ModelConfig, schedule: Schedule, pixels) -> Images:
-    family = FAMILIES[config.family]
-    grids = [grid for one in layouts for grid in one.question.grids]
-    sizes = [rows * cols for rows, cols in grids]
-    first = np.zeros(images, np.int32)
-    first[: len(sizes)] = np.cumsum([0, *sizes[:-1]])
-    arrays = merge_arrays(schedule.merge, grids, images, family.token_bucket(max(sizes)))
-    return Images(packed(schedule.merge, pixels, grids, config, images), arrays, first, schedule.merge)
+def _images(rows: Sequence[Layout], images: int, config: ModelConfig, schedule: Schedule, pixels) -> Images:
+    """images: of a row; those with fewer are filled up."""
+    family, slots, first = FAMILIES[config.family], [], np.zeros((len(rows), images), np.int32)
+    grids = [grid for row in rows for grid in row.question.grids]
+    for b, row in enumerate(rows):
+        sizes = [height * width for height, width in row.question.grids]
+        slots += range(b * images, b * images + len(sizes))
+        first[b, : len(sizes)] = np.cumsum([0, *sizes])[:-1]
+    tokens = family.token_bucket(max(height * width for height, width in grids))
+    arrays = merge_arrays(schedule.merge, grids, first.size, tokens)
+    made = packed(schedule.merge, pixels, grids, config, first.size), arrays
+    if slots != list(range(len(slots))):
+        order = np.full(first.size, len(slots))  # the first image of padding, where nothing else stands
+        order[slots] = np.arange(len(slots))
+        made = jax.tree.map(lambda array: array[order], made)
+    return Images(*made, first, schedule.merge)
 
 
 def _seen(rows: Sequence[Layout], vocab: int) -> Bool[np.ndarray, "B vocab"]:

@@ -11,18 +11,16 @@ from reroute_jax.decoder import Prefilled
 from reroute_jax.engine import generation
 from reroute_jax.engine.batching import Images
 from reroute_jax.engine.compilation import compiled
-from reroute_jax.models import FAMILIES
+from reroute_jax.engine.features import image_features
 
 log = logging.getLogger("reroute_jax")
 
 
 @compiled()
 def encode(module, images: Images) -> tuple[jax.Array, jax.Array]:
-    """Features of all images in one row of slots, and the index of each among the batch's original visual tokens."""
-    family = FAMILIES[module.config.family]
-    features, anchors = family.encode_images(module, images.pixels, images.arrays, images.merge)
-    log.info("compiling encode_images for %d images of %d tokens", *features.shape[:2])
-    return features.reshape(-1, features.shape[-1]), (anchors + images.first[:, None]).reshape(-1)
+    features, anchors = image_features(module, images)
+    log.info("compiling encode_images for %d images of %d tokens", images.first.size, anchors.size // images.first.size)
+    return features, anchors
 
 
 @compiled()

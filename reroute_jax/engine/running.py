@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Int
@@ -13,6 +12,7 @@ from jaxtyping import Int
 from reroute_jax.decoder import Prefilled
 from reroute_jax.engine import programs
 from reroute_jax.engine.batching import Batch
+from reroute_jax.engine.features import no_features
 from reroute_jax.engine.sampling import Sampling, row_sampling
 from reroute_jax.engine.segments import Segment, decode_segments
 from reroute_jax.errors import RerouteError
@@ -25,9 +25,9 @@ def dtype_of(module: nnx.Module) -> str:
 
 
 def run_prefill(module: nnx.Module, batch: Batch) -> tuple[jax.Array, Prefilled]:
-    """The prefill, and the index of each feature among the batch's original visual tokens."""
+    """The prefill, and the index of each image feature among its row's original visual tokens."""
     if batch.images is None:
-        features, anchors = jnp.zeros((1, module.config.decoder.hidden_size)), jnp.zeros(1, jnp.int32)
+        features, anchors = no_features(module, len(batch.live))
     else:
         features, anchors = programs.encode(module, batch.images)
     return anchors, programs.prefill(module.decoder, batch.prompt, features, anchors, batch.plan)

@@ -71,7 +71,7 @@ class Trace:
 
     @classmethod
     def of(cls, batch: Batch, found: Prefilled, anchors, config: ModelConfig, dtype: str, open_images, merged) -> Trace:
-        """Of the live rows of a batch. anchors: as of `programs.encode`. dtype, open_images: as of `Seen`. merged: as
+        """Of the live rows of a batch. anchors: as of `features.image_features`. dtype, open_images: as of `Seen`. merged: as
         `programs.members`, of the batch's images."""
         live = len(batch.layouts)
         grids = tuple(layout.question.grids for layout in batch.layouts)
@@ -125,7 +125,7 @@ class Trace:
 def _kept(batch: Batch, anchors: np.ndarray) -> np.ndarray:
     """Indices of the tokens that a merge kept of each row."""
     prompt = batch.prompt
-    of_slot = anchors[prompt.feature] - prompt.first_feature[:, None]
+    of_slot = np.take_along_axis(anchors, np.maximum(prompt.feature, 0), axis=1)
     kept = np.zeros(prompt.visual_positions.shape[-2:], bool)
     row, slot = np.nonzero(prompt.feature >= 0)
     kept[row, of_slot[row, slot]] = True
@@ -137,12 +137,13 @@ def _members(batch: Batch, anchors: np.ndarray, merged: Callable[[], Any]) -> np
     if batch.images is None:
         return np.zeros((len(batch.layouts), 0, 0), np.int32)
     found, prompt, rows = np.asarray(merged()), batch.prompt, []
+    found = found.reshape(*batch.images.first.shape, *found.shape[1:])
     for row in range(len(batch.layouts)):
         features = prompt.feature[row][prompt.feature[row] >= 0]
-        _, order = np.unique(anchors[features], return_index=True)
-        image, within = np.divmod(features[order], found.shape[1])
-        before = batch.images.first[image] - prompt.first_feature[row]
-        rows.append([start + np.flatnonzero(mask) for start, mask in zip(before, found[image, within], strict=True)])
+        _, order = np.unique(anchors[row, features], return_index=True)
+        image, within = np.divmod(features[order], found.shape[2])
+        made_of = zip(batch.images.first[row, image], found[row, image, within], strict=True)
+        rows.append([start + np.flatnonzero(mask) for start, mask in made_of])
     most = max((len(one) for row in rows for one in row), default=0)
     members = np.full((len(rows), max(map(len, rows)), most), -1, np.int32)
     for row, own in enumerate(rows):

@@ -10,6 +10,7 @@ from flax import nnx
 
 from reroute_jax.engine import programs
 from reroute_jax.engine.batching import Batch
+from reroute_jax.engine.features import no_features
 from reroute_jax.engine.sampling import Sampling, row_sampling
 from reroute_jax.nn.cache import ROOM
 
@@ -39,8 +40,7 @@ def compile_ahead(module: nnx.Module, batches: Sequence[Batch], sampling: Sampli
 
 def _features(module: nnx.Module, batch: Batch):
     if batch.images is None:
-        width = module.config.decoder.hidden_size
-        return jax.ShapeDtypeStruct((1, width), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.int32)
+        return no_features(module, len(batch.live))
     return programs.encode.ahead(module, batch.images)
 
 

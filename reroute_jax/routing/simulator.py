@@ -132,8 +132,8 @@ def forcing(prompt: Prompt, answers: Sequence[Sequence[int]], slots: int) -> Pro
 def start(
     decoder: Decoder,
     prompt: Prompt,
-    features: Float[Array, "F D"],
-    anchors: Int[Array, " F"],
+    features: Float[Array, "B F D"],
+    anchors: Int[Array, "B F"],
     answers: Sequence[Sequence[int]],
     slots: int,
     kept: Sequence[int] = (0,),
@@ -256,7 +256,7 @@ def masked(
 
 
 @compiled()
-def _rows(decoder: Decoder, prompt: Prompt, features: Float[Array, "F D"], anchors: Int[Array, " F"]) -> Rows:
+def _rows(decoder: Decoder, prompt: Prompt, features: Float[Array, "B F D"], anchors: Int[Array, "B F"]) -> Rows:
     return prompt_rows(decoder, prompt, features, anchors)
 
 

@@ -70,7 +70,7 @@ def test_cache_of_each_stage_has_its_own_length():
     schedule = Schedule.from_decisions((1, 2, 3), (0.3, 0.3, 0.15), 4, "reroute")
     layout = lay_out(Question(random_ids(52, start=3), ((6, 6),)), model.config, schedule)
     batch = make_batch([layout], model.config, schedule, pixels=random_pixels(1))
-    features, anchors = jax.ShapeDtypeStruct((36, 64), np.float32), jax.ShapeDtypeStruct((36,), np.int32)
+    features, anchors = jax.ShapeDtypeStruct((1, 36, 64), np.float32), jax.ShapeDtypeStruct((1, 36), np.int32)
 
     def keys(module, prompt, features, anchors):
         cache = prefill(module.decoder, prompt, features, anchors, batch.plan).cache
