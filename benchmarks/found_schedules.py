@@ -33,6 +33,7 @@ from evals.scenes.data import refcoco_rows, vqa_rows
 from evals.scenes.world import SPLIT_LENGTH
 from evals.searching.answers import Chunk
 from evals.searching.candidates import HAND_SET, Candidate, Space
+from reroute_jax.commandline.devices import add_mesh_argument
 from reroute_jax.commandline.parsing import DATA, OUTPUT, RUN, Parser, exit_code, positive, whole
 from reroute_jax.engine.batching import largest, lay_out
 from reroute_jax.engine.compilation import keep_programs
@@ -204,7 +205,7 @@ def costs(model: Model, run: Contender, sizes: Counter) -> dict[str, float]:
 def measure(args) -> None:
     if args.compilation_cache is not None:
         keep_programs(args.compilation_cache)
-    model = load_model(args.model, None)
+    model = load_model(args.model, None, mesh=args.mesh)
     found = {(about := json.loads(path.read_text()))["budget"]: about for path in args.found}
     for name in args.questions:
         asked, metrics = QUESTIONS[name]
@@ -260,6 +261,7 @@ def _parser() -> Parser:
     parser = Parser("benchmarks.found_schedules", __doc__.splitlines()[0], examples)
     run, data, output = (parser.group(title) for title in (RUN, DATA, OUTPUT))
     run.add_argument("--model", choices=EMBEDDED, default=EMBEDDED[0], help="(default: %(default)s)")
+    add_mesh_argument(parser)
     run.add_argument(
         "--found", nargs="+", type=Path, required=True, metavar="FILE", help="of evals.search, one a budget"
     )

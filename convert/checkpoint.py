@@ -23,7 +23,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from convert.dropped import compare_dropped, refuse_quantised
-from convert.safetensors import DTYPES, INDEX_NAME, Tensor, list_folder, read, write_folder
+from convert.safetensors import DTYPES, INDEX_NAME, Tensor, list_folder, read, read_part, write_folder
 from convert.source import COMPANIONS, FORMAT, MANIFEST_NAME, Manifest, Source
 from convert.table import Assignment, ConversionTable, hf_shapes, match, raise_report, to_hf
 from convert.values import cast, finite, not_finite
@@ -52,9 +52,8 @@ def load_params(
         return _restore(source, target, dtype, progress)
     params = {}
     for assignment, tensor in plan(source, target, table):
-        value = _converted(assignment, tensor, target[assignment.path].shape, dtype)
         # Waiting keeps the host copies of earlier tensors from piling up.
-        params[assignment.path] = jax.device_put(value, _sharding(target[assignment.path])).block_until_ready()
+        params[assignment.path] = _placed(tensor, target[assignment.path], dtype).block_until_ready()
         progress(tensor.nbytes)
     return params
 
@@ -182,7 +181,7 @@ def _save_arrays(
 ) -> None:
     def pending(assignment: Assignment, tensor: Tensor) -> _Pending:
         def produce() -> np.ndarray:
-            value = _converted(assignment, tensor, target[assignment.path].shape, dtype)
+            value = _converted(tensor, target[assignment.path].shape, dtype)
             progress(tensor.nbytes)
             return value
 
@@ -282,13 +281,30 @@ def _nbytes(value) -> int:
     return math.prod(value.shape) * np.dtype(value.dtype).itemsize
 
 
-def _converted(assignment: Assignment, tensor: Tensor, shape: tuple[int, ...], dtype: str | None) -> np.ndarray:
-    value = read(tensor)
+def _placed(tensor: Tensor, target: jax.ShapeDtypeStruct, dtype: str | None) -> jax.Array:
+    """The parameter on its devices, each of which gets its own part of the file."""
+    place, parts = _sharding(target), {}
+    if len(place.device_set) == 1:
+        return jax.device_put(_converted(tensor, target.shape, dtype), place)
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        its = str(index)  # slices have no hash before Python 3.12
+        if its not in parts:
+            parts[its] = _checked(tensor.key, read_part(tensor, target.shape, index), dtype)
+        return parts[its]
+
+    return jax.make_array_from_callback(target.shape, place, part)
+
+
+def _converted(tensor: Tensor, shape: tuple[int, ...], dtype: str | None) -> np.ndarray:
+    return _checked(tensor.key, read(tensor), dtype).reshape(shape)
+
+
+def _checked(key: str, value: np.ndarray, dtype: str | None) -> np.ndarray:
+    """In `dtype`. Raises RerouteError for what is not finite in it."""
     if not finite(value):
-        raise RerouteError(not_finite(tensor.key, None))
-    if dtype:
-        value = cast(tensor.key, value, dtype)
-    return value.reshape(shape)
+        raise RerouteError(not_finite(key, None))
+    return cast(key, value, dtype) if dtype else value
 
 
 def _sharding(value: jax.ShapeDtypeStruct) -> jax.sharding.Sharding:

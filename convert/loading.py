@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from jax.sharding import Mesh
+
 import reroute_jax
 from convert.checkpoint import load_params
 from convert.embedded import EMBEDDED, locate
@@ -13,9 +15,11 @@ from convert.opening import open_checkpoint
 from reroute_jax.config import ModelConfig
 from reroute_jax.engine.model import Model
 from reroute_jax.errors import RerouteError, one_of
+from reroute_jax.mesh import open_mesh
 from reroute_jax.models import FAMILIES
 from reroute_jax.nn.mrope import COMPATS
 from reroute_jax.nn.params import named_parameters, with_parameters
+from reroute_jax.nn.sharding import on_mesh
 from reroute_jax.types import FLOATS
 
 
@@ -25,6 +29,7 @@ def load(
     mrope_compat: str | None = None,
     vicuna_system: bool = False,
     pixel_limits: tuple[int, int] | None = None,
+    mesh: str | Mesh | None = None,
 ) -> Model:
     """Load a hub id, a Hugging Face folder (converted on the fly), a converted folder, or an embedded model.
 
@@ -32,9 +37,11 @@ def load(
     mrope_compat: "hf-5.4" for the rotary positions that transformers 5.4 gave to Qwen2.5-VL's images, to compare with
     numbers made with it (`mrope.py`). vicuna_system: open LLaVA's prompts with the system sentence of its own
     evaluation, which the checkpoint's chat template leaves out. pixel_limits: fewest and most pixels of an image of
-    Qwen2.5-VL, instead of those of the checkpoint's image processor.
+    Qwen2.5-VL, instead of those of the checkpoint's image processor. mesh: devices to split the model over,
+    "data=2,model=4" of this process, or a mesh with these axes; None takes the first device. Each device reads its own
+    part of the checkpoint.
     Raises RerouteError for a checkpoint that is absent, damaged, of an unknown architecture, or does not fit its
-    config.json.
+    config.json, and for a mesh that the model does not fit on.
     """
     if dtype is not None:
         one_of("dtype", dtype, tuple(FLOATS))
@@ -49,6 +56,8 @@ def load(
     if pixel_limits is not None:
         config = with_pixel_limits(config, pixel_limits)
     empty = reroute_jax.abstract_params(config)
+    if mesh is not None:
+        empty = on_mesh(empty, open_mesh(mesh, config.decoder))
     params = load_params(source, named_parameters(empty), table_of(config), dtype)
     return Model(config, with_parameters(empty, params), source.folder)
 

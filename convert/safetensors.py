@@ -1,6 +1,7 @@
 """Safetensors files through plain reads and writes: one tensor in memory at a time, bfloat16 included.
 
-Files are read, not memory-mapped: mapped pages of a 14 GB checkpoint would count as this process's memory.
+Whole tensors are read and parts of one are mapped, for as long as it takes to copy them: mapped pages of a 14 GB
+checkpoint would count as this process's memory.
 Format: https://huggingface.co/docs/safetensors (8-byte little-endian header length, JSON header, tensor bytes).
 """
 
@@ -45,14 +46,30 @@ class Tensor:
 
 def read(tensor: Tensor) -> np.ndarray:
     """The tensor in its stored dtype, which must be one of `DTYPES`, or one that buffers have."""
+    with tensor.file.open("rb") as file:
+        values = np.fromfile(file, _dtype(tensor), math.prod(tensor.shape), offset=tensor.start)
+    if values.nbytes != tensor.nbytes:
+        raise RerouteError(_cut_short(tensor))
+    return values.reshape(tensor.shape)
+
+
+def read_part(tensor: Tensor, shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
+    """A part of the tensor alone, a slice of each axis. shape: that its numbers, in their order, are seen in."""
+    try:
+        return np.array(np.memmap(tensor.file, _dtype(tensor), "r", tensor.start, shape)[index])
+    except ValueError as error:  # the file is shorter than the map
+        raise RerouteError(_cut_short(tensor)) from error
+
+
+def _dtype(tensor: Tensor) -> np.dtype:
     kind = (DTYPES | _BUFFER_DTYPES).get(tensor.dtype)
     if kind is None:
         raise RerouteError(f"{tensor.key} is {tensor.dtype}, expected one of {', '.join(DTYPES)}")
-    with tensor.file.open("rb") as file:
-        values = np.fromfile(file, kind, math.prod(tensor.shape), offset=tensor.start)
-    if values.nbytes != tensor.nbytes:
-        raise RerouteError(f"{tensor.file} ended inside tensor {tensor.key}: it changed while it was read, try again")
-    return values.reshape(tensor.shape)
+    return kind
+
+
+def _cut_short(tensor: Tensor) -> str:
+    return f"{tensor.file} ended inside tensor {tensor.key}: it changed while it was read, try again"
 
 
 def equal(left: Tensor, right: Tensor) -> bool:

@@ -27,6 +27,7 @@ from evals.speed.bench_report import TimingRecord, figure, rows_of, table
 from evals.speed.programs import Answer, Programs, Steps, compile_programs, compile_tower
 from evals.speed.roofline import Machine, decode_bound, measure_machine, prefill_bound
 from evals.speed.subjects import Sample, Subject, add_subject_arguments, open_subject, sample
+from reroute_jax.commandline.devices import add_mesh_argument
 from reroute_jax.commandline.parsing import (
     DATA,
     OUTPUT,
@@ -71,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def bench(args: argparse.Namespace, arguments: Sequence[str]) -> None:
     # A cached program would not show what compiling costs.
     jax.config.update("jax_enable_compilation_cache", False)
-    subject = open_subject(args, shapes_only=args.compile_only)
+    subject = open_subject(args, args.compile_only, args.mesh)
     variants = plan_variants(subject, args)
     samples = {batch: sample(subject, batch) for batch in args.batch_sizes}
     if args.compile_only:
@@ -277,6 +278,7 @@ def _parser() -> Parser:
     )
     parser = Parser("evals.bench", __doc__, examples)
     add_subject_arguments(parser)
+    add_mesh_argument(parser)
     run, data = parser.group(RUN), parser.group(DATA)
     route, output = parser.group(ROUTE), parser.group(OUTPUT)
     run.add_argument("--new-tokens", type=new_tokens, default=16, help="of each answer (default: %(default)s)")

@@ -127,7 +127,7 @@ def parser(name: str = NAME, hub: Hub = REFCOCO) -> Parser:
 def _run(args: argparse.Namespace, name: str, hub: Hub) -> None:
     check_routes(args)
     source = rec_source(args.data, args.split, hub=hub)  # bad data is refused before a model is loaded
-    model = load_model(args.model, args.dtype, args.mrope_compat, args.vicuna_system)
+    model = load_model(args.model, args.dtype, args.mrope_compat, args.vicuna_system, mesh=args.mesh)
     run_benchmark(args, model, source, *questions(args, source, model, name))
 
 

@@ -39,6 +39,7 @@ from evals.searching.candidates import (
 )
 from evals.searching.search import OBJECTIVES, Effort, Ledger, Search, gate
 from evals.table import WITH_SCENES
+from reroute_jax.commandline.devices import add_mesh_argument
 from reroute_jax.commandline.parsing import (
     DATA,
     OUTPUT,
@@ -81,6 +82,7 @@ def _parser() -> Parser:
         help=f"hub id, folder in HF format, converted folder, or one of {', '.join(EMBEDDED)} (default: %(default)s)",
     )
     run.add_argument("--dtype", choices=tuple(FLOATS), help="as of the other commands")
+    add_mesh_argument(parser)
     run.add_argument("--batch-size", type=positive, default=32, help="prompts at a time (default: %(default)s)")
     run.add_argument("--seed", type=whole, default=0, help="of the first search (default: %(default)s)")
     run.add_argument("--seeds", type=positive, default=1, help="searches, the best one counts (default: %(default)s)")
@@ -171,7 +173,7 @@ def _run(args: argparse.Namespace) -> None:
         keep_programs(args.compilation_cache)
     if not args.out.parent.is_dir():
         raise RerouteError(f"there is no folder {args.out.parent} for --out: make it")
-    model = load_model(args.model, args.dtype, args.mrope_compat)
+    model = load_model(args.model, args.dtype, args.mrope_compat, mesh=args.mesh)
     calibration, fresh = _prompts(args, model)
     text = round(median(len(one.question.ids) - _visual(one.question) for one in calibration.asked))
     rows, cols = model.reference_grid
@@ -226,7 +228,7 @@ def _questions(name: str, count: int, args: argparse.Namespace, model: Model):
     """(question, task, cluster) of a task's first prompts."""
     command = WITH_SCENES[name]
     own = command.parser().parse_args([])
-    for given in ("data", "split", "model", "dtype", "mrope_compat", "batch_size", "seed"):
+    for given in ("data", "split", "model", "dtype", "mesh", "mrope_compat", "batch_size", "seed"):
         setattr(own, given, getattr(args, given))
     own.limit = count
     task, _, _ = command.questions(own, command.source(own), model)

@@ -111,7 +111,7 @@ def _asked_board(args: argparse.Namespace) -> Board:
     check_routes(args)
     command, limit, args.limit = WITH_SCENES[args.task], args.limit or SHOWN, None
     source = command.source(args)
-    model = load_model(args.model, args.dtype, args.mrope_compat, args.vicuna_system)
+    model = load_model(args.model, args.dtype, args.mrope_compat, args.vicuna_system, mesh=args.mesh)
     task, _, settings = command.questions(args, source, model)
     routes = plan_routes(args, model)
     chosen = args.index or range(min(limit, task.total))
@@ -160,7 +160,7 @@ def _finished_board(args: argparse.Namespace) -> Board:
     command = WITH_SCENES[name]
     own = _own_arguments(name, settings)
     source = command.source(own)
-    model = load_model(own.model, own.dtype, own.mrope_compat, own.vicuna_system)
+    model = load_model(own.model, own.dtype, own.mrope_compat, own.vicuna_system, mesh=own.mesh)
     task, _, _ = command.questions(own, source, model)
     runs = [Run(run, Schedule.from_record(record)) for run, record in settings["runs"].items()]
     plain = board(finished, command.metric, task.difference_scale, {})

@@ -42,6 +42,7 @@ from evals.harness.report import score_runs, summarise
 from evals.harness.routes import FULL, Routes, named_run
 from evals.harness.run_folder import locked, run_folder
 from evals.harness.runner import Answerer, Run, Task, answer
+from reroute_jax.commandline.devices import add_mesh_argument
 from reroute_jax.commandline.parsing import DATA, OUTPUT, ROUTE, RUN, Parser, budget, positive, whole
 from reroute_jax.config import ModelConfig
 from reroute_jax.errors import RerouteError
@@ -165,6 +166,7 @@ def _parser() -> Parser:
     tasks = f"of {', '.join(COMMANDS)}, each with a split as in refcoco:testA where it is not the default one"
     _add_list(run, "tasks", str, f"{tasks}; '{GROUNDING}': the paper's eight grounding splits", ("refcoco",))
     run.add_argument("--dtype", choices=tuple(FLOATS), help="as of the other commands")
+    add_mesh_argument(parser)
     run.add_argument("--batch-size", type=positive, default=8, help="questions at a time (default: %(default)s)")
     run.add_argument(
         "--seed", type=whole, default=0, help="of the method `random` and of the intervals (default: %(default)s)"
@@ -267,7 +269,7 @@ def opened_task(name: str, args: argparse.Namespace) -> OpenedTask:
     own = command.parser().parse_args([])
     own.data = args.data if args.data in (SCENES, OWN_HUB) else _task_folder(args.data, task)
     own.split = split or None
-    for shared in ("dtype", "mrope_compat", "batch_size", "limit", "seed", "skip_bad"):
+    for shared in ("dtype", "mesh", "mrope_compat", "batch_size", "limit", "seed", "skip_bad"):
         setattr(own, shared, getattr(args, shared))
     return OpenedTask(name, command, own, command.source(own))
 
@@ -345,7 +347,7 @@ def _routes(entries: Sequence[Entry], runs: Sequence[Run]) -> Routes:
 
 def _sheet(name: str, planned: Planned, asked: Sequence[OpenedTask], args: argparse.Namespace) -> Sheet:
     """All answers of a model, which is in memory no longer than this."""
-    model = load_model(name, args.dtype, args.mrope_compat)
+    model = load_model(name, args.dtype, args.mrope_compat, mesh=args.mesh)
     outcomes = []
     for number, one in enumerate(asked, 1):
         print(f"{name}, {one.name} ({number} of {len(asked)} tasks), {len(planned.routes.runs)} runs", flush=True)

@@ -10,6 +10,8 @@ from reroute_jax.errors import RerouteError
 from reroute_jax.routing.plan import Schedule
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from reroute_jax.engine.answers import Answer
     from reroute_jax.engine.model import Model
     from reroute_jax.functional import abstract_params, apply, init
@@ -36,10 +38,11 @@ def load(
     mrope_compat: str | None = None,
     vicuna_system: bool = False,
     pixel_limits: tuple[int, int] | None = None,
+    mesh: str | Mesh | None = None,
 ) -> Model:
     """Load a hub id, a Hugging Face folder (converted on the fly), a converted folder or an embedded model; see
     `convert.loading.load`."""
     # Imported here: `convert` needs this package's configuration, and loading needs `convert`.
     from convert.loading import load as load_model
 
-    return load_model(path, dtype, mrope_compat, vicuna_system, pixel_limits)
+    return load_model(path, dtype, mrope_compat, vicuna_system, pixel_limits, mesh)

@@ -25,6 +25,7 @@ from reroute_jax.nn.cache import ROOM, KVCache, StageCache, with_room
 from reroute_jax.nn.layers import DecoderLayer, RMSNorm, Rope, parameter, take_rows
 from reroute_jax.nn.positions import rope_tables
 from reroute_jax.nn.products import matmul
+from reroute_jax.nn.sharding import constrain
 from reroute_jax.routing.cuts import cut
 from reroute_jax.routing.ops import (
     Rows,
@@ -49,7 +50,7 @@ class Embedding(nnx.Module):
         self.table = parameter(rngs, shape, ("vocab", "embed"), dtype, config.hidden_size)
 
     def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        return self.table[ids]
+        return constrain(self.table[ids], "rows")
 
 
 class Head(nnx.Module):
@@ -69,7 +70,8 @@ class Decoder(nnx.Module):
     def logits(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows vocab"]:
         """fp32 logits of hidden states."""
         kernel = self.embed.table[...] if self.head is None else self.head.kernel[...]
-        return matmul(self.norm(x), kernel, jnp.float32)
+        y = matmul(self.norm(x), kernel, jnp.float32)
+        return constrain(y, "rows", *[None] * (y.ndim - 2), "vocab")
 
 
 @jax.tree_util.register_dataclass

@@ -31,6 +31,7 @@ GROUPS = {
     "benchmarks.found_schedules": (RUN, DATA, OUTPUT),
     "benchmarks.gpu": (RUN, OUTPUT),
     "benchmarks.load": (RUN, DATA, ROUTE, OUTPUT),
+    "benchmarks.mesh": (RUN, ROUTE, OUTPUT),
     "benchmarks.random_checkpoint": (RUN, OUTPUT),
     "benchmarks.vision_windows": (RUN, DATA),
 }

@@ -21,6 +21,7 @@ from convert.crosscheck.inputs import Probe, companions, make_probes
 from convert.embedded import EMBEDDED, locate
 from convert.opening import open_checkpoint
 from convert.source import Source
+from reroute_jax.commandline.devices import add_mesh_argument
 from reroute_jax.commandline.parsing import DATA, RUN, Parser, exit_code, new_tokens, positive
 from reroute_jax.commandline.routes import (
     DEFAULT_ACTION,
@@ -76,7 +77,7 @@ def crosscheck(args: argparse.Namespace) -> list[Line]:
     schedule = _schedule(args, config, grid, source.folder)
     prompts = make_probes(config, open_layout(source.folder, tokenizer, config), processor, args.prompts)
     expected = _in_torch(source, config, prompts, schedule, args.max_new_tokens)
-    model = reroute_jax.load(locate(args.src), dtype="float32")
+    model = reroute_jax.load(locate(args.src), dtype="float32", mesh=args.mesh)
     lines = []
     with jax.default_matmul_precision("highest"):
         for prompt, (plain, routed) in zip(tqdm(prompts, desc="JAX", unit="prompt"), expected, strict=True):
@@ -150,6 +151,7 @@ def _parser() -> Parser:
         help=f"hub id (owner/model), checkpoint folder with safetensors, or one of {', '.join(EMBEDDED)}",
     )
     run.add_argument("--max-new-tokens", type=new_tokens, default=32, help="length of an answer (default: %(default)s)")
+    add_mesh_argument(parser)
     data.add_argument("--prompts", type=positive, default=2, help="pictures to ask about (default: %(default)s)")
     add_route_arguments(parser, "no routed run")
     return parser

@@ -152,7 +152,7 @@ def parser(benchmark: Benchmark) -> Parser:
 def _run(benchmark: Benchmark, args: argparse.Namespace) -> None:
     check_routes(args)
     source = row_source(benchmark, args.data, args.split)  # bad data is refused before a model is loaded
-    model = load_model(args.model, args.dtype, args.mrope_compat, args.vicuna_system)
+    model = load_model(args.model, args.dtype, args.mrope_compat, args.vicuna_system, mesh=args.mesh)
     run_benchmark(args, model, source, *questions(benchmark, args, source, model))
 
 

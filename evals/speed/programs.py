@@ -137,6 +137,5 @@ def _on(device: jax.Device | None, arrays):
 
 def _compile(function: Callable, *arguments) -> Compiled:
     start = time.perf_counter()
-    traced = function.jitted().trace(*arguments)
-    program = traced.lower().compile()
-    return Compiled(program, traced.out_info, time.perf_counter() - start)
+    program, shapes = function.compile(*arguments)
+    return Compiled(program, shapes, time.perf_counter() - start)

@@ -6,11 +6,13 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 import reroute_jax
 from convert.embedded import EMBEDDED
@@ -21,7 +23,9 @@ from reroute_jax.config import ModelConfig
 from reroute_jax.engine.batching import Batch
 from reroute_jax.engine.model import Model
 from reroute_jax.errors import RerouteError
+from reroute_jax.mesh import open_mesh
 from reroute_jax.models import FAMILIES, read_config
+from reroute_jax.nn.sharding import on_mesh
 from reroute_jax.routing import methods
 from reroute_jax.routing.cost import Account, account
 from reroute_jax.routing.plan import Schedule
@@ -109,15 +113,16 @@ def add_subject_arguments(parser: Parser) -> None:
     )
 
 
-def open_subject(args: argparse.Namespace, shapes_only: bool = False) -> Subject:
-    """The model of the arguments. Raises RerouteError where it cannot be loaded, has another grid, or must have weights
-    although only its shapes are asked for."""
+def open_subject(args: argparse.Namespace, shapes_only: bool = False, mesh: str | Mesh | None = None) -> Subject:
+    """The model of the arguments. mesh: as of `load`. Raises RerouteError where it cannot be loaded, has another grid,
+    or must have weights although only its shapes are asked for."""
     if args.random:
-        model, hf_config = random_model(SHAPES[args.random], args.dtype or "float32", shapes_only=shapes_only)
+        how = {"shapes_only": shapes_only, "mesh": mesh}
+        model, hf_config = random_model(SHAPES[args.random], args.dtype or "float32", **how)
     elif shapes_only:
         raise RerouteError("only a --random model can do without its weights, name one")
     else:
-        model = load_model(args.model or EMBEDDED[0], args.dtype)
+        model = load_model(args.model or EMBEDDED[0], args.dtype, mesh=mesh)
         hf_config = json.loads((model.folder / "config.json").read_text())
     vision = model.config.vision
     own = vision.grid if isinstance(vision, ClipConfig) else None
@@ -127,16 +132,24 @@ def open_subject(args: argparse.Namespace, shapes_only: bool = False) -> Subject
     return Subject(args.random or args.model or EMBEDDED[0], model, hf_config, grid, args.text)
 
 
-def random_model(shape: Shape, dtype: str, seed: int = 0, shapes_only: bool = False) -> tuple[Model, dict[str, Any]]:
+def random_model(
+    shape: Shape, dtype: str, seed: int = 0, shapes_only: bool = False, mesh: str | Mesh | None = None
+) -> tuple[Model, dict[str, Any]]:
     """A model of this shape with random weights, and its config.json; it has no folder, so no tokenizer.
 
-    shapes_only: shapes stand in for the weights; it compiles and does not run.
+    shapes_only: shapes stand in for the weights; it compiles and does not run. mesh: as of `load`.
     """
     hf_config = shape.config(dtype)
     config = read_config(hf_config)
-    if shapes_only:
-        return Model(config, reroute_jax.abstract_params(config, dtype), Path()), hf_config
-    return Model(config, reroute_jax.init(config, jax.random.key(seed), dtype), Path()), hf_config
+    make = partial(reroute_jax.init, config, jax.random.key(seed), dtype)
+    if mesh is None and not shapes_only:
+        return Model(config, make(), Path()), hf_config
+    module = reroute_jax.abstract_params(config, dtype)
+    if mesh is not None:
+        module = on_mesh(module, open_mesh(mesh, config.decoder))
+    if not shapes_only:
+        module = jax.jit(make, out_shardings=jax.tree.map(lambda shape: shape.sharding, module))()
+    return Model(config, module, Path()), hf_config
 
 
 def sample(subject: Subject, batch: int, seed: int = 0) -> Sample:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache, wraps
 from pathlib import Path
+from typing import Any
 
 import jax
+
+from reroute_jax.nn.sharding import mesh_of, place_of
 
 # XLA's CPU backend multiplies bf16 by way of fp32 copies of the weights, in most forms of a product. Its default
 # scheduler makes all copies before the first product, and invariant code motion moves those of a decode step out of the
@@ -24,11 +27,12 @@ _OPTIONS = {
 
 
 def compiled(**jit_options) -> Callable[[Callable], Callable]:
-    """`jax.jit` with the options of the platform that the arguments lie on.
+    """`jax.jit` with the options of the platform that the arguments lie on, traced for their mesh.
 
     The wrapped function offers `jitted(platform)`, the function that `jax.jit` made for it ("cpu", "gpu", "tpu"; None:
-    that of the default device), for those who lower and compile ahead of time; and `ahead(...)`, which
-    compiles for arguments like these, arrays or shapes, also for later calls, and returns the results' shapes.
+    that of the default device), for those who lower and compile ahead of time; `compile(...)`, which compiles for
+    arguments like these, arrays or shapes, and returns the program and its results' shapes, with their places on a
+    mesh; and `ahead(...)`, the same for later calls, which returns the shapes alone.
     """
 
     def decorate(function: Callable) -> Callable:
@@ -40,25 +44,36 @@ def compiled(**jit_options) -> Callable[[Callable], Callable]:
 
         @wraps(function)
         def call(*args, **kwargs):
-            return jitted(_platform((args, kwargs)))(*args, **kwargs)
+            with on_mesh_of((args, kwargs)):
+                return jitted(_platform((args, kwargs)))(*args, **kwargs)
 
-        def ahead(*args, **kwargs):
-            traced = jitted().trace(*args, **kwargs)
-            traced.lower().compile()
-            return traced.out_info
+        def compile_for(*args, **kwargs) -> tuple[jax.stages.Compiled, Any]:
+            with on_mesh_of((args, kwargs)):
+                traced = jitted(_platform((args, kwargs))).trace(*args, **kwargs)
+                program = traced.lower().compile()
+            on_mesh = mesh_of((args, kwargs)) is not None
+            shapes = traced.out_info
+            return program, jax.tree.map(_placed, shapes, program.output_shardings) if on_mesh else shapes
 
-        call.jitted, call.ahead = jitted, ahead
+        call.jitted, call.compile, call.ahead = jitted, compile_for, lambda *args, **kw: compile_for(*args, **kw)[1]
         return call
 
     return decorate
 
 
+def on_mesh_of(arguments):
+    """The context that a program of these arguments is traced in."""
+    mesh = mesh_of(arguments)
+    return nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
 def _platform(arguments) -> str | None:
-    """Of the device that the first committed array of the arguments lies on: where jax will run the program."""
-    for leaf in jax.tree.leaves(arguments):
-        if getattr(leaf, "committed", False):
-            return next(iter(leaf.devices())).platform
-    return None
+    place = place_of(arguments)
+    return None if place is None else next(iter(place.device_set)).platform
+
+
+def _placed(shape: jax.ShapeDtypeStruct, place: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place)
 
 
 def keep_programs(folder: Path) -> None:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from reroute_jax.engine.batching import Images
 from reroute_jax.models import FAMILIES
+from reroute_jax.nn.sharding import constrain
 
 
 def image_features(module: nnx.Module, images: Images) -> tuple[Float[Array, "B F E"], Int[Array, "B F"]]:
     """Features of each row's images, one image behind the other, and the index of each feature among its row's original
     visual tokens."""
     family = FAMILIES[module.config.family]
-    features, anchors = family.encode_images(module, images.pixels, images.arrays, images.merge)
+    pixels, arrays = jax.tree.map(lambda array: constrain(array, "rows"), (images.pixels, images.arrays))
+    features, anchors = family.encode_images(module, pixels, arrays, images.merge)
     rows, width = len(images.first), features.shape[-1]
     of_row = jnp.asarray(images.first).reshape(-1, 1) + anchors
     return features.reshape(rows, -1, width), of_row.reshape(rows, -1)

@@ -83,10 +83,16 @@ def decode(
 
 
 def keep_rows(
-    state: DecodeState, sampling: RowSampling, rows: Int[Array, " B_new"], slots: int
+    state: DecodeState, sampling: RowSampling, rows: Int[Array, "shards kept"], slots: int
 ) -> tuple[DecodeState, RowSampling]:
-    """Only `rows` of a batch, with `slots` more of room (static)."""
-    state, sampling = jax.tree.map(lambda array: array[rows], (state, sampling))
+    """Only some rows of a batch, with `slots` more of room (static). rows: of each of the equal parts that the batch is
+    split into, counted within it, so that no row leaves its devices."""
+
+    def kept(array: Array) -> Array:
+        parts = array.reshape(len(rows), -1, *array.shape[1:])
+        return jax.vmap(lambda part, index: part[index])(parts, rows).reshape(rows.size, *array.shape[1:])
+
+    state, sampling = jax.tree.map(kept, (state, sampling))
     return replace(state, cache=grown(state.cache, slots)), sampling
 
 

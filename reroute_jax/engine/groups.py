@@ -41,9 +41,10 @@ def groups(
     batch_size: int,
     token_budget: int | None = None,
     text_special_tokens: bool = True,
+    shards: int = 1,
 ) -> Iterator[Group | Failed]:
     """The batches of `Model.answer`, ready to run: those of a shape in the order of their numbers, what did not fill
-    one of its own at the end, and behind it what cannot be asked.
+    one of its own at the end, and behind it what cannot be asked. shards: as of `padded_rows`.
 
     Raises RerouteError for a batch size or a budget that is no whole number from 1 on, and for a schedule of another
     depth.
@@ -71,7 +72,7 @@ def groups(
 
     def group(members: Sequence[tuple[int, Layout]]) -> Group:
         numbers, layouts = zip(*members, strict=True)
-        size = padded_rows(len(layouts), most(largest([one.shape for one in layouts])))
+        size = padded_rows(len(layouts), most(largest([one.shape for one in layouts])), shards)
         return Group(numbers, layouts, batch_of(layouts, files, schedule, size))
 
     left = []
@@ -99,7 +100,12 @@ def batch_of(
 
 
 def batches_of_shapes(
-    items: Sequence[Any], files: SideFiles, schedule: Schedule, batch_size: int, token_budget: int | None
+    items: Sequence[Any],
+    files: SideFiles,
+    schedule: Schedule,
+    batch_size: int,
+    token_budget: int | None,
+    shards: int = 1,
 ) -> Iterator[list[Batch]]:
     """For each shape that the items have, a batch of every number of rows that one is filled up to, ascending."""
     layouts: dict[BatchShape, Layout] = {}
@@ -108,7 +114,7 @@ def batches_of_shapes(
         layouts.setdefault(layout.shape, layout)
     for shape, layout in layouts.items():
         most = most_rows(shape, batch_size, token_budget)
-        sizes = sorted({padded_rows(rows, most) for rows in range(1, most + 1)})
+        sizes = sorted({padded_rows(rows, most, shards) for rows in range(1, most + 1)})
         yield [batch_of([layout] * size, files, schedule, size) for size in sizes]
 
 
@@ -126,9 +132,11 @@ def _rows_within(shape: BatchShape, batch_size: int, token_budget: int | None) -
     return batch_size if token_budget is None else min(batch_size, token_budget // shape.slots)
 
 
-def padded_rows(rows: int, most: int) -> int:
-    """Rows that a batch of `rows` is filled up to: a power of two, so that few sizes are compiled, or `most`."""
-    return min(most, 1 << (rows - 1).bit_length())
+def padded_rows(rows: int, most: int, shards: int = 1) -> int:
+    """Rows that a batch of `rows` is filled up to: on each device that rows are split over a power of two, so that few
+    sizes are compiled, or its part of `most`."""
+    own, limit = -(-rows // shards), -(-most // shards)
+    return shards * min(limit, 1 << (own - 1).bit_length())
 
 
 def similar(

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from PIL import Image
 
 from reroute_jax.config import ModelConfig
@@ -31,6 +32,7 @@ from reroute_jax.engine.trace import Trace
 from reroute_jax.engine.warmup import compile_ahead
 from reroute_jax.errors import one_of
 from reroute_jax.models.family import Family
+from reroute_jax.nn.sharding import mesh_of, row_shards
 from reroute_jax.routing import methods
 from reroute_jax.routing.cost import Account, account
 from reroute_jax.routing.found import FOUND, found_schedule
@@ -81,6 +83,11 @@ class Model:
     def dtype(self) -> str:
         """Of the parameters, the activations and the KV cache."""
         return dtype_of(self.module)
+
+    @property
+    def mesh(self) -> Mesh | None:
+        """That the parameters lie on, with the axes of `nn.sharding`; None on a single device."""
+        return mesh_of(self.module)
 
     @property
     def reference_grid(self) -> Grid:
@@ -215,7 +222,7 @@ class Model:
         sampling = self._sampling(max_new_tokens, repetition_penalty, temperature, top_p, seed)
         how = schedule or self._unrouted, batch_size, token_budget, text_special_tokens
         answers = [Answer()] * len(items)
-        with closing(ahead(groups(items, self.files, *how), LOOKAHEAD)) as ready:
+        with closing(ahead(groups(items, self.files, *how, row_shards(self.module)), LOOKAHEAD)) as ready:
             for group in ready:
                 if isinstance(group, Failed):
                     answers[group.number] = Answer(error=group.error)
@@ -269,7 +276,7 @@ class Model:
         """
         sampling = self._sampling(max_new_tokens, None, temperature, 1.0, 0)
         how = schedule or self._unrouted, batch_size, token_budget
-        for batches in batches_of_shapes(items, self.files, *how):
+        for batches in batches_of_shapes(items, self.files, *how, row_shards(self.module)):
             compile_ahead(self.module, batches, sampling)
 
     # --- Defaults -----------------------------------------------------------------------------------------------------

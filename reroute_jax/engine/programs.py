@@ -12,6 +12,7 @@ from reroute_jax.engine import generation
 from reroute_jax.engine.batching import Images
 from reroute_jax.engine.compilation import compiled
 from reroute_jax.engine.features import image_features
+from reroute_jax.models import FAMILIES
 
 log = logging.getLogger("reroute_jax")
 
@@ -51,7 +52,7 @@ def decode(decoder, state, sampling, steps):
 
 @compiled(static_argnames="slots", donate_argnames="state")
 def keep_rows(state, sampling, rows, slots):
-    log.info("compiling %d of %d rows with %d slots more", len(rows), len(state.token), slots)
+    log.info("compiling %d of %d rows with %d slots more", rows.size, len(state.token), slots)
     return generation.keep_rows(state, sampling, rows, slots)
 
 

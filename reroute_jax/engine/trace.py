@@ -71,8 +71,8 @@ class Trace:
 
     @classmethod
     def of(cls, batch: Batch, found: Prefilled, anchors, config: ModelConfig, dtype: str, open_images, merged) -> Trace:
-        """Of the live rows of a batch. anchors: as of `features.image_features`. dtype, open_images: as of `Seen`. merged: as
-        `programs.members`, of the batch's images."""
+        """Of the live rows of a batch. anchors: as of `features.image_features`. dtype, open_images: as of `Seen`.
+        merged: as `programs.members`, of the batch's images."""
         live = len(batch.layouts)
         grids = tuple(layout.question.grids for layout in batch.layouts)
         return cls(

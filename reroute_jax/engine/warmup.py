@@ -13,12 +13,13 @@ from reroute_jax.engine.batching import Batch
 from reroute_jax.engine.features import no_features
 from reroute_jax.engine.sampling import Sampling, row_sampling
 from reroute_jax.nn.cache import ROOM
+from reroute_jax.nn.sharding import row_shards
 
 
 def compile_ahead(module: nnx.Module, batches: Sequence[Batch], sampling: Sampling) -> None:
     """Compile all programs of batches of one shape and of these numbers of rows, for answers of up to `sampling.limit`
     tokens. batches: of every number that a batch may shrink to, ascending."""
-    states, of_rows = {}, {}
+    states, of_rows, shards = {}, {}, row_shards(module)
     for batch in batches:
         rows = len(batch.live)
         of_rows[rows] = row_sampling(sampling, [0] * rows)
@@ -31,7 +32,7 @@ def compile_ahead(module: nnx.Module, batches: Sequence[Batch], sampling: Sampli
     while room < sampling.limit - 1:
         grown = {}
         for rows in states:
-            kept = jax.ShapeDtypeStruct((rows,), jnp.int32)
+            kept = jax.ShapeDtypeStruct((shards, rows // shards), jnp.int32)
             for larger in (other for other in states if other >= rows):
                 grown[rows], of_rows[rows] = programs.keep_rows.ahead(states[larger], of_rows[larger], kept, room)
         states, room = grown, 2 * room

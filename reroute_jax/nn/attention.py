@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from reroute_jax.nn.precision import precision
+from reroute_jax.nn.sharding import per_device
 
 log = logging.getLogger("reroute_jax")
 
@@ -43,7 +44,11 @@ def attention(
     which stand first; what padding sees means nothing. causal: query t sees keys 0 to t.
     """
     if mask is not None:
-        return _blocked(q, k, v, mask)
+        return per_device(_blocked, q, k, v, mask)
+    return per_device(partial(_unmasked, causal=causal), q, k, v, lengths)
+
+
+def _unmasked(q, k, v, lengths: Int[Array, " B"] | None, *, causal: bool) -> Float[Array, "B N T H"]:
     targets = {}
     if causal and q.shape[2] > QUERY_BLOCK:
         targets["cpu"] = partial(_causal, block=QUERY_BLOCK)
@@ -136,6 +141,10 @@ def query_probabilities(
     q: Float[Array, "B N Q H"], k: Float[Array, "B K S H"], mask: Bool[Array, "B _ S"]
 ) -> Float[Array, "B N Q S"]:
     """Attention of a few queries over all keys, in fp32 from the product on."""
+    return per_device(_probabilities, q, k, mask)
+
+
+def _probabilities(q, k, mask: Bool[Array, "B _ S"]) -> Float[Array, "B N Q S"]:
     wide = _masked_logits(q.astype(jnp.float32), k.astype(jnp.float32), mask)
     return jax.nn.softmax(wide, axis=-1).reshape(q.shape[:3] + k.shape[2:3])
 
@@ -144,16 +153,20 @@ def received_attention(
     q: Float[Array, "B N T H"], k: Float[Array, "B N T H"], lengths: Int[Array, " B"]
 ) -> Float[Array, "B T"]:
     """Attention that each key receives, fp32: mean over heads, sum over real queries; 0 at padding."""
+    return per_device(_received, q, k, lengths).mean(axis=1)
+
+
+def _received(q, k, lengths: Int[Array, " B"]) -> Float[Array, "B N T"]:
     real = jnp.arange(k.shape[2]) < lengths[:, None]
 
-    def add(total: Float[Array, "B T"], block: tuple[Array, Array]) -> tuple[Float[Array, "B T"], None]:
+    def add(total: Float[Array, "B N T"], block: tuple[Array, Array]) -> tuple[Float[Array, "B N T"], None]:
         queries, counts = block
-        probabilities = query_probabilities(queries, k, real[:, None])
-        return total + jnp.where(counts[:, None, :, None], probabilities, 0).sum(axis=2).mean(axis=1), None
+        probabilities = _probabilities(queries, k, real[:, None])
+        return total + jnp.where(counts[:, None, :, None], probabilities, 0).sum(axis=2), None
 
-    start = jnp.zeros(real.shape, jnp.float32)
+    start = jnp.zeros(k.shape[:3], jnp.float32)
     total, _ = jax.lax.scan(add, start, (_query_blocks(q, 2), _query_blocks(real, 1)))
-    return jnp.where(real, total, 0)
+    return jnp.where(real[:, None], total, 0)
 
 
 def _masked_logits(q, k, mask: Bool[Array, "#B #T S"] | None) -> Float[Array, "B K R S"]:

@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from reroute_jax.nn.sharding import per_device
+
 # Slots behind the prompt that a prefill leaves free. Longer answers grow the cache, so no program depends on a limit.
 ROOM = 32
 
@@ -79,6 +81,10 @@ def write_slots(
     cache: Float[Array, "B K S H"], new: Float[Array, "B K 1 H"], slots: Int[Array, " B"]
 ) -> Float[Array, "B K S H"]:
     """Write one token a row, at the row's own slot."""
+    return per_device(_write_slots, cache, new, slots)
+
+
+def _write_slots(cache, new, slots: Int[Array, " B"]) -> Float[Array, "B K S H"]:
     rows = jnp.arange(len(slots))
     return cache.at[rows, :, slots].set(
         new[:, :, 0].astype(cache.dtype), unique_indices=True, indices_are_sorted=True, mode="promise_in_bounds"

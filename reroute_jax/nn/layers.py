@@ -19,6 +19,7 @@ from reroute_jax.config import DecoderConfig
 from reroute_jax.nn.attention import attention, query_probabilities
 from reroute_jax.nn.cache import write_slots
 from reroute_jax.nn.products import barrier_on_cpu, matmul
+from reroute_jax.nn.sharding import constrain
 
 # For what equal layers run: traced for the first of them and each new shape, and no call in the program. A routed
 # prefill of 32 layers and its decode step take 1.9 s to trace instead of 3.4 (2 cores, jax 0.10.2, November 2026).
@@ -58,10 +59,12 @@ class Linear(nnx.Module):
     def __init__(self, inputs: int, outputs: int, axes: tuple[str | None, str], *, bias: bool, rngs: nnx.Rngs, dtype):
         self.kernel = parameter(rngs, (outputs, inputs), axes[::-1], dtype, inputs)
         self.bias = constant(0.0, (outputs,), axes[1:], dtype) if bias else None
+        self.axis = axes[1]
 
     def __call__(self, x: Float[Array, "*rows I"]) -> Float[Array, "*rows O"]:
         y = matmul(x, self.kernel[...])
-        return y if self.bias is None else y + self.bias
+        y = y if self.bias is None else y + self.bias
+        return constrain(y, "rows", *[None] * (y.ndim - 2), self.axis)
 
 
 class HeadProjection(nnx.Module):
@@ -70,11 +73,12 @@ class HeadProjection(nnx.Module):
     def __init__(self, width: int, heads: int, head_dim: int, axis: str, *, bias: bool, rngs: nnx.Rngs, dtype):
         self.kernel = parameter(rngs, (heads, head_dim, width), (axis, None, "embed"), dtype, width)
         self.bias = constant(0.0, (heads, head_dim), (axis, None), dtype) if bias else None
+        self.axis = axis
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B N T H"]:
         heads, dim, width = self.kernel.shape
         y = matmul(x, self.kernel.reshape(heads * dim, width)).reshape(*x.shape[:2], heads, dim).swapaxes(1, 2)
-        return y if self.bias is None else y + self.bias[:, None]
+        return constrain(y if self.bias is None else y + self.bias[:, None], "rows", self.axis)
 
 
 class OutputProjection(nnx.Module):
@@ -88,7 +92,7 @@ class OutputProjection(nnx.Module):
         width, heads, dim = self.kernel.shape
         rows = x.swapaxes(1, 2).reshape(x.shape[0], x.shape[2], heads * dim)
         y = matmul(rows, self.kernel.reshape(width, heads * dim))
-        return y if self.bias is None else y + self.bias
+        return constrain(y if self.bias is None else y + self.bias, "rows")
 
 
 def rotate(x: Float[Array, "B N T H"], rope: Rope) -> Float[Array, "B N T H"]:

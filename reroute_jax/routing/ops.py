@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from reroute_jax.nn.layers import Rope, take_rows
+from reroute_jax.nn.sharding import per_device
 
 
 @jax.tree_util.register_dataclass
@@ -51,7 +52,7 @@ def select(
     """
     value = jnp.where(eligible, scores, -jnp.inf)
     ways = {"cpu": partial(_best_by_top_k, cap=cap), "default": _best_by_counting}
-    return eligible & jax.lax.platform_dependent(value, keep, **ways)
+    return eligible & per_device(partial(jax.lax.platform_dependent, **ways), value, keep)
 
 
 def choose(

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from reroute_jax.nn.layers import OutputProjection, Rope, constant, parameter, rotate
 from reroute_jax.nn.products import matmul
+from reroute_jax.nn.sharding import constrain
 from reroute_jax.vision.qwen_config import PatchedVisionConfig
 
 NORM_EPS = 1e-6
@@ -26,10 +27,15 @@ class FusedProjection(nnx.Module):
         self.kernel = parameter(rngs, (*shape, width), (None, "heads", None, "embed"), dtype, width)
         self.bias = constant(0.0, shape, (None, "heads", None), dtype)
 
-    def __call__(self, x: Float[Array, "I P D"]) -> Float[Array, "3 I N P H"]:
-        *heads, width = self.kernel.shape
-        y = matmul(x, self.kernel.reshape(-1, width)).reshape(*x.shape[:2], *heads) + self.bias
-        return y.transpose(2, 0, 3, 1, 4)
+    def __call__(self, x: Float[Array, "I P D"]) -> tuple[Float[Array, "I N P H"], ...]:
+        """Three products: one, of all three kernels side by side, could not be split by heads."""
+        _, heads, dim, width = self.kernel.shape
+
+        def projected(kernel: Float[Array, "N H D"], bias: Float[Array, "N H"]) -> Float[Array, "I N P H"]:
+            y = matmul(x, kernel.reshape(heads * dim, width)).reshape(*x.shape[:2], heads, dim) + bias
+            return constrain(y.swapaxes(1, 2), "rows", "heads")
+
+        return tuple(projected(self.kernel[part], self.bias[part]) for part in range(3))
 
 
 class RotaryAttention(nnx.Module):
