@@ -75,7 +75,8 @@ def _parser() -> Parser:
         type=_levels,
         default=[],
         metavar="LEVER=A,B",
-        help="fewer levels, the first being what others are held against (default: all): "
+        help="levels, the first being what others are held against "
+        f"(default: all but {FOUND}, the decision layers of the schedule that a search found for the budget): "
         + "; ".join(f"{lever}={','.join(levels)}" for lever, levels in LEVERS.items()),
     )
     add_compat_argument(parser)
@@ -99,7 +100,8 @@ def _levels(text: str) -> tuple[str, tuple[str, ...]]:
 
 def _run(args: argparse.Namespace) -> None:
     args.skip_bad = False
-    levers = LEVERS | dict(args.levels)
+    levers = {lever: tuple(level for level in levels if level != FOUND) for lever, levels in LEVERS.items()}
+    levers |= dict(args.levels)
     if all(len(levels) == 1 for levels in levers.values()):
         raise RerouteError("every lever has one level only, expected one with two to compare: give more --levels")
     task = opened_task("refcoco", args)
