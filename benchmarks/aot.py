@@ -1,9 +1,10 @@
 """`python -m benchmarks.aot --platform tpu --topology v5e:2x2 --random llava-1.5-7b --methods pdrop --budgets 64 192`
 
-Compiles the programs of random models for one chip of an accelerator that this machine does not have, and prints what
-the compiler says of them: its own time, arguments, temporaries, FLOPs and bytes. Shapes stand in for weights. For a TPU
-it needs PyPI's `libtpu` in the version that `pip install jax[tpu]` takes. Programs that the results hold already are
-not compiled again, so a run that was cut off goes on.
+Compiles the programs of random models for one chip of an accelerator that this machine does not have, or for a mesh of
+them (`--mesh model=8 --topology v5e:2x4`), and prints what the compiler says of them: its own time, and arguments,
+temporaries, FLOPs, bytes and collectives of each chip. Shapes stand in for weights. For a TPU it needs PyPI's `libtpu`
+in the version that `pip install jax[tpu]` takes. Programs that the results hold already are not compiled again, so a
+run that was cut off goes on.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 import shlex
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,10 +28,13 @@ from jax.experimental import topologies
 from tqdm import tqdm
 
 from evals.speed.checkpoint_shapes import SHAPES
+from evals.speed.collectives import collectives
 from evals.speed.programs import trace_programs
 from evals.speed.subjects import open_subject, sample
+from reroute_jax.commandline.devices import add_mesh_argument
 from reroute_jax.commandline.parsing import DATA, OUTPUT, ROUTE, RUN, Parser, exit_code, positive
 from reroute_jax.errors import RerouteError
+from reroute_jax.mesh import plain_mesh
 from reroute_jax.routing.methods import TIERS
 from reroute_jax.routing.stages import ACTIONS
 from reroute_jax.types import FLOATS
@@ -40,7 +45,7 @@ METHODS = ("none", "fastv", "pdrop", "nuwa")
 
 @dataclass(frozen=True)
 class Wanted:
-    """One program to compile. budget, action: None for the method "none"."""
+    """One program to compile. budget, action: None for the method "none". mesh: None for one chip."""
 
     model: str
     dtype: str
@@ -52,6 +57,7 @@ class Wanted:
     budget: int | None
     action: str | None
     program: str
+    mesh: str | None
 
     @property
     def route(self) -> tuple:
@@ -60,8 +66,9 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Account:
-    """compile_seconds: from the lowered text on; compile_cpu_seconds: of all threads, which depends less on what else
-    runs. flops, moved_bytes: of a run, by the compiler. operations, sorts, scatters: in the lowered text."""
+    """Bytes, FLOPs and collectives are a chip's. compile_seconds: from the lowered text on; compile_cpu_seconds: of all
+    threads, which depends less on what else runs. flops, moved_bytes: of a run, by the compiler. operations, sorts,
+    scatters: in the lowered text. collectives: how many of each kind; told: numbers that they give."""
 
     trace_seconds: float
     compile_seconds: float
@@ -73,6 +80,8 @@ class Account:
     operations: int
     sorts: int
     scatters: int
+    collectives: dict[str, int]
+    told: int
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -84,33 +93,35 @@ def main(argv: Sequence[str] | None = None) -> int:
 def compare(args: argparse.Namespace, arguments: Sequence[str]) -> None:
     # The arrays that programs are traced with live here, whatever the programs are for.
     jax.config.update("jax_platforms", "cpu")
-    device = chip(args.platform, args.topology)
+    chips = topology(args.platform, args.topology)
+    device = chips[0]
     args.out.mkdir(parents=True, exist_ok=True)
     results = args.out / f"aot_{args.platform}.jsonl"
     known = read(results)
-    todo = [one for one in wanted(args, device.device_kind) if one not in known]
+    asked = list(wanted(args, device.device_kind))
+    todo = [one for one in asked if one not in known]
     with tqdm(total=len(todo), desc="compiling", unit="program") as bar, results.open("a") as file:
         for route in dict.fromkeys(one.route for one in todo):
             of_route = [one for one in todo if one.route == route]
-            for one, account in accounts(of_route, device):
+            for one, account in accounts(of_route, chips):
                 known[one] = account
                 file.write(json.dumps({**asdict(one), **asdict(account)}) + "\n")
                 file.flush()
                 bar.update()
     command = shlex.join(["python", "-m", "benchmarks.aot", *arguments])
-    text = f"`{command}`\n\n{table(known)}\n"
+    text = f"`{command}`\n\n{table({one: known[one] for one in asked})}\n"
     (args.out / f"aot_{args.platform}.md").write_text(text)
     print(text)
 
 
-def chip(platform: str, topology: str) -> jax.Device:
-    """The first one of a topology. Raises RerouteError where this machine's compiler does not know it."""
+def topology(platform: str, name: str) -> Sequence[jax.Device]:
+    """Its chips. Raises RerouteError where this machine's compiler does not know it."""
     try:
-        return topologies.get_topology_desc(platform=platform, topology_name=topology).devices[0]
+        return topologies.get_topology_desc(platform=platform, topology_name=name).devices
     except (RuntimeError, ValueError, NotImplementedError) as problem:
         reason = " ".join(str(problem).split())[:200]
         raise RerouteError(
-            f"no compiler for the topology {topology!r} of {platform!r} here ({reason}): for a TPU, install libtpu in "
+            f"no compiler for the topology {name!r} of {platform!r} here ({reason}): for a TPU, install libtpu in "
             "the version that jax[tpu] asks for, and name a topology such as v5e:2x2"
         ) from problem
 
@@ -130,22 +141,23 @@ def wanted(args: argparse.Namespace, device: str) -> Iterator[Wanted]:
                         if program == "encode" and tower in towers:
                             continue
                         identity = (model, args.dtype, device, jax.__version__, args.text, batch)
-                        yield Wanted(*identity, method, budget, action, program)
+                        yield Wanted(*identity, method, budget, action, program, args.mesh)
                     towers.add(tower)
 
 
-def accounts(route: Sequence[Wanted], device: jax.Device) -> Iterator[tuple[Wanted, Account]]:
+def accounts(route: Sequence[Wanted], chips: Sequence[jax.Device]) -> Iterator[tuple[Wanted, Account]]:
     """Of programs of one model, batch size and schedule."""
     one = route[0]
     named = argparse.Namespace(random=one.model, dtype=one.dtype, grid=None, text=one.text)
-    subject = open_subject(named, shapes_only=True)
+    mesh = None if one.mesh is None else plain_mesh(one.mesh, chips)
+    subject = open_subject(named, shapes_only=True, mesh=mesh)
     options = {} if one.method == "none" else {"budget": one.budget, "action": one.action}
     schedule = subject.plan(one.method, **options)
     start = time.perf_counter()
-    programs = trace_programs(subject, schedule, sample(subject, one.batch), device)
+    programs = trace_programs(subject, schedule, sample(subject, one.batch), chips[0])
     traced = time.perf_counter() - start
     for each in route:
-        yield each, account(programs[each.program], device, traced / len(programs))
+        yield each, account(programs[each.program], chips[0], traced / len(programs))
 
 
 def account(program: jax.stages.Traced, device: jax.Device, seconds: float) -> Account:
@@ -156,6 +168,7 @@ def account(program: jax.stages.Traced, device: jax.Device, seconds: float) -> A
     done = lowered.compile()
     end, busy = time.perf_counter(), time.process_time() - busy
     memory, cost, text = done.memory_analysis(), done.cost_analysis(), lowered.as_text()
+    told = list(collectives(done.as_text()))
     return Account(
         trace_seconds=seconds + middle - start,
         compile_seconds=end - middle,
@@ -167,6 +180,8 @@ def account(program: jax.stages.Traced, device: jax.Device, seconds: float) -> A
         operations=text.count(" = stablehlo.") + text.count(' = "stablehlo.'),
         sorts=text.count("stablehlo.sort") + text.count("chlo.top_k"),
         scatters=text.count('"stablehlo.scatter"('),
+        collectives=dict(Counter(one.kind for one in told)),
+        told=sum(one.size for one in told),
     )
 
 
@@ -183,30 +198,31 @@ def read(results: Path) -> dict[Wanted, Account]:
 def table(known: dict[Wanted, Account]) -> str:
     """Markdown."""
     lines = [
-        "| model | batch | method | program | trace s | compile s | of CPU | arguments GB | temporaries GB | TFLOPs "
-        "| GB moved | operations | sorts | scatters |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| model | mesh | batch | method | program | trace s | compile s | of CPU | arguments GB | temporaries GB "
+        "| TFLOPs | GB moved | operations | sorts | scatters | collectives | numbers told |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for one, of in sorted(known.items(), key=lambda entry: _place(entry[0])):
         method = " ".join(str(part) for part in (one.method, one.action, one.budget) if part is not None)
-        cells = [one.model, str(one.batch), method, one.program]
+        cells = [one.model, one.mesh or "", str(one.batch), method, one.program]
         cells += [f"{of.trace_seconds:.1f}", f"{of.compile_seconds:.1f}", f"{of.compile_cpu_seconds:.1f}"]
         cells += [f"{of.argument_bytes / 1e9:.2f}", f"{of.temporary_bytes / 1e9:.2f}"]
         cells += [f"{of.flops / 1e12:.2f}", f"{of.moved_bytes / 1e9:.1f}"]
         cells += [str(of.operations), str(of.sorts), str(of.scatters)]
+        cells += [", ".join(f"{count} {kind}" for kind, count in sorted(of.collectives.items())), f"{of.told:,}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def _place(one: Wanted) -> tuple:
     order = (PROGRAMS.index(one.program), METHODS.index(one.method), -(one.budget or 0), one.action or "")
-    return one.model, one.dtype, one.batch, *order
+    return one.model, one.dtype, one.mesh or "", one.batch, *order
 
 
 def _parser() -> Parser:
     examples = (
         "--platform tpu --topology v5e:2x2 --random llava-1.5-7b qwen2.5-vl-7b",
-        "--methods none pdrop --budgets 128 --actions reroute --programs prefill",
+        "--topology v5e:2x4 --mesh model=8 --random llava-1.5-13b --batch-sizes 8 --methods none pdrop",
         "--topology v6e:2x2 --batch-sizes 1 --out runs/aot-v6e",
     )
     parser = Parser("benchmarks.aot", __doc__, examples)
@@ -217,6 +233,7 @@ def _parser() -> Parser:
         "--random", nargs="+", choices=tuple(SHAPES), default=["llava-1.5-7b"], help="models (default: llava-1.5-7b)"
     )
     run.add_argument("--dtype", choices=tuple(FLOATS), default="bfloat16", help="(default: %(default)s)")
+    add_mesh_argument(parser)
     run.add_argument(
         "--programs", nargs="+", choices=PROGRAMS, default=list(PROGRAMS), help="to compile (default: all three)"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -32,7 +33,7 @@ def open_mesh(given: str | Mesh, decoder: DecoderConfig) -> Mesh:
     Raises RerouteError for sizes or axes that mean nothing, more devices than there are, and a `model` axis that does
     not divide the decoder's heads and MLP, or that its KV heads neither fill nor share evenly.
     """
-    plain = _local_mesh(given) if isinstance(given, str) else given
+    plain = plain_mesh(given, jax.local_devices()) if isinstance(given, str) else given
     if not set(plain.axis_names) <= {DATA, MODEL}:
         raise RerouteError(f"a mesh with the axes {list(plain.axis_names)}, expected {DATA!r} and {MODEL!r}")
     data, model = (plain.shape.get(axis, 1) for axis in (DATA, MODEL))
@@ -42,13 +43,13 @@ def open_mesh(given: str | Mesh, decoder: DecoderConfig) -> Mesh:
     return Mesh(devices.reshape(data, kv, model // kv), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def _local_mesh(text: str) -> Mesh:
-    sizes, devices = mesh_sizes(text), jax.local_devices()
+def plain_mesh(text: str, devices: Sequence[jax.Device]) -> Mesh:
+    """Of the first devices. Raises RerouteError where there are not enough."""
+    sizes = mesh_sizes(text)
     needed = math.prod(sizes.values())
     if needed > len(devices):
         raise RerouteError(
-            f"the mesh {text} takes {needed} devices, this process has {len(devices)} ({devices[0].platform}): make it "
-            "smaller"
+            f"the mesh {text} takes {needed} devices, there are {len(devices)} ({devices[0].platform}): make it smaller"
         )
     return jax.make_mesh(
         tuple(sizes.values()), tuple(sizes), devices=devices[:needed], axis_types=(AxisType.Auto,) * len(sizes)

@@ -232,6 +232,7 @@ Shape = LlavaShape | QwenShape | Qwen3Shape
 
 _CLIP_L = (1024, 4096, 24, 16, 336)
 _QWEN_TOWER = (1280, 3420, 32, 16, (7, 15, 23, 31), (16, 24, 24))
+_QWEN_TOWER_LARGE = (1280, 3456, *_QWEN_TOWER[2:])
 
 _QWEN3_SMALL = (1024, 4096, 24, 16, (5, 11, 17))
 _QWEN3_LARGE = (1152, 4304, 27, 16, (8, 16, 24))
@@ -246,6 +247,8 @@ SHAPES: dict[str, Shape] = {
     "llava-tiny-gqa": LlavaShape(DecoderShape(384, 32, 48, 4, 4, 2), 24, 40, 3, 2, 56),
     "qwen2.5-vl-3b": QwenShape(DecoderShape(151936, 2048, 11008, 36, 16, 2), *_QWEN_TOWER, True, 151643),
     "qwen2.5-vl-7b": QwenShape(DecoderShape(152064, 3584, 18944, 28, 28, 4), *_QWEN_TOWER, False, 151643),
+    "qwen2.5-vl-32b": QwenShape(DecoderShape(152064, 5120, 27648, 64, 40, 8), *_QWEN_TOWER_LARGE, False, 151643),
+    "qwen2.5-vl-72b": QwenShape(DecoderShape(152064, 8192, 29568, 80, 64, 8), *_QWEN_TOWER_LARGE, False, 151643),
     "qwen-tiny": QwenShape(
         DecoderShape(384, 32, 48, 4, 4, 2), 24, 40, 4, 2, (1, 3), (1, 2, 1), False, 320, limits=(4, 64)
     ),

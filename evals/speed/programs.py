@@ -13,9 +13,11 @@ from jax.sharding import SingleDeviceSharding
 
 from evals.speed.subjects import Sample, Subject
 from reroute_jax.engine import programs
+from reroute_jax.engine.compilation import on_mesh_of
 from reroute_jax.engine.generation import SEGMENT
 from reroute_jax.engine.sampling import RowSampling, Sampling, row_sampling
 from reroute_jax.errors import RerouteError
+from reroute_jax.nn.sharding import mesh_of
 from reroute_jax.routing.plan import Schedule
 
 Steps = tuple[float, float, float]
@@ -111,13 +113,19 @@ def trace_programs(
     subject: Subject, schedule: Schedule, given: Sample, device: jax.Device | None = None
 ) -> dict[str, jax.stages.Traced]:
     """The programs by name, for prompts of the shape of `given`, to lower and compile ahead of time. Nothing compiles
-    or runs. device: that they are for, which need not be in this machine (`jax.experimental.topologies`).
+    or runs. device: that they are for, which need not be in this machine (`jax.experimental.topologies`); of a model on
+    a mesh, any of its devices.
     """
-    batch, module = given.batch(subject.model, schedule), _on(device, subject.model.module)
+    batch, module, platform = given.batch(subject.model, schedule), subject.model.module, device and device.platform
+    if mesh_of(module) is not None:
+        device = None  # the parameters say where everything is, the compiler lays out the rest
+    else:
+        module = _on(device, module)
     sampling = _on(device, row_sampling(Sampling(), [0] * len(batch.live)))
 
     def trace(function: Callable, *arguments) -> jax.stages.Traced:
-        return function.jitted(device and device.platform).trace(*arguments)
+        with on_mesh_of(module):
+            return function.jitted(platform).trace(*arguments)
 
     encode = trace(programs.encode, module, _on(device, batch.images))
     features = _on(device, encode.out_info)

@@ -60,7 +60,7 @@ def per_device(function: Callable[..., Array], first: Array, *others: Array | No
     return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False)(first, *others)
 
 
-def on_mesh(module: nnx.Module, mesh: Mesh) -> nnx.Module:
+def on_mesh(module: nnx.Module, mesh: Mesh | AbstractMesh) -> nnx.Module:
     """The parameters as shapes with their places."""
 
     def placed(leaf: nnx.Variable) -> nnx.Variable:

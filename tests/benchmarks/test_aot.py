@@ -22,7 +22,7 @@ def unchecked_annotations():
 
 @pytest.fixture
 def here(monkeypatch):
-    monkeypatch.setattr(aot, "chip", lambda platform, topology: jax.devices("cpu")[0])
+    monkeypatch.setattr(aot, "topology", lambda platform, name: jax.devices("cpu"))
 
 
 def test_a_run_goes_on_where_it_stopped(here, monkeypatch, tmp_path, capsys):
@@ -58,7 +58,7 @@ def test_a_run_goes_on_where_it_stopped(here, monkeypatch, tmp_path, capsys):
     rows = [json.loads(line) for line in (tmp_path / "aot_tpu.jsonl").read_text().splitlines()]
     assert [row["program"] for row in rows] == ["prefill", "prefill", "decode", "decode"]
     text = (tmp_path / "aot_tpu.md").read_text()
-    assert text in capsys.readouterr().out and "| llava-tiny-gqa | 2 | pdrop reroute 192 | decode |" in text
+    assert text in capsys.readouterr().out and "| llava-tiny-gqa |  | 2 | pdrop reroute 192 | decode |" in text
     assert text.startswith("`python -m benchmarks.aot --random llava-tiny-gqa")
 
 

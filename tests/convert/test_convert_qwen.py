@@ -21,28 +21,12 @@ from reroute_jax.errors import RerouteError
 from reroute_jax.models import read_config
 from tests.tiny_qwen import SPELLINGS, load_torch, tiny_qwen
 
-# 32B and 72B: no checkpoint is written of them, so only here. Vision MLP of 32B is the 72B's.
-LARGE = {
-    "qwen2.5-vl-32b": {"hidden_size": 5120, "intermediate_size": 27648, "num_hidden_layers": 64},
-    "qwen2.5-vl-72b": {"hidden_size": 8192, "intermediate_size": 29568, "num_hidden_layers": 80},
-}
-HEADS = {"qwen2.5-vl-32b": 40, "qwen2.5-vl-72b": 64}
 PARAMETERS = {
     "qwen2.5-vl-3b": 3_754_622_976,
     "qwen2.5-vl-7b": 8_292_166_656,
     "qwen2.5-vl-32b": 33_452_718_336,
     "qwen2.5-vl-72b": 73_410_777_344,
 }
-
-
-def full_size(name):
-    """config.json of a released size."""
-    if name in SHAPES:
-        return SHAPES[name].config("bfloat16")
-    config = SHAPES["qwen2.5-vl-7b"].config("bfloat16") | LARGE[name]
-    config |= {"num_attention_heads": HEADS[name], "num_key_value_heads": 8}
-    config["vision_config"] |= {"out_hidden_size": config["hidden_size"], "intermediate_size": 3456}
-    return config
 
 
 def shapes_in_hub_spelling(state):
@@ -90,7 +74,7 @@ HUB = hf_shapes(TABLE, TARGET)
 def test_full_sizes_have_transformers_keys_and_shapes(name):
     """Nothing is allocated: abstract parameters here, the meta device there. Two layers and blocks of each; the others
     have the same shapes."""
-    whole = full_size(name)
+    whole = SHAPES[name].config("bfloat16")
     written = whole | {"num_hidden_layers": 2, "max_window_layers": 2}
     written["vision_config"] = whole["vision_config"] | {"depth": 2, "fullatt_block_indexes": [1]}
     config = read_config(written)

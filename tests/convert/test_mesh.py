@@ -1,0 +1,84 @@
+"""Loading on a mesh: every device gets its own part of a checkpoint, and nobody reads more of it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from convert import __main__ as convert
+from tests.tiny_qwen import tiny_qwen
+
+# Of eight devices that the CPU plays: this process has one.
+LOADING = """
+import json, sys
+import numpy as np
+import jax
+import reroute_jax
+from convert import checkpoint
+from reroute_jax.nn.params import named_parameters
+
+read, part, whole = [], checkpoint.read_part, checkpoint.read
+
+def counted(tensor, shape, index):
+    values = part(tensor, shape, index)
+    read.append(values.nbytes)
+    return values
+
+checkpoint.read_part = counted
+alone = named_parameters(reroute_jax.load(sys.argv[1]).module)
+checkpoint.read = None  # nobody reads a whole tensor
+split = named_parameters(reroute_jax.load(sys.argv[1], mesh="data=2,model=4").module)
+restored = named_parameters(reroute_jax.load(sys.argv[2], mesh="data=2,model=4").module)
+device = jax.devices()[5]
+own = {path: next(one.data.shape for one in value.addressable_shards if one.device == device)
+       for path, value in split.items()}
+print(json.dumps({
+    "equal": all(np.array_equal(alone[path], value) and np.array_equal(alone[path], restored[path])
+                 for path, value in split.items()),
+    "same_places": all(value.sharding == restored[path].sharding for path, value in split.items()),
+    "read": sum(read), "largest": max(read), "bytes": sum(value.nbytes for value in alone.values()),
+    "own": own,
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mesh")
+    tiny_qwen(folder / "hf", heads=8, kv_heads=2, hidden=64, layers=2, vision_layers=3)
+    assert convert.main([str(folder / "hf"), str(folder / "converted")]) == 0
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
+    done = subprocess.run(
+        [sys.executable, "-c", LOADING, str(folder / "hf"), str(folder / "converted")],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"XLA_FLAGS": flags},
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_all_parts_together_are_the_checkpoint(told):
+    assert told["equal"] and told["same_places"]
+
+
+def test_each_number_is_read_once(told):
+    """Where devices hold copies, the first one's read serves them all. No read is a large part of the model."""
+    assert told["read"] == told["bytes"]
+    assert told["largest"] < told["bytes"] / 10
+
+
+def test_what_a_device_holds(told):
+    """Of four devices a quarter of the heads; of two KV heads one, which it shares with another."""
+    own = told["own"]
+    assert own["decoder.layers.0.attn.q.kernel"] == [2, 8, 64]
+    assert own["decoder.layers.0.attn.k.kernel"] == [1, 8, 64]
+    assert own["decoder.layers.0.attn.o.kernel"] == [64, 2, 8]
+    assert own["decoder.layers.0.mlp.down.kernel"] == [64, 32]
+    assert own["decoder.embed.table"] == [40, 64]
+    assert own["vision.layers.0.attn.qkv.kernel"] == [3, 1, 12, 48]
+    assert own["decoder.norm.scale"] == [64]
