@@ -6,6 +6,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from queue import SimpleQueue
 
 from reroute_jax.errors import RerouteError
@@ -28,13 +29,14 @@ class Stopping(RerouteError):
 class Engine:
     """Answers requests in slots of its pools, on a thread of its own.
 
-    In turn: one prefill for the request that has waited longest among those with a free slot, together with others that
-    wait for the same pool, and one segment in every pool. So answers are begun in the order of their requests, but for
-    those whose pool is full; and what runs never waits for more than one prefill and the other pools' segments.
+    In turn: prefills for those that have waited longest among those with a free slot, of up to `token_budget` slots at
+    the decoder's input together, and one segment in every pool. So answers are begun in the order of their requests,
+    but for those whose pool is full; and what runs never waits for more than so many slots of prefill and the other
+    pools' segments.
     """
 
-    def __init__(self, pools: Sequence[Pool], most_waiting: int) -> None:
-        self.pools, self.most_waiting = tuple(pools), most_waiting
+    def __init__(self, pools: Sequence[Pool], token_budget: int, most_waiting: int) -> None:
+        self.pools, self.token_budget, self.most_waiting = tuple(pools), token_budget, most_waiting
         self._inbox: SimpleQueue[tuple[Pool, Request] | None] = SimpleQueue()
         self._queues = {pool: deque[tuple[int, Request]]() for pool in self.pools}
         self._arrivals, self._waiting, self._ended, self._lock = 0, 0, False, threading.Lock()
@@ -110,14 +112,18 @@ class Engine:
             self._queues[pool] = deque(kept)
 
     def _enter(self) -> None:
-        able = [pool for pool, queue in self._queues.items() if queue and pool.takes]
-        if not able:
-            return
-        pool = min(able, key=lambda one: self._queues[one][0][0])
-        queue = self._queues[pool]
-        requests = [queue.popleft()[1] for _ in range(min(pool.takes, len(queue)))]
-        self.give_places(len(requests))
-        self._guarded(pool, lambda: pool.enter(requests), requests)
+        """The oldest first, as far as the token budget goes."""
+        left = self.token_budget
+        while able := [pool for pool, queue in self._queues.items() if pool.joining(len(queue))]:
+            pool = min(able, key=lambda one: self._queues[one][0][0])
+            queue = self._queues[pool]
+            count = pool.joining(len(queue))
+            left -= count * pool.shape.slots
+            if left < 0:
+                return
+            requests = [queue.popleft()[1] for _ in range(count)]
+            self.give_places(count)
+            self._guarded(pool, partial(pool.enter, requests), requests)
 
     def _guarded(self, pool: Pool, work: Callable[[], None], entering: Sequence[Request] = ()) -> None:
         """Whatever goes wrong in a pool ends what runs there, and nothing else."""

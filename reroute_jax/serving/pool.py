@@ -12,7 +12,7 @@ from flax import nnx
 from reroute_jax.engine.answering import Ran, usage_of
 from reroute_jax.engine.answers import Chosen, Usage
 from reroute_jax.engine.batching import Batch, BatchShape, Layout
-from reroute_jax.engine.groups import batch_of, padded_rows
+from reroute_jax.engine.groups import batch_of
 from reroute_jax.engine.running import dtype_of, overflow, run_prefill
 from reroute_jax.engine.sampling import RowSampling, Sampling, row_sampling
 from reroute_jax.engine.side_files import SideFiles
@@ -47,8 +47,8 @@ class Row:
 class Pool:
     """Slots for questions that have `shape` but for fewer text tokens, of which `example` is one.
 
-    Whatever it will run is compiled when it is made: for every number of rows that may enter together, and every number
-    of slots that may decode together, which are powers of two.
+    Whatever it will run is compiled when it is made. So there are few sizes: one row enters, or as many as a prefill
+    holds; and slots decode together in numbers of `_ladder`.
     """
 
     def __init__(
@@ -76,10 +76,10 @@ class Pool:
     def free(self) -> list[int]:
         return [slot for slot, row in enumerate(self.rows) if row is None]
 
-    @property
-    def takes(self) -> int:
-        """Requests that can enter now."""
-        return min(self.size.prefill, len(self.free))
+    def joining(self, waiting: int) -> int:
+        """How many of so many requests can enter together now."""
+        able = min(waiting, len(self.free))
+        return self.size.prefill if able >= self.size.prefill else min(able, 1)
 
     def holds(self, layout: Layout, schedule: Schedule) -> bool:
         """Whether a question that was laid out for `schedule` can be answered here."""
@@ -87,24 +87,23 @@ class Pool:
         return schedule == self.schedule and longer == self.shape and layout.shape.text <= self.shape.text
 
     def enter(self, requests: Sequence[Request]) -> None:
-        """Prefill, and the first tokens, of up to `takes` requests."""
+        """Prefill, and the first tokens, of requests that are `joining`."""
         batch = self._batch([request.layout for request in requests])
         _, prefilled = run_prefill(self.module, batch)
         own = [row_sampling(request.sampling, [request.number]) for request in requests]
-        fillers = len(batch.live) - len(requests)
-        taken = [*self.free[: len(requests)], *range(self.size.slots, self.size.slots + fillers)]
+        taken = self.free[: len(requests)]
         self.state, told = slots.admit(
             self.state,
             prefilled.logits,
             prefilled.cache,
             batch.seen,
             batch.live,
-            _stacked([*own, *own[:1] * fillers]),
+            _stacked(own),
             np.array(taken, np.int32),
         )
         ran, stages = Ran.of(prefilled), np.asarray(prefilled.finite)
         tokens, logprobs, done, finite = jax.device_get(told)
-        for row, (slot, request) in enumerate(zip(taken, requests, strict=False)):
+        for row, (slot, request) in enumerate(zip(taken, requests, strict=True)):
             usage = usage_of(self.module, request.layout, batch.plan, ran, row, new_tokens=1)
             self.rows[slot] = Row(request, usage, Chosen(frozenset(request.sampling.stop)))
             _put(self.sampling, slot, own[row])
@@ -142,20 +141,18 @@ class Pool:
 
     def _run_all_programs(self) -> None:
         ends_at_once = Sampling(stop=self.files.config.eos_tokens, limit=1)
-        for rows in _sizes(self.size.prefill):
-            requests = [Request(self.example, ends_at_once, 0, lambda news: None)] * rows
-            self.enter(requests)
-        for count in _sizes(self.size.slots):
+        for rows in {1, self.size.prefill}:
+            self.enter([Request(self.example, ends_at_once, 0, lambda news: None)] * rows)
+        for count in _ladder(self.size.slots):
             taking = self._taking_part(count)
             self._decode(taking, np.zeros(len(taking), bool))
 
     def _batch(self, layouts: Sequence[Layout]) -> Batch:
-        rows = padded_rows(len(layouts), self.size.prefill)
-        return batch_of(layouts, self.files, self.schedule, rows, self.shape)
+        return batch_of(layouts, self.files, self.schedule, len(layouts), self.shape)
 
     def _taking_part(self, running: int) -> np.ndarray:
-        """Slots that decode together, ascending: those in use and as many others as fill up a power of two."""
-        size = padded_rows(running, self.size.slots)
+        """Slots that decode together, ascending: those in use, and others up to a number of the ladder."""
+        size = next(size for size in _ladder(self.size.slots) if size >= running)
         return np.sort([*self.running, *self.free[: size - len(self.running)]]).astype(np.int32)
 
     def _decode(self, taking: np.ndarray, running: np.ndarray) -> slots.Told:
@@ -188,9 +185,9 @@ class Pool:
         return 2 * decoder.num_layers * kv_width(decoder) * FLOATS[dtype_of(self.module)].itemsize
 
 
-def _sizes(most: int) -> list[int]:
-    """Of batches of up to `most` rows, each filled up."""
-    return sorted({padded_rows(rows, most) for rows in range(1, most + 1)})
+def _ladder(most: int) -> list[int]:
+    """1, 4, 16, ... and `most`."""
+    return [*(4**step for step in range(most.bit_length()) if 4**step < most), most]
 
 
 def _stacked(rows: Sequence[RowSampling]) -> RowSampling:

@@ -56,7 +56,7 @@ def serve(model: Model, plans: Sequence[Plan], options: Options, listener: socke
     with compilations() as compiled, ThreadPoolExecutor(WORKERS, "prepare") as workers:
         asked = tqdm(kinds(model, schedules, options.limits), desc="compiling", unit="pool")
         pools = Pools(model, options.limits, tuple(make_pool(model, kind, options.limits) for kind in asked))
-        engine = Engine(pools.all, options.most_waiting)
+        engine = Engine(pools.all, options.limits.token_budget, options.most_waiting)
         try:
             desk = Desk(
                 pools,

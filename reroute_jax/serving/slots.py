@@ -26,6 +26,9 @@ log = logging.getLogger("reroute_jax")
 # Of each row: tokens and log-probabilities as of `Chosen`; whether it is done; whether all its logits were finite.
 Told = tuple[Int[Array, "R steps"], Float[Array, "R steps"], Bool[Array, " R"], Bool[Array, " R"]]
 
+# Of indices that are slots of a pool.
+_SLOTS = {"indices_are_sorted": True, "unique_indices": True, "mode": "promise_in_bounds"}
+
 
 @compiled(static_argnames=("slots", "room"))
 def empty_pool(logits: Float[Array, "R vocab"], cache: KVCache, slots: int, room: int) -> DecodeState:
@@ -52,12 +55,12 @@ def admit(
     sampling: RowSampling,
     slots: Int[AnyArray, " R"],
 ) -> tuple[DecodeState, Told]:
-    """The rows of a prefill in `slots` of the pool, with their first tokens. A slot behind the last takes a filler."""
+    """The rows of a prefill in `slots` of the pool, ascending, with their first tokens."""
     log.info("compiling the entry of %d rows into %d slots", len(live), len(pool.token))
     state, chosen = generation.begin(logits, cache, seen, live, sampling)
 
     def put(held: Array, new: Array) -> Array:
-        return held.at[slots, *(slice(size) for size in new.shape[1:])].set(new, mode="drop", unique_indices=True)
+        return held.at[slots, *(slice(size) for size in new.shape[1:])].set(new, **_SLOTS)
 
     return jax.tree.map(put, pool, state), (chosen.tokens, chosen.logprobs, state.done, state.finite)
 
@@ -75,9 +78,8 @@ def advance(
     still. All of a pool's slots are its arrays as they are, and nothing is gathered."""
     log.info("compiling decode for %d of %d slots", len(slots), len(pool.token))
     whole = len(slots) == len(pool.token)
-    known = {"indices_are_sorted": True, "unique_indices": True, "mode": "promise_in_bounds"}
-    state = pool if whole else jax.tree.map(lambda held: held.at[slots].get(**known), pool)
+    state = pool if whole else jax.tree.map(lambda held: held.at[slots].get(**_SLOTS), pool)
     state = replace(state, done=state.done | ~running)
     state, chosen = generation.decode(decoder, state, sampling, steps)
-    after = state if whole else jax.tree.map(lambda held, new: held.at[slots].set(new, **known), pool, state)
+    after = state if whole else jax.tree.map(lambda held, new: held.at[slots].set(new, **_SLOTS), pool, state)
     return after, (chosen.tokens, chosen.logprobs, state.done, state.finite)

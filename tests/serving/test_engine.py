@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from reroute_jax.engine.batching import lay_out
+from reroute_jax.engine.batching import BatchShape, lay_out
 from reroute_jax.engine.compilation import compilations
 from reroute_jax.engine.sampling import Sampling
 from reroute_jax.errors import RerouteError
@@ -42,7 +42,7 @@ def pools(plans):
 
 @pytest.fixture
 def engine(pools):
-    started = Engine(pools.all, most_waiting=64)
+    started = Engine(pools.all, LIMITS.token_budget, most_waiting=64)
     yield started
     started.close()
 
@@ -195,7 +195,7 @@ def test_nothing_grows_with_the_number_of_requests(engine, pools, plans):
 
 
 def test_the_end_is_told(pools, plans):
-    engine = Engine(pools.all, most_waiting=8)
+    engine = Engine(pools.all, LIMITS.token_budget, most_waiting=8)
     asked = [Asked(engine, pools, (picture(seed), "where ?"), plans["all"], limit=40) for seed in range(3)]
     asked[0].next()
     engine.close()
@@ -237,8 +237,11 @@ class Recorded(Pool):
     def __init__(self, order):
         self.order, self.rows, self.size, self.segments = order, [], None, 0
 
-    takes = property(lambda self: 1 - len(self.rows))
+    shape = BatchShape(16, 0, 1, 0, 0)
     running = property(lambda self: self.rows)
+
+    def joining(self, waiting):
+        return min(waiting, 1 - len(self.rows))
 
     def enter(self, requests):
         self.order += [request.number for request in requests]
@@ -258,7 +261,7 @@ def test_the_oldest_enters_first_and_a_busy_pool_holds_nobody_else_up():
     ones of the ten run."""
     order, done, layout = [], SimpleQueue(), pools_layout()
     crowded, other = Recorded(order), Recorded(order)
-    engine = Engine([crowded, other], most_waiting=64)
+    engine = Engine([crowded, other], token_budget=16, most_waiting=64)
     requests = [Request(layout, Sampling(), number, done.put) for number in range(12)]
     engine.take_places(12)
     engine.submit(crowded, requests[:10])
