@@ -19,7 +19,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +41,7 @@ TEXTS = (
     "Please provide the bounding box coordinate of the region this sentence describes: {}",
 )
 PERCENTILES = (50, 95, 99)
+_ERROR = 'data: {"error"'  # in the middle of a stream
 COLUMNS = ("plan", "rate", "answered", "refused", "first p50", "p95", "p99", "whole p50", "p95", "p99", "goodput/s")
 
 
@@ -76,12 +77,14 @@ class Target:
         body = {"model": self.model, "messages": asked.messages, "max_tokens": asked.max_tokens, "stream": True}
         first = None
         async with self.client.stream("POST", "/v1/chat/completions", json=body | routing) as response:
+            status = response.status_code
             async for line in response.aiter_lines():
-                if first is None and _has_text(line):
+                if line.startswith(_ERROR):
+                    status = 500
+                elif first is None and _has_text(line):
                     first = time.perf_counter() - due
-        answered = response.status_code == 200
         whole = time.perf_counter() - due
-        return Heard(response.status_code, first or whole, whole) if answered else Heard(response.status_code)
+        return Heard(status, first or whole, whole) if status == 200 else Heard(status)
 
 
 def _has_text(line: str) -> bool:
@@ -94,7 +97,7 @@ def _has_text(line: str) -> bool:
 async def open_loop(target: Target, asked: Sequence[Asked], arrivals: np.ndarray) -> list[Heard]:
     """arrivals: seconds from now, ascending, one of each request."""
     start, sent = time.perf_counter(), []
-    for one, arrival in zip(asked, arrivals, strict=True):
+    for one, arrival in zip(asked, arrivals.tolist(), strict=True):
         await asyncio.sleep(start + arrival - time.perf_counter())
         sent.append(asyncio.create_task(target.ask(one, start + arrival)))
     return list(await asyncio.gather(*sent))
@@ -121,8 +124,9 @@ def summary(plan: str, rate: float, heard: Sequence[Heard], arrivals: np.ndarray
     found = {"plan": plan, "rate_per_s": rate, "requests": len(heard), "answered": len(answered)}
     found["refused"] = len(heard) - len(answered)
     for name in ("first", "whole"):
-        values = [getattr(one, name) for one in answered] or [float("nan")]
-        found |= {f"{name}_p{p}_s": round(float(np.percentile(values, p)), 4) for p in PERCENTILES}
+        values = [getattr(one, name) for one in answered]
+        for p in PERCENTILES:
+            found[f"{name}_p{p}_s"] = round(float(np.percentile(values, p)), 4) if values else None
     good = sum(one.whole <= limit for one in answered)
     return found | {"limit_s": limit, "good": good, "goodput_per_s": round(good / seconds, 3)}
 
@@ -131,7 +135,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
     """Markdown: seconds, and goodput a second; saturation below."""
     lines = [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
     for one in (record for record in records if "rate_per_s" in record):
-        times = [f"{one[f'{name}_p{p}_s']:.3f}" for name in ("first", "whole") for p in PERCENTILES]
+        times = [_shown(one[f"{name}_p{p}_s"]) for name in ("first", "whole") for p in PERCENTILES]
         cells = [one["plan"], one["rate_per_s"], one["answered"], one["refused"], *times, one["goodput_per_s"]]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     lines += ["", "| plan | requests/s at saturation |", "|---|---|"]
@@ -139,29 +143,28 @@ def table(records: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-async def measure(args: argparse.Namespace, url: str, model: str) -> list[dict[str, Any]]:
-    """A record for each plan at each rate, and one for each plan at saturation; the plans take turns."""
+def _shown(seconds: float | None) -> str:
+    return "" if seconds is None else f"{seconds:.3f}"
+
+
+async def measure(args: argparse.Namespace, url: str, model: str) -> AsyncIterator[dict[str, Any]]:
+    """A record for each plan at each rate, the plans taking turns, and one for each plan at saturation."""
     rng = np.random.default_rng(args.seed)
     asked = questions(args.requests, args.new_tokens, rng)
-    records: list[dict[str, Any]] = []
     key = {"Authorization": f"Bearer {args.api_key}"} if args.api_key else {}
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
     async with httpx.AsyncClient(base_url=url, headers=key, limits=limits, timeout=None) as client:
         targets = [Target(client, model, plan, routing) for plan, routing in _plans(args)]
         for target in targets:
             await target.ask(asked[0], time.perf_counter())
-        with tqdm(total=len(targets) * (len(args.rates) + 1), desc="measuring", unit="cell") as bar:
-            for rate in args.rates:
-                arrivals = np.cumsum(rng.exponential(1 / rate, args.requests))
-                for target in targets:
-                    heard = await open_loop(target, asked, arrivals)
-                    records.append(summary(target.plan, rate, heard, arrivals, args.limit))
-                    bar.update()
+        for rate in args.rates:
+            arrivals = np.cumsum(rng.exponential(1 / rate, args.requests))
             for target in targets:
-                reached = await closed_loop(target, asked, args.clients)
-                records.append({"plan": target.plan, "clients": args.clients, "saturated_per_s": round(reached, 3)})
-                bar.update()
-    return records
+                heard = await open_loop(target, asked, arrivals)
+                yield summary(target.plan, rate, heard, arrivals, args.limit)
+        for target in targets:
+            reached = await closed_loop(target, asked, args.clients)
+            yield {"plan": target.plan, "clients": args.clients, "saturated_per_s": round(reached, 3)}
 
 
 def questions(count: int, new_tokens: int, rng: np.random.Generator) -> list[Asked]:
@@ -221,11 +224,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> None:
     with server(args) if args.url is None else nullcontext(args.url) as url:
         model = args.model if args.url is not None else Path(args.model).name
-        records = asyncio.run(measure(args, url, model))
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text("".join(json.dumps(record) + "\n" for record in records))
+        records = asyncio.run(_recorded(args, url, model))
     print(table(records))
+
+
+async def _recorded(args: argparse.Namespace, url: str, model: str) -> list[dict[str, Any]]:
+    """All records; each is written as soon as it is there."""
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    records = []
+    with args.out.open("w") as file, tqdm(total=len(_plans(args)) * (len(args.rates) + 1), unit="cell") as bar:
+        async for record in measure(args, url, model):
+            records.append(record)
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            bar.update()
+    return records
 
 
 def _parser() -> Parser:
@@ -264,7 +277,9 @@ def _parser() -> Parser:
         metavar="PLAN",
         help="METHOD, METHOD:BUDGET or METHOD:BUDGET:ACTION (default: %(default)s)",
     )
-    parser.group(OUTPUT).add_argument("--out", type=Path, metavar="FILE", help="JSON lines, a cell each")
+    parser.group(OUTPUT).add_argument(
+        "--out", type=Path, default=Path("runs/load.jsonl"), help="JSON lines, a cell each (default: %(default)s)"
+    )
     return parser
 
 
