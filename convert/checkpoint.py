@@ -308,7 +308,7 @@ def _checked(key: str, value: np.ndarray, dtype: str | None) -> np.ndarray:
 
 
 def _sharding(value: jax.ShapeDtypeStruct) -> jax.sharding.Sharding:
-    return value.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return value.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
 
 def _companions(folder: Path) -> list[Path]:

@@ -27,7 +27,7 @@ from evals.harness.boxes import (
 from evals.harness.cli import (
     add_data_arguments,
     benchmark_parser,
-    exit_code_of,
+    exit_code_together,
     load_model,
     pad_colour,
     run_benchmark,
@@ -35,6 +35,7 @@ from evals.harness.cli import (
 from evals.harness.columns import Hub
 from evals.harness.data import PARITY_JPEG_ROUNDTRIPS, REFCOCO, SCENES, Doc, DocSource, rec_docs, rec_source
 from evals.harness.padding import Colour, from_square, padded
+from evals.harness.processes import Processes
 from evals.harness.routes import check_routes
 from evals.harness.runner import Answerer, Record, Task
 from reroute_jax.commandline.parsing import DATA, RUN, Parser
@@ -100,7 +101,7 @@ def make_task(
 def main(argv: Sequence[str] | None = None, name: str = NAME, hub: Hub = REFCOCO) -> int:
     """Command line of the set called `name`; returns the exit code."""
     args = parser(name, hub).parse_args(argv)
-    return exit_code_of(lambda: _run(args, name, hub), args)
+    return exit_code_together(lambda processes: _run(args, name, hub, processes), args)
 
 
 def parser(name: str = NAME, hub: Hub = REFCOCO) -> Parser:
@@ -124,11 +125,11 @@ def parser(name: str = NAME, hub: Hub = REFCOCO) -> Parser:
     return parser
 
 
-def _run(args: argparse.Namespace, name: str, hub: Hub) -> None:
+def _run(args: argparse.Namespace, name: str, hub: Hub, processes: Processes | None) -> None:
     check_routes(args)
     source = rec_source(args.data, args.split, hub=hub)  # bad data is refused before a model is loaded
     model = load_model(args.model, args.dtype, args.mrope_compat, args.vicuna_system, mesh=args.mesh)
-    run_benchmark(args, model, source, *questions(args, source, model, name))
+    run_benchmark(args, model, source, *questions(args, source, model, name), processes)
 
 
 def questions(

@@ -108,6 +108,8 @@ def _run(args: argparse.Namespace, parser: Parser) -> None:
 
 def _asked_board(args: argparse.Namespace) -> Board:
     """Ask the chosen questions now."""
+    if args.distributed:
+        raise RerouteError("a page of a few questions is made by one process: leave out --distributed")
     check_routes(args)
     command, limit, args.limit = WITH_SCENES[args.task], args.limit or SHOWN, None
     source = command.source(args)

@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ from evals.harness.columns import OWN_HUB, Hub
 from evals.harness.data import IMAGE_BACKEND, SCENES, DocSource
 from evals.harness.identity import checkpoint_identity, files_digest, images_digest, software, versions
 from evals.harness.padding import IMAGE_MODES, Colour, mean_colour
+from evals.harness.parts import answer_together
 from evals.harness.pixels import with_harness_pixels
+from evals.harness.processes import Processes, add_process_arguments, joined
 from evals.harness.report import IDENTITY, heading, render, summarise
 from evals.harness.routes import DEFAULT_METHOD, add_comparison_arguments, beside_found, plan_routes
 from evals.harness.run_folder import SUMMARY_FILE, run_folder, write_json
@@ -30,6 +33,16 @@ from reroute_jax.errors import RerouteError
 from reroute_jax.models import FAMILIES
 from reroute_jax.nn.mrope import COMPATS
 from reroute_jax.types import FLOATS
+
+
+def exit_code_together(benchmark: Callable[[Processes | None], None], args: argparse.Namespace) -> int:
+    """`exit_code_of` a benchmark that is told its place among the processes of --distributed."""
+
+    def run() -> None:
+        with joined(args) as processes:
+            benchmark(processes)
+
+    return exit_code_of(run, args)
 
 
 def exit_code_of(benchmark: Callable[[], None], args: argparse.Namespace) -> int:
@@ -61,6 +74,7 @@ def benchmark_parser(name: str, description: str) -> Parser:
         help="open LLaVA's prompts with the system sentence of its own evaluation",
     )
     add_mesh_argument(parser)
+    add_process_arguments(parser)
     run.add_argument("--max-new-tokens", type=new_tokens, help="length of an answer (default: the task's)")
     run.add_argument("--batch-size", type=positive, default=8, help="questions at a time (default: %(default)s)")
     run.add_argument(
@@ -137,18 +151,26 @@ def run_benchmark(
     task: Task,
     metrics: Sequence[str],
     settings: Mapping[str, Any],
+    processes: Processes | None = None,
 ) -> None:
     """Make or go on with the runs that `args` ask for, write their files, and print the report.
 
-    source: of the task's questions. settings: what else the answers depend on. Raises RerouteError for a folder made
-    with other settings, data, model or software, and for one that another process works on.
+    source: of the task's questions. settings: what else the answers depend on. processes: that share the questions;
+    the first of them writes and prints. Raises RerouteError for a folder made with other settings, data, model or
+    software, for one that another process works on, and where one of `processes` ended too early.
     """
     if args.compilation_cache is not None:
         keep_programs(args.compilation_cache)
     routes = beside_found(plan_routes(args, model), args, model)
     everything = {**run_settings(args, model, source, task, settings), "runs": routes.settings}
     folder = args.out or _default_folder(everything)
-    with run_folder(folder, everything, args.fresh):
+    first = processes is None or processes.index == 0
+    with run_folder(folder, everything, args.fresh) if first else nullcontext():
+        if processes is not None:
+            answer_together(model, task, routes.runs, everything, args.batch_size, processes)
+        if not first:
+            print(f"process {processes.index} of {processes.count}: its questions are answered, process 0 reports")
+            return
         records = answer(model, task, [(run, folder) for run in routes.runs], args.batch_size)
         summary = summarise(records, routes, metrics, model, args.seed, task)
         write_summary(folder, summary, everything)

@@ -94,7 +94,7 @@ def checkpoint_identity(path: Path, loaded_from: Path) -> dict[str, str | None]:
 
 def software() -> dict[str, Any]:
     """Python, packages, this project's own code, and what XLA computes on and with."""
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     return {
         "python": ".".join(platform.python_version_tuple()[:2]),  # a patch release mends, and draws no other numbers
         **versions(),

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -130,7 +131,7 @@ def answer(model: Answerer, task: Task, places: Sequence[tuple[Run, Path]], batc
             for run, _ in places:
                 if batch.last >= done[run.name]:
                     bar.set_description(run.name)
-                    bar.update(lines[run.name].write(_answered(model, task, run, batch, batch_size)))
+                    bar.update(lines[run.name].write(answered(model, task, run, batch, batch_size)))
     return {name: _complete(file, task) for name, file in files.items()}
 
 
@@ -155,21 +156,27 @@ class _Lines:
 
 
 def _unanswered(model: Answerer, task: Task, done: int, batch_size: int) -> Iterator[Ready]:
-    """The batches with questions from number `done` on, and with them the rest of the first one's window."""
+    """The batches with questions from number `done` on."""
+    return prepared_batches(model, task, range(done, task.total), batch_size)
 
-    def size(doc: Doc) -> int:
-        if doc.image is None:
-            return 0
-        rows, cols = model.visual_grid(doc.image)
-        return rows * cols
 
-    if done >= task.total:
+def prepared_batches(model: Answerer, task: Task, wanted: Sequence[int], batch_size: int) -> Iterator[Ready]:
+    """The batches of a single process that hold some of the `wanted` questions, ascending."""
+    if not wanted:
         return
-    window = WINDOW * batch_size
-    docs = (_taken(model, task, doc) for doc in task.docs(done // window * window))
-    for batch in sized_batches(docs, batch_size, size):
-        if max(doc.doc_id for doc in batch) >= done:
+    window, sought = WINDOW * batch_size, set(wanted)
+    first, end = wanted[0] // window * window, -(-(wanted[-1] + 1) // window) * window
+    docs = (_taken(model, task, doc) for doc in islice(task.docs(first), end - first))
+    for batch in sized_batches(docs, batch_size, partial(_visual_tokens, model)):
+        if any(doc.doc_id in sought for doc in batch):
             yield _ready(model, task, batch)
+
+
+def _visual_tokens(model: Answerer, doc: Doc) -> int:
+    if doc.image is None:
+        return 0
+    rows, cols = model.visual_grid(doc.image)
+    return rows * cols
 
 
 def _complete(file: Path, task: Task) -> list[Record]:
@@ -260,7 +267,7 @@ def _record(model: Answerer, task: Task, doc: Doc) -> Record:
     }
 
 
-def _answered(model: Answerer, task: Task, run: Run, batch: Ready, batch_size: int) -> list[Record]:
+def answered(model: Answerer, task: Task, run: Run, batch: Ready, batch_size: int) -> list[Record]:
     """The records of a batch with the answers and what they score."""
     how = {"schedule": run.schedule, "max_new_tokens": task.max_new_tokens, "batch_size": batch_size}
     answers = iter(model.answer(batch.asked, **how) if batch.asked else [])
@@ -293,6 +300,28 @@ def _read(file: Path) -> list[Record]:
         if records[-1].get("doc_id") != number - 1:
             raise RerouteError(f"{where} is no answer to question {number - 1}: delete it and run again")
     return records
+
+
+def append(file: Path, records: Sequence[Record]) -> None:
+    """Lines behind those that are there, on the disk when this returns."""
+    with open(file, "ab") as out:
+        out.write(b"".join(map(_line, records)))
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def read_lines(file: Path) -> list[Record]:
+    """Whole lines of a file, in any order; one that a kill cut off is not there. Nothing without the file."""
+    lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
+    return [json_object(line, f"a line of {file}") for line in lines if line.endswith(b"\n")]
+
+
+def write_lines(file: Path, records: Sequence[Record]) -> None:
+    """As a whole or not at all."""
+    part = file.with_name(file.name + ".part")
+    part.unlink(missing_ok=True)
+    append(part, records)
+    part.replace(file)
 
 
 def _line(record: Record) -> bytes:

@@ -14,7 +14,7 @@ from typing import Any
 from evals.harness.cli import (
     add_data_arguments,
     benchmark_parser,
-    exit_code_of,
+    exit_code_together,
     load_model,
     pad_colour,
     run_benchmark,
@@ -23,6 +23,7 @@ from evals.harness.columns import IMAGE, DataRow, Hub, open_table
 from evals.harness.data import SCENES, Doc, DocSource, bad_row_named, row_docs
 from evals.harness.metrics import Derived
 from evals.harness.padding import Colour, padded
+from evals.harness.processes import Processes
 from evals.harness.routes import check_routes
 from evals.harness.runner import Answerer, Record, Task
 from reroute_jax.commandline.parsing import DATA, Parser
@@ -135,7 +136,7 @@ def make_task(
 def main(benchmark: Benchmark, argv: Sequence[str] | None = None) -> int:
     """Command line of a benchmark; returns the exit code."""
     args = parser(benchmark).parse_args(argv)
-    return exit_code_of(lambda: _run(benchmark, args), args)
+    return exit_code_together(lambda processes: _run(benchmark, args, processes), args)
 
 
 def parser(benchmark: Benchmark) -> Parser:
@@ -149,11 +150,11 @@ def parser(benchmark: Benchmark) -> Parser:
     return parser
 
 
-def _run(benchmark: Benchmark, args: argparse.Namespace) -> None:
+def _run(benchmark: Benchmark, args: argparse.Namespace, processes: Processes | None) -> None:
     check_routes(args)
     source = row_source(benchmark, args.data, args.split)  # bad data is refused before a model is loaded
     model = load_model(args.model, args.dtype, args.mrope_compat, args.vicuna_system, mesh=args.mesh)
-    run_benchmark(args, model, source, *questions(benchmark, args, source, model))
+    run_benchmark(args, model, source, *questions(benchmark, args, source, model), processes)
 
 
 def questions(
