@@ -66,7 +66,7 @@ def test_a_wrong_weight_is_noticed_where_it_is(checkpoint, tmp_path, capsys, mon
     tensors[name] = tensors[name] * np.float32(1.01)
     save_file(tensors, damaged / "model.safetensors")
     load = crosscheck.reroute_jax.load
-    monkeypatch.setattr(crosscheck.reroute_jax, "load", lambda src, dtype: load(damaged, dtype))
+    monkeypatch.setattr(crosscheck.reroute_jax, "load", lambda src, dtype, mesh: load(damaged, dtype))
     assert main([str(checkpoint), *FAST]) == 1
     rows = dict(
         line.rsplit("  ", 1) for line in capsys.readouterr().out.splitlines() if line.endswith(("ok", "DIFFERENT"))

@@ -19,8 +19,8 @@ QUESTIONS = 12
 @pytest.fixture(autouse=True)
 def stub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> StubModel:
     model = StubModel()
-    monkeypatch.setattr(refcoco, "load_model", lambda *arguments: model)
-    monkeypatch.setattr(vqa, "load_model", lambda *arguments: model)
+    monkeypatch.setattr(refcoco, "load_model", lambda *arguments, **options: model)
+    monkeypatch.setattr(vqa, "load_model", lambda *arguments, **options: model)
     monkeypatch.chdir(tmp_path)
     return model
 
@@ -159,14 +159,14 @@ def test_interrupted_command_resumes_to_the_same_files(
 ) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     run("--batch-size", 5, "--out", whole)
-    monkeypatch.setattr(refcoco, "load_model", lambda *arguments: StubModel(interrupt_after=4))
+    monkeypatch.setattr(refcoco, "load_model", lambda *arguments, **options: StubModel(interrupt_after=4))
     capsys.readouterr()
     run("--batch-size", 5, "--out", cut, code=130)
     assert capsys.readouterr().err.endswith("\nstopped: the same command goes on after the last whole batch\n")
     assert not (cut / "summary.json").exists()
     with open(cut / "nuwa-reroute-128.jsonl", "r+b") as lines:
         lines.truncate(700)
-    monkeypatch.setattr(refcoco, "load_model", lambda *arguments: stub)
+    monkeypatch.setattr(refcoco, "load_model", lambda *arguments, **options: stub)
     run("--batch-size", 5, "--out", cut)
     for file in whole.iterdir():
         assert (cut / file.name).read_bytes() == file.read_bytes()

@@ -22,7 +22,7 @@ QWEN = ("--model", "scenes-qwen")
 def qwen(monkeypatch: pytest.MonkeyPatch) -> tuple[QwenStub, list[Doc]]:
     docs = list(rec_docs(rec_source("scenes", None, "qwen2_5_vl"), 0, QUESTIONS, 2))
     model = QwenStub(docs)
-    monkeypatch.setattr(refcoco, "load_model", lambda *arguments: model)
+    monkeypatch.setattr(refcoco, "load_model", lambda *arguments, **options: model)
     return model, docs
 
 
@@ -91,7 +91,7 @@ def test_cost_is_averaged_over_images_of_varying_size(tmp_path: Path, qwen: tupl
 def test_real_data_gets_the_references_answer_length_for_qwen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write(tmp_path / "x.parquet", [row("q", encoded(photo(), "PNG"), ["a"])])
     model = QwenStub(list(rec_docs(rec_source(str(file), None), 0, 1, 2)))
-    monkeypatch.setattr(refcoco, "load_model", lambda *arguments: model)
+    monkeypatch.setattr(refcoco, "load_model", lambda *arguments, **options: model)
     run("--data", file, "--method", "none", limit=None)
     assert model.max_new_tokens == {128}
 
@@ -114,6 +114,6 @@ def test_vqa_asks_about_the_familys_scenes(tmp_path: Path, monkeypatch: pytest.M
     model = QwenStub([])
     sizes = set()
     monkeypatch.setattr(model, "_answer", lambda image, prompt, label: sizes.add(image.size) or "yes")
-    monkeypatch.setattr(vqa, "load_model", lambda *arguments: model)
+    monkeypatch.setattr(vqa, "load_model", lambda *arguments, **options: model)
     assert scenes_vqa.main([*QWEN, "--limit", "12", "--out", str(tmp_path)]) == 0
     assert len(sizes) > 3

@@ -14,7 +14,7 @@ from tests.evals.searching.stand_ins import Planner, Prompts
 @pytest.fixture
 def stand_ins(monkeypatch):
     def install(calibration: Prompts, fresh: Prompts) -> None:
-        monkeypatch.setattr(search, "load_model", lambda *args: Planner())
+        monkeypatch.setattr(search, "load_model", lambda *args, **options: Planner())
         monkeypatch.setattr(search, "_prompts", lambda args, model: (calibration, fresh))
 
     return install

@@ -54,7 +54,7 @@ class TracedStub(StubModel):
 def stub(monkeypatch):
     model = TracedStub()
     for module in (refcoco, show, cli):
-        monkeypatch.setattr(module, "load_model", lambda *_: model)
+        monkeypatch.setattr(module, "load_model", lambda *_, **options: model)
     return model
 
 

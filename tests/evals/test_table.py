@@ -50,7 +50,7 @@ def models(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[StubModel]:
     """Those that were loaded, in order."""
     loaded: list[StubModel] = []
 
-    def load(*arguments: object) -> StubModel:
+    def load(*arguments: object, **options: object) -> StubModel:
         loaded.append(Talker())
         return loaded[-1]
 
@@ -200,11 +200,11 @@ def test_interrupted_matrix_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     run("--tasks", "refcoco", *SMALL, "--out", tmp_path / "whole")
-    monkeypatch.setattr(table, "load_model", lambda *arguments: Talker(interrupt_after=5))
+    monkeypatch.setattr(table, "load_model", lambda *arguments, **options: Talker(interrupt_after=5))
     run("--tasks", "refcoco", *SMALL, "--out", tmp_path / "cut", code=130)
     assert "the same command goes on" in capsys.readouterr().err
     assert not (tmp_path / "cut" / "table.md").exists()
-    monkeypatch.setattr(table, "load_model", lambda *arguments: Talker())
+    monkeypatch.setattr(table, "load_model", lambda *arguments, **options: Talker())
     run("--tasks", "refcoco", *SMALL, "--out", tmp_path / "cut")
     for name in ("table.md", "table.csv"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
@@ -271,7 +271,7 @@ def test_official_rows_carry_what_was_measured(monkeypatch: pytest.MonkeyPatch, 
         def visual_grid(self, image) -> tuple[int, int]:
             return 24, 24
 
-    monkeypatch.setattr(table, "load_model", lambda *arguments: Deep())
+    monkeypatch.setattr(table, "load_model", lambda *arguments, **options: Deep())
     run("--official", "--tasks", "refcoco", "--limit", "8", "--out", tmp_path)
     found = {line["configuration"]: line for line in lines(tmp_path) if line["task"] == "refcoco"}
     assert len(found) == 19
@@ -339,7 +339,7 @@ def test_scores_that_nothing_is_left_of_are_told_as_such(tmp_path: Path, monkeyp
         def _answer(self, image, prompt: str, label: str) -> str:
             return "?"
 
-    monkeypatch.setattr(table, "load_model", lambda *arguments: Silent())
+    monkeypatch.setattr(table, "load_model", lambda *arguments, **options: Silent())
     run("--tasks", "refcoco", *SMALL, "--out", tmp_path)
     assert "| 0.0 (n/a) | n/a |" in (tmp_path / "table.md").read_text()
     assert all(line["retention_percent"] == "" for line in lines(tmp_path))

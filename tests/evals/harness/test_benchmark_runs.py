@@ -54,7 +54,7 @@ class Talker(StubModel):
 def stub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Talker:
     model = Talker()
     for module in (refcoco, vqa):
-        monkeypatch.setattr(module, "load_model", lambda *arguments: model)
+        monkeypatch.setattr(module, "load_model", lambda *arguments, **options: model)
     monkeypatch.chdir(tmp_path)
     return model
 

@@ -23,7 +23,7 @@ from tests.evals.stub import StubModel
 def model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> StubModel:
     stub = StubModel()
     for module in (refcoco, vqa, table):
-        monkeypatch.setattr(module, "load_model", lambda *arguments: stub)
+        monkeypatch.setattr(module, "load_model", lambda *arguments, **options: stub)
     monkeypatch.chdir(tmp_path)
     return stub
 

@@ -111,7 +111,7 @@ def _single(images):
 
 
 def lmms(adapter: ModuleType, model: StubModel, monkeypatch: pytest.MonkeyPatch, **options):
-    monkeypatch.setattr(adapter, "load_model", lambda *arguments: model)
+    monkeypatch.setattr(adapter, "load_model", lambda *arguments, **options: model)
     return adapter.RerouteJax(**options)
 
 
@@ -184,7 +184,7 @@ def test_grounding_equals_our_own_runner(
         return Stub() if family == "llava" else Qwen(docs)
 
     ours = model()
-    monkeypatch.setattr(refcoco, "load_model", lambda *arguments: ours)
+    monkeypatch.setattr(refcoco, "load_model", lambda *arguments, **options: ours)
     how = ["--method", "pdrop", "--action", "delete", "--budget", "64"]
     batched = ["--batch-size", str(batch_size)]
     assert refcoco.main(["--data", str(photos), *how, *batched, "--out", str(tmp_path / "o")]) == 0
@@ -231,7 +231,7 @@ def test_question_answering_equals_our_own_runner(
     adapter: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ours = Stub()
-    monkeypatch.setattr(vqa, "load_model", lambda *arguments: ours)
+    monkeypatch.setattr(vqa, "load_model", lambda *arguments, **options: ours)
     how = ["--method", "none", "--limit", "9", "--batch-size", "4", "--out", str(tmp_path)]
     assert pope.main(how) == 0
     rows = [found for found, _ in zip(pope.stand_in("test", "llava"), range(9), strict=False)]
@@ -376,13 +376,13 @@ def test_real_lmms_eval_runs_it_end_to_end(photos: Path, tmp_path: Path, monkeyp
     (tmp_path / "tasks" / "local_rec.yaml").write_text("\n".join(task))
 
     def evaluate(model_args: str) -> dict:
-        monkeypatch.setattr(adapter, "load_model", lambda *arguments: Qwen(docs))
+        monkeypatch.setattr(adapter, "load_model", lambda *arguments, **options: Qwen(docs))
         manager = TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False)
         how = {"tasks": ["local_rec"], "batch_size": 2, "task_manager": manager}
         return simple_evaluate(model=lmms_plugin.MODEL, model_args=model_args, **how)
 
     def ours(*how: str) -> dict[str, float]:
-        monkeypatch.setattr(refcoco, "load_model", lambda *arguments: Qwen(docs))
+        monkeypatch.setattr(refcoco, "load_model", lambda *arguments, **options: Qwen(docs))
         out = tmp_path / "-".join(how)
         assert refcoco.main(["--data", str(photos), "--batch-size", "2", "--out", str(out), *how]) == 0
         return list(json.loads((out / "summary.json").read_text())["runs"].values())[-1]["metrics"]

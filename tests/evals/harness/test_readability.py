@@ -92,7 +92,7 @@ def test_summary_lines_and_report_tell(
     command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     for module in (refcoco, vqa, table):
-        monkeypatch.setattr(module, "load_model", lambda *arguments: Cut())
+        monkeypatch.setattr(module, "load_model", lambda *arguments, **options: Cut())
     routes = ["--methods", "uniform", "--budgets", "64"] if command is table else ["--method", "none"]
     assert command.main([*routes, "--limit", "4", "--out", str(tmp_path)]) == 0
     folder = tmp_path / "scenes-llava" / "refcoco" if command is table else tmp_path
@@ -114,7 +114,7 @@ def test_summary_lines_and_report_tell(
 def test_true_boxes_out_of_the_image_are_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(refcoco, "load_model", lambda *arguments: StubModel())
+    monkeypatch.setattr(refcoco, "load_model", lambda *arguments, **options: StubModel())
     boxes = {"in": [0, 0, 96, 64], "left": [-3, 0, 9, 9], "below": [90, 60, 6, 9], "beyond": [200, 200, 9, 9]}
     rows = [row(name, encoded(photo(), "PNG"), ["a"], list(map(float, box))) for name, box in boxes.items()]
     file = write(tmp_path / "x.parquet", rows)
