@@ -99,6 +99,7 @@ def test_eos_ends_a_row_and_pads_the_rest():
     assert (found[first + 1 :] == model.config.pad_token).all()
 
 
+@pytest.mark.slow
 def test_generate_keeps_order_whatever_the_batch(tmp_path):
     model = small()
     rng = np.random.default_rng(0)

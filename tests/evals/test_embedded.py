@@ -81,6 +81,7 @@ def test_transformers_reads_it_unchanged_and_answers_the_same(name):
         assert processor.decode(tokens, skip_special_tokens=True) == answer
 
 
+@pytest.mark.slow
 def test_transformers_reads_qwen_unchanged_and_answers_the_same():
     """Through the checkpoint's own tokenizer, chat template and image processor, which leaves every size as it is."""
     folder = CHECKPOINTS / "scenes-qwen"
