@@ -40,17 +40,20 @@ class ImageUrl:
 
 @dataclass(frozen=True)
 class Served:
-    """What requests are checked against. new_tokens: of an answer, at most. stop: ids that end one."""
+    """What requests are checked against. new_tokens: of an answer, at most. choices: of a request, at most, none of
+    which may be more than can wait. stop: ids that end an answer."""
 
     model: str
     plans: Sequence[Plan]
     new_tokens: int
+    choices: int
     stop: tuple[int, ...]
     repetition_penalty: float
 
     @classmethod
-    def of(cls, model: str, config: ModelConfig, plans: Sequence[Plan], new_tokens: int) -> Served:
-        return cls(model, plans, new_tokens, config.eos_tokens, config.repetition_penalty)
+    def of(cls, model: str, config: ModelConfig, plans: Sequence[Plan], new_tokens: int, waiting: int) -> Served:
+        choices = min(MOST_CHOICES, waiting)
+        return cls(model, plans, new_tokens, choices, config.eos_tokens, config.repetition_penalty)
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ def read_chat_request(body: bytes, served: Served) -> ChatRequest:
             limit=_limit(given, served.new_tokens),
             seed=_of_type(given, "seed", int, secrets.randbits(32), "a whole number"),
         ),
-        count=_whole(given, "n", 1, MOST_CHOICES),
+        count=_whole(given, "n", 1, served.choices),
         stop=_stops(given),
         stream=stream,
         stream_usage=_boolean(options, "include_usage"),

@@ -61,7 +61,7 @@ def serve(model: Model, plans: Sequence[Plan], options: Options, listener: socke
             desk = Desk(
                 pools,
                 engine,
-                Served.of(options.name, model.config, plans, options.limits.new_tokens),
+                Served.of(options.name, model.config, plans, options.limits.new_tokens, options.most_waiting),
                 Metrics(engine, compiled),
                 workers,
                 options.hosts,

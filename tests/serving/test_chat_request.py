@@ -1,6 +1,7 @@
 """What is read of a request's body, and the line that is said of each wrong one. No model runs."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -18,12 +19,17 @@ PLANS = [
     Plan("pdrop", share(64), "delete", UNROUTED),
     Plan("none", None, None, UNROUTED),
 ]
-SERVED = Served("a-model", PLANS, new_tokens=33, stop=(2,), repetition_penalty=1.1)
+SERVED = Served("a-model", PLANS, new_tokens=33, choices=8, stop=(2,), repetition_penalty=1.1)
 GOOD = {"model": "a-model", "messages": [{"role": "user", "content": "hi"}]}
 
 
 def read(**more):
     return read_chat_request(json.dumps(GOOD | more).encode(), SERVED)
+
+
+def test_no_more_answers_than_can_wait():
+    with pytest.raises(RerouteError, match="n is 3, expected a whole number from 1 to 2"):
+        read_chat_request(json.dumps(GOOD | {"n": 3}).encode(), replace(SERVED, choices=2))
 
 
 def test_what_is_not_given_has_its_default():
