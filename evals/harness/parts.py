@@ -54,10 +54,12 @@ def answer_together(
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
     parts = Parts(processes, task.total, batch_size, [run.name for run in runs], processes.folder / f"parts-{digest}")
     own = parts.missing(parts.share(processes.index))
-    with closing(ahead(prepared_batches(model, task, own, batch_size), LOOKAHEAD)) as ready:
-        for batch in tqdm(ready, desc=f"process {processes.index}", unit="batch"):
+    bar = tqdm(total=len(own) * len(runs), desc=f"process {processes.index}", unit="question", smoothing=0.1)
+    with bar, closing(ahead(prepared_batches(model, task, own, batch_size), LOOKAHEAD)) as ready:
+        for batch in ready:
             for run in runs:
                 append(parts.file(run.name), answered(model, task, run, batch, batch_size))
+                bar.update(len(batch.docs))
             parts.check()
     if processes.index:
         return False
