@@ -10,14 +10,13 @@ run that was cut off goes on.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shlex
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 # Without it libtpu looks for a TPU's own machine and its metadata server.
@@ -27,6 +26,7 @@ import jax
 from jax.experimental import topologies
 from tqdm import tqdm
 
+from benchmarks.lines import line, read
 from evals.speed.checkpoint_shapes import SHAPES
 from evals.speed.collectives import collectives
 from evals.speed.programs import trace_programs
@@ -97,7 +97,7 @@ def compare(args: argparse.Namespace, arguments: Sequence[str]) -> None:
     device = chips[0]
     args.out.mkdir(parents=True, exist_ok=True)
     results = args.out / f"aot_{args.platform}.jsonl"
-    known = read(results)
+    known = read(results, Wanted, Account)
     asked = list(wanted(args, device.device_kind))
     todo = [one for one in asked if one not in known]
     with tqdm(total=len(todo), desc="compiling", unit="program") as bar, results.open("a") as file:
@@ -105,7 +105,7 @@ def compare(args: argparse.Namespace, arguments: Sequence[str]) -> None:
             of_route = [one for one in todo if one.route == route]
             for one, account in accounts(of_route, chips):
                 known[one] = account
-                file.write(json.dumps({**asdict(one), **asdict(account)}) + "\n")
+                file.write(line(one, account))
                 file.flush()
                 bar.update()
     command = shlex.join(["python", "-m", "benchmarks.aot", *arguments])
@@ -183,16 +183,6 @@ def account(program: jax.stages.Traced, device: jax.Device, seconds: float) -> A
         collectives=dict(Counter(one.kind for one in told)),
         told=sum(one.size for one in told),
     )
-
-
-def read(results: Path) -> dict[Wanted, Account]:
-    """What is there already, the last of equal entries."""
-    found = {}
-    for line in results.read_text().splitlines() if results.exists() else ():
-        row = json.loads(line)
-        of = (kind(**{name: row[name] for name in kind.__dataclass_fields__}) for kind in (Wanted, Account))
-        found.update([tuple(of)])
-    return found
 
 
 def table(known: dict[Wanted, Account]) -> str:

@@ -8,12 +8,12 @@ each other. A line a comparison; a run that was cut off goes on where it was.
 from __future__ import annotations
 
 import argparse
-import json
+import math
 import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
@@ -23,10 +23,11 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from evals.speed.checkpoint_shapes import DecoderShape, LlavaShape, Qwen3Shape, QwenShape, Shape
+from benchmarks.lines import line, read
+from evals.speed.checkpoint_shapes import SHAPES, DecoderShape, Shape
 from evals.speed.collectives import collectives
 from evals.speed.subjects import Sample, Subject, random_model, sample
-from reroute_jax.commandline.parsing import OUTPUT, ROUTE, RUN, Parser, exit_code
+from reroute_jax.commandline.parsing import OUTPUT, ROUTE, RUN, Parser, argument_of, exit_code
 from reroute_jax.engine import programs
 from reroute_jax.engine.running import run_decode
 from reroute_jax.engine.sampling import Sampling
@@ -36,31 +37,21 @@ from reroute_jax.routing.stages import ACTIONS
 
 DEVICES = 8
 MESHES = ("model=8", "data=2,model=4", "data=4,model=2", "data=8")
+_TOWER = {"vision_width": 32, "vision_mlp": 48}
+
+
+def _decoder(kv_heads: int) -> DecoderShape:
+    return DecoderShape(384, 64, 96, 4, 8, kv_heads)
+
+
 # KV heads: one a device, fewer than devices, and as a tower with fewer heads than devices.
 FAMILIES: dict[str, tuple[Shape, tuple[int, int]]] = {
-    "llava": (LlavaShape(DecoderShape(384, 64, 96, 4, 8, 8), 32, 48, 3, 2, 84), (6, 6)),
-    "qwen2.5": (
-        QwenShape(DecoderShape(384, 64, 96, 4, 8, 2), 32, 48, 4, 8, (1, 3), (1, 2, 1), False, 320, limits=(4, 64)),
-        (4, 6),
-    ),
-    "qwen3": (
-        Qwen3Shape(
-            DecoderShape(384, 64, 96, 4, 8, 4),
-            *(32, 48, 4, 4, (0, 2)),
-            False,
-            head_dim=12,
-            sections=(2, 2, 2),
-            patch=4,
-            table=36,
-            first_special=320,
-            limits=(4, 64),
-        ),
-        (4, 6),
-    ),
+    "llava": (replace(SHAPES["llava-tiny"], **_TOWER, decoder=_decoder(8), image=84), (6, 6)),
+    "qwen2.5": (replace(SHAPES["qwen-tiny"], **_TOWER, decoder=_decoder(2), vision_heads=8), (4, 6)),
+    "qwen3": (replace(SHAPES["qwen3-tiny"], **_TOWER, decoder=_decoder(4), vision_heads=4), (4, 6)),
 }
 METHODS = ("none", "fastv", "pdrop", "nuwa", "ivc", "v2drop", "divprune", "visionzip", "pool")
 WITHOUT_ACTION = ("none", "divprune", "visionzip", "pool")
-UNKNOWN = {("qwen3", "nuwa")}  # Nuwa has no rules there
 BUDGET, TEXT, ROWS, NEW_TOKENS, BOUND = 192, 16, 8, 8, 1e-4
 
 
@@ -109,12 +100,12 @@ def compare(args: argparse.Namespace) -> int:
     if len(jax.devices()) < DEVICES:
         raise RerouteError(f"JAX was started with {len(jax.devices())} devices: run this command in its own process")
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    known = read(args.out)
+    known = read(args.out, Case, Outcome)
     todo = [case for case in cases(args) if case not in known]
     with tqdm(total=len(todo), unit="case") as bar, args.out.open("a") as file:
         for case, outcome in outcomes(todo):
             known[case] = outcome
-            file.write(json.dumps({**asdict(case), **asdict(outcome)}) + "\n")
+            file.write(line(case, outcome))
             file.flush()
             bar.update()
     asked = {case: known[case] for case in cases(args)}
@@ -127,8 +118,7 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
     for family in args.families:
         for method in args.methods:
             for action in [""] if method in WITHOUT_ACTION else args.actions:
-                if (family, method) not in UNKNOWN:
-                    yield from (Case(family, mesh, method, action) for mesh in args.meshes)
+                yield from (Case(family, mesh, method, action) for mesh in args.meshes)
 
 
 def outcomes(todo: Sequence[Case]) -> Iterator[tuple[Case, Outcome]]:
@@ -171,16 +161,6 @@ def answered(subject: Subject, method: str, action: str, given: Sample) -> Answe
     return Answered(logits, selected, tokens, program.as_text())
 
 
-def read(results: Path) -> dict[Case, Outcome]:
-    """What is there already, the last of equal entries."""
-    found = {}
-    for line in results.read_text().splitlines() if results.exists() else ():
-        row = json.loads(line)
-        case, of = (kind(**{name: row[name] for name in kind.__dataclass_fields__}) for kind in (Case, Outcome))
-        found[case] = of
-    return found
-
-
 def table(found: dict[Case, Outcome]) -> str:
     """Markdown."""
     lines = [
@@ -196,13 +176,10 @@ def table(found: dict[Case, Outcome]) -> str:
     return "\n".join(lines)
 
 
+@argument_of
 def _mesh(text: str) -> str:
-    try:
-        sizes = mesh_sizes(text)
-    except RerouteError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    if sizes["data"] * sizes["model"] > DEVICES:
-        raise argparse.ArgumentTypeError(f"{text!r} takes more than the {DEVICES} devices that there are")
+    if math.prod(mesh_sizes(text).values()) > DEVICES:
+        raise RerouteError(f"{text!r} takes more than the {DEVICES} devices that there are")
     return text
 
 

@@ -46,6 +46,7 @@ from reroute_jax.commandline.parsing import (
     ROUTE,
     RUN,
     Parser,
+    argument_of,
     exit_code,
     positive,
     positive_number,
@@ -161,11 +162,9 @@ def _tasks(text: str) -> tuple[str, ...]:
     return names
 
 
+@argument_of
 def _budgets(text: str) -> tuple[Fraction, ...]:
-    try:
-        return tuple(dict.fromkeys(share_of(parsed_budget(part), 10**6) for part in text.split(",")))
-    except RerouteError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+    return tuple(dict.fromkeys(share_of(parsed_budget(part), 10**6) for part in text.split(",")))
 
 
 def _run(args: argparse.Namespace) -> None:

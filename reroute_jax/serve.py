@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import reroute_jax
 from reroute_jax.buckets import TEXT_BUCKETS, bucket
-from reroute_jax.commandline.parsing import RUN, SERVE, Parser, exit_code, new_tokens, positive, whole
+from reroute_jax.commandline.parsing import RUN, SERVE, Parser, argument_of, exit_code, new_tokens, positive, whole
 from reroute_jax.commandline.routes import (
     add_route_arguments,
     check_fixed,
@@ -25,7 +25,6 @@ from reroute_jax.commandline.routes import (
     given_route,
     given_switches,
 )
-from reroute_jax.errors import RerouteError
 from reroute_jax.serving.plans import Plan, plan_words, planned
 from reroute_jax.types import FLOATS
 
@@ -79,14 +78,12 @@ def _log_warnings() -> None:
     logging.getLogger().addHandler(errors)
 
 
+@argument_of
 def _buckets(text: str) -> tuple[int, ...]:
     """argparse type: numbers of text tokens, each as the bucket that holds it."""
-    try:
-        return tuple(
-            sorted({bucket(positive(part), TEXT_BUCKETS, "a prompt, in text tokens,") for part in text.split(",")})
-        )
-    except RerouteError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+    return tuple(
+        sorted({bucket(positive(part), TEXT_BUCKETS, "a prompt, in text tokens,") for part in text.split(",")})
+    )
 
 
 def _sizes(text: str) -> tuple[tuple[int, int], ...]:
@@ -95,14 +92,6 @@ def _sizes(text: str) -> tuple[tuple[int, int], ...]:
     if None in found:
         raise argparse.ArgumentTypeError(f"{text!r} is no list of sizes, expected such as 448x448,640x480")
     return tuple((int(size[1]), int(size[2])) for size in found)
-
-
-def _plan(text: str) -> tuple:
-    """argparse type: METHOD:BUDGET:ACTION."""
-    try:
-        return plan_words(text)
-    except RerouteError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _port(text: str) -> int:
@@ -137,7 +126,7 @@ def _parser() -> Parser:
     )
     run.add_argument(
         "--also",
-        type=_plan,
+        type=argument_of(plan_words),
         action="append",
         metavar="PLAN",
         help="METHOD, METHOD:BUDGET or METHOD:BUDGET:ACTION, another plan that requests may ask for; may be repeated",

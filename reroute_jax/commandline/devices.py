@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
-
-from reroute_jax.commandline.parsing import RUN, Parser
-from reroute_jax.errors import RerouteError
+from reroute_jax.commandline.parsing import RUN, Parser, argument_of
 from reroute_jax.mesh import mesh_sizes
 
 
@@ -19,9 +16,7 @@ def add_mesh_argument(parser: Parser) -> None:
     )
 
 
+@argument_of
 def _mesh(text: str) -> str:
     """In its long form."""
-    try:
-        return ",".join(f"{axis}={size}" for axis, size in mesh_sizes(text).items())
-    except RerouteError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+    return ",".join(f"{axis}={size}" for axis, size in mesh_sizes(text).items())

@@ -10,12 +10,15 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from fractions import Fraction
-from typing import Any, NoReturn
+from functools import wraps
+from typing import Any, NoReturn, TypeVar
 
 from reroute_jax.buckets import MOST_NEW_TOKENS
 from reroute_jax.commandline.failures import one_line
 from reroute_jax.errors import RerouteError
 from reroute_jax.routing.budget import parsed_budget
+
+T = TypeVar("T")
 
 INTERRUPTED, NO_READER = 130, 141  # 128 + SIGINT, 128 + SIGPIPE, as a shell reports them
 BAD_INPUT = 2
@@ -138,9 +141,20 @@ def positive_number(text: str) -> float:
     return number
 
 
+def argument_of(read: Callable[[str], T]) -> Callable[[str], T]:
+    """argparse type: what `read` makes of the text; a RerouteError is the line that the command tells."""
+
+    @wraps(read)
+    def argument(text: str) -> T:
+        try:
+            return read(text)
+        except RerouteError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return argument
+
+
+@argument_of
 def budget(text: str) -> int | Fraction:
     """argparse type: 192, 128, 64, or a share of the visual tokens."""
-    try:
-        return parsed_budget(text)
-    except RerouteError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+    return parsed_budget(text)

@@ -48,7 +48,7 @@ def test_decode_step_by_step(axis):
     laid = [[x if axis == 2 else x.swapaxes(1, 2) for x in cache]]
     call = attention.decoding(new, jax.tree.map(jnp.copy, laid), 3, axis)
     for _ in range(2):  # the second run finds what the first left behind it, and writes it again
-        np.testing.assert_allclose(np.asarray(call())[:, 0, :, 0], expected, atol=1e-5)
+        np.testing.assert_allclose(np.asarray(call())[:, 0, :, 0], expected, atol=2e-6)  # fp32: sums in other orders
 
 
 def test_prompts_are_those_of_the_unrouted_model_and_of_the_papers_budgets():

@@ -55,7 +55,7 @@ def assert_logits_equal_torch(family, folder, model=None):
     with torch.no_grad():
         expected = load_torch(family, folder)(input_ids=torch.tensor(IDS)).logits[:, -1].numpy()
     found = (model or reroute_jax.load(folder, "float32")).prefill(input_ids=IDS).logits
-    np.testing.assert_allclose(found, expected, atol=1e-4)
+    np.testing.assert_allclose(found, expected, atol=2e-5)  # of logits up to 10 in fp32, summed in other orders
     return found
 
 
