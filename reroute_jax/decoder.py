@@ -21,7 +21,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from reroute_jax.config import DecoderConfig
-from reroute_jax.nn.cache import ROOM, KVCache, StageCache, with_room
+from reroute_jax.nn.cache import ROOM, Cached, KVCache, StageCache, with_room
 from reroute_jax.nn.layers import DecoderLayer, RMSNorm, Rope, parameter, take_rows
 from reroute_jax.nn.positions import rope_tables
 from reroute_jax.nn.products import matmul
@@ -162,10 +162,7 @@ def prefill(
     plan: RoutingPlan,
 ) -> Prefilled:
     """Run a prompt through the staged decoder, for decoding from its last token; arguments as of `walk`."""
-    walked = walk(decoder, prompt, features, anchors, plan)
-    with jax.named_scope("head"):
-        last = take_rows(walked.rows.hidden, walked.rows.last[:, None])[:, 0]
-        return Prefilled(decoder.logits(last), walked.finite, walked.cache, walked.decisions)
+    return predicted(decoder, walk(decoder, prompt, features, anchors, plan))
 
 
 def walk(
@@ -176,15 +173,31 @@ def walk(
     features: of each row's images. anchors: the index of each among its row's original (unmerged) features. plan:
     static.
     """
-    deepstack = partial(_deepstack, prompt.feature, features)
-    tracked = any(SCORES[stage.score].reads_change for stage in plan.stages if stage.score is not None)
+    deepstack = partial(add_deepstack, prompt.feature, features)
     with jax.named_scope("embedding"):
         rows = prompt_rows(decoder, prompt, features, anchors, plan.renumbers_input)
-    stages, finite, decisions, ran, last, change = [], [], [], [], None, None
+    opening = StagePlan(0, plan.undecided, None, None, None)
+    opened = run_layers(decoder, opening, rows, None, plan.bidirectional_layer, deepstack)
+    return decide(decoder, prompt, plan, deepstack, *opened)
+
+
+def decide(
+    decoder: Decoder,
+    prompt: Prompt,
+    plan: RoutingPlan,
+    deepstack: Callable,
+    rows: Rows,
+    last: LastLayer | None,
+    cached: Cached,
+) -> Walked:
+    """All decisions and what runs behind them. rows, last, cached: of the layers before the first one, as of
+    `run_layers`."""
+    tracked = any(SCORES[stage.score].reads_change for stage in plan.stages if stage.score is not None)
+    stages, finite, decisions, ran, change = [], [], [], [], None
     for stage in plan.stages:
         bypass = Bypass()
         if stage.cap is None:
-            active, slots, keys = rows, None, None
+            active, slots = rows, None
         else:
             number = len(decisions)
             ranked = SCORES[stage.score].rank(_sight(decoder, stage, rows, last, change, prompt, number, plan))
@@ -206,11 +219,12 @@ def walk(
                     # And they are rotated by the old positions.
                     active, keys = replace(active, rope=_consecutive(active.valid, decoder.config)), None
                 keys = None if keys is None else gather_keys(keys, slots)
-        active, last, cached = _run_stage(decoder, stage, active, keys, plan, deepstack)
+            active, last, cached = run_layers(decoder, stage, active, keys, plan.bidirectional_layer, deepstack)
         finite.append(jnp.isfinite(take_rows(active.hidden, active.last[:, None])).all(axis=(1, 2)))
         compacted = plan.position_mode == "renumber" and stage.cap is not None
         next_position = active.last + 1 if compacted else prompt.next_position
-        stages.append(StageCache(*cached, length=active.last + 1, next_position=next_position))
+        with_rooms = (tuple(with_room(array, ROOM) for array in arrays) for arrays in cached)
+        stages.append(StageCache(*with_rooms, length=active.last + 1, next_position=next_position))
         ran.append(active.slot)
         moved = hidden_change(last.hidden, last.output) if tracked else None
         with jax.named_scope("scatter"):
@@ -226,6 +240,12 @@ def walk(
     if plan.cut_caches != "no" and decisions:
         stages = cut(stages, ran, first_too=plan.cut_caches == "all")
     return Walked(active, jnp.stack(finite), KVCache(tuple(stages)), tuple(decisions))
+
+
+def predicted(decoder: Decoder, walked: Walked) -> Prefilled:
+    with jax.named_scope("head"):
+        last = take_rows(walked.rows.hidden, walked.rows.last[:, None])[:, 0]
+        return Prefilled(decoder.logits(last), walked.finite, walked.cache, walked.decisions)
 
 
 def decode_step(
@@ -259,7 +279,15 @@ def prompt_rows(
     embeds = decoder.embed(jnp.where(visual, 0, prompt.ids))
     own = take_rows(features[..., : embeds.shape[-1]], prompt.feature)
     hidden = jnp.where(visual[..., None], own.astype(embeds.dtype), embeds)
-    positions = prompt.positions
+    return placed_rows(decoder, prompt, hidden, index, renumbered)
+
+
+def placed_rows(
+    decoder: Decoder, prompt: Prompt, hidden: Float[Array, "B T D"], index: Int[Array, "B T"], renumbered: bool
+) -> Rows:
+    """The rows of a prompt with these hidden states. index: of each visual slot, the token that it stands for among its
+    row's original visual tokens."""
+    visual, positions = prompt.feature >= 0, prompt.positions
     if not renumbered:
         # A merge decides on the device which original tokens, and so which positions, stand in the visual slots.
         of_visual = jnp.broadcast_to(jnp.where(visual, index, 0), prompt.positions.shape)
@@ -274,6 +302,50 @@ def prompt_rows(
         valid=prompt.valid,
         eligible=prompt.routed,
     )
+
+
+def run_layers(
+    decoder: Decoder, stage: StagePlan, rows: Rows, keys, bidirectional_layer: int | None, deepstack: Callable
+) -> tuple[Rows, LastLayer | None, Cached]:
+    """Run layers [lo, hi); returns the rows, what the next decision may read of the last layer (None without layers),
+    and what each layer caches: keys, and values."""
+    x = before = rows.hidden
+    lengths = rows.valid.sum(axis=1)
+    cached_keys, cached_values = [], []
+    with jax.named_scope(f"layers_{stage.lo}_{stage.hi}"):
+        for number in range(stage.lo, stage.hi):
+            before = x
+            # Rows are right-padded, so that the plain triangle hides padding from every valid row.
+            mask = rows.valid[:, None] if number == bidirectional_layer else None
+            x, k, v = decoder.layers[number].prefill(x, rows.rope, mask, keys if number == stage.lo else None, lengths)
+            after, x = x, deepstack(x, rows.slot, range(number, number + 1))
+            cached_keys.append(k)
+            cached_values.append(v)
+    last = LastLayer(before, after, v) if stage.lo < stage.hi else None
+    return replace(rows, hidden=x), last, (tuple(cached_keys), tuple(cached_values))
+
+
+def add_deepstack(
+    feature: Int[Array, "B T"],
+    features: Float[Array, "B F E"],
+    hidden: Float[Array, "B C D"],
+    slots: Int[Array, "B C"],
+    layers: range,
+) -> Float[Array, "B C D"]:
+    """The outputs of `layers` with what DeepStack adds behind them: to each visual row the features of its own token.
+
+    feature: of each slot of the prompt. slots: where the rows stood there, -1 for padding.
+    """
+    width = hidden.shape[-1]
+    levels = [level for level in layers if level < features.shape[2] // width - 1]
+    if not levels:
+        return hidden
+    with jax.named_scope("deepstack"):
+        of_row = jnp.where(slots < 0, -1, take_rows(feature, slots))
+        for level in levels:
+            added = take_rows(features[..., (level + 1) * width : (level + 2) * width], of_row)
+            hidden = hidden + jnp.where((of_row < 0)[..., None], 0, added.astype(hidden.dtype))
+    return hidden
 
 
 def _sight(
@@ -305,50 +377,6 @@ def _choose(
     if stage.keeps_seeds:
         floor = floor | ranked.seeds
     return choose(ranked.scores, rows.eligible, keep, stage.cap, floor, stage.union)
-
-
-def _deepstack(
-    feature: Int[Array, "B T"],
-    features: Float[Array, "B F E"],
-    hidden: Float[Array, "B C D"],
-    slots: Int[Array, "B C"],
-    layers: range,
-) -> Float[Array, "B C D"]:
-    """The outputs of `layers` with what DeepStack adds behind them: to each visual row the features of its own token.
-
-    feature: of each slot of the prompt. slots: where the rows stood there, -1 for padding.
-    """
-    width = hidden.shape[-1]
-    levels = [level for level in layers if level < features.shape[2] // width - 1]
-    if not levels:
-        return hidden
-    with jax.named_scope("deepstack"):
-        of_row = jnp.where(slots < 0, -1, take_rows(feature, slots))
-        for level in levels:
-            added = take_rows(features[..., (level + 1) * width : (level + 2) * width], of_row)
-            hidden = hidden + jnp.where((of_row < 0)[..., None], 0, added.astype(hidden.dtype))
-    return hidden
-
-
-def _run_stage(
-    decoder: Decoder, stage: StagePlan, rows: Rows, keys, plan: RoutingPlan, deepstack: Callable
-) -> tuple[Rows, LastLayer | None, tuple[tuple[Array, ...], tuple[Array, ...]]]:
-    """Run layers [lo, hi); returns the rows, what the next decision may read of the last layer (None without layers),
-    and what each layer caches: keys, and values."""
-    x = before = rows.hidden
-    lengths = rows.valid.sum(axis=1)
-    cached_keys, cached_values = [], []
-    with jax.named_scope(f"layers_{stage.lo}_{stage.hi}"):
-        for number in range(stage.lo, stage.hi):
-            before = x
-            # Rows are right-padded, so that the plain triangle hides padding from every valid row.
-            mask = rows.valid[:, None] if number == plan.bidirectional_layer else None
-            x, k, v = decoder.layers[number].prefill(x, rows.rope, mask, keys if number == stage.lo else None, lengths)
-            after, x = x, deepstack(x, rows.slot, range(number, number + 1))
-            cached_keys.append(with_room(k, ROOM))
-            cached_values.append(with_room(v, ROOM))
-    last = LastLayer(before, after, v) if stage.lo < stage.hi else None
-    return replace(rows, hidden=x), last, (tuple(cached_keys), tuple(cached_values))
 
 
 def _consecutive(valid: Bool[Array, "B T"], config: DecoderConfig) -> Rope:

@@ -55,7 +55,13 @@ def _serve(args: argparse.Namespace) -> None:
         keep_programs(args.compilation_cache)
     model = reroute_jax.load(args.model, args.dtype)
     limits = Limits(
-        args.max_batch, args.token_budget, args.max_text, args.max_images, args.image_sizes, args.max_tokens
+        slots=args.max_batch,
+        token_budget=args.token_budget,
+        text=args.max_text,
+        images=args.max_images,
+        image_sizes=args.image_sizes,
+        new_tokens=args.max_tokens,
+        image_cache=args.image_cache * 2**20,
     )
     key = args.api_key or os.environ.get(KEY_VARIABLE) or None
     options = Options(Path(args.model).name, limits, args.queue, args.max_body * 2**20, args.allow_fetch, key)
@@ -161,6 +167,14 @@ def _parser() -> Parser:
         "for all that have about as many visual tokens (default: %(default)s)",
     )
     run.add_argument("--max-tokens", type=new_tokens, default=256, help="of an answer (default: %(default)s)")
+    run.add_argument(
+        "--image-cache",
+        type=whole,
+        default=0,
+        metavar="MB",
+        help="MiB of device memory for images that are asked about again: what runs before the first decision is kept, "
+        "and later questions begin behind it (default: %(default)s, none)",
+    )
     run.add_argument("--compilation-cache", type=Path, metavar="DIR", help="keep compiled programs there")
     served.add_argument("--host", default="127.0.0.1", help="to listen on, 0.0.0.0 for all (default: %(default)s)")
     served.add_argument("--port", type=_port, default=8000, help="0 takes a free one (default: %(default)s)")

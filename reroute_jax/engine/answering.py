@@ -15,7 +15,7 @@ from reroute_jax.engine import programs
 from reroute_jax.engine.answers import Answer, Chosen, Usage
 from reroute_jax.engine.batching import Batch, Layout
 from reroute_jax.engine.groups import Group
-from reroute_jax.engine.running import checked_segments, dtype_of, overflow, run_decode, run_prefill
+from reroute_jax.engine.running import Prefill, checked_segments, dtype_of, overflow, run_decode
 from reroute_jax.engine.sampling import Sampling
 from reroute_jax.engine.trace import Trace
 from reroute_jax.routing.cost import kv_width
@@ -25,10 +25,12 @@ from reroute_jax.types import FLOATS
 STREAM_STEPS = 4  # tokens between two looks at a stream
 
 
-def answer_group(module: nnx.Module, tokenizer: Any, group: Group, sampling: Sampling, trace: bool) -> list[Answer]:
+def answer_group(
+    module: nnx.Module, tokenizer: Any, group: Group, sampling: Sampling, prefill: Prefill, trace: bool
+) -> list[Answer]:
     """In the order of the group. A question whose numbers overflow has an `error`."""
     batch, dtype = group.batch, dtype_of(module)
-    anchors, prefilled = run_prefill(module, batch)
+    anchors, prefilled = prefill(module, batch)
     images = [image for layout in group.layouts for image in layout.question.images]
     merged = partial(programs.members, module, batch.images)
     traces = Trace.of(batch, prefilled, anchors, module.config, dtype, lambda: images, merged) if trace else None
@@ -54,11 +56,11 @@ def answer_group(module: nnx.Module, tokenizer: Any, group: Group, sampling: Sam
     return answers
 
 
-def stream_tokens(module: nnx.Module, batch: Batch, sampling: Sampling) -> Iterator[int]:
+def stream_tokens(module: nnx.Module, batch: Batch, sampling: Sampling, prefill: Prefill) -> Iterator[int]:
     """The answer of a batch of one row as it comes, without the id that ends it. Raises RerouteError where numbers
     overflow."""
     chosen = Chosen(frozenset(sampling.stop))
-    for segment in checked_segments(module, batch, sampling, STREAM_STEPS):
+    for segment in checked_segments(module, batch, sampling, prefill, STREAM_STEPS):
         shown = len(chosen.tokens)
         chosen.add(segment.tokens[0], segment.logprobs[0])
         yield from chosen.tokens[shown:]

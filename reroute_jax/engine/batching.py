@@ -102,7 +102,8 @@ class Images:
 @dataclass(frozen=True)
 class Batch:
     """schedule: that the rows are laid out for; plan: what is static of it, for these shapes. images: None where no row
-    has one. seen: tokens of each row's prompt. live: rows that hold a question; the others fill the batch up."""
+    has one, and where they are not to be encoded. seen: tokens of each row's prompt. live: rows that hold a question;
+    the others fill the batch up."""
 
     layouts: tuple[Layout, ...]
     schedule: Schedule
@@ -186,9 +187,10 @@ def make_batch(
     size: int | None = None,
     pixels: np.ndarray | None = None,
     shape: BatchShape | None = None,
+    encodes: bool = True,
 ) -> Batch:
     """The arrays of a batch, filled up to `size` rows. pixels: of all images as the image processor gives them.
-    shape: one that holds all rows, None for the smallest.
+    shape: one that holds all rows, None for the smallest. encodes: False leaves out the images.
 
     Raises RerouteError for a schedule of another depth, and for one that decides too early for `deepstack="late"`.
     """
@@ -204,7 +206,7 @@ def make_batch(
         schedule=schedule,
         prompt=_prompt(rows, shape, scheduled),
         plan=scheduled.resolve(shape.routed),
-        images=_images(rows, shape.images, config, schedule, pixels) if shape.images else None,
+        images=_images(rows, shape.images, config, schedule, pixels) if shape.images and encodes else None,
         seen=_seen(rows, config.decoder.vocab_size),
         live=np.arange(len(rows)) < len(layouts),
     )

@@ -42,9 +42,11 @@ def groups(
     token_budget: int | None = None,
     text_special_tokens: bool = True,
     shards: int = 1,
+    encodes: bool = True,
 ) -> Iterator[Group | Failed]:
     """The batches of `Model.answer`, ready to run: those of a shape in the order of their numbers, what did not fill
-    one of its own at the end, and behind it what cannot be asked. shards: as of `padded_rows`.
+    one of its own at the end, and behind it what cannot be asked. shards: as of `padded_rows`. encodes: as of
+    `make_batch`.
 
     Raises RerouteError for a batch size or a budget that is no whole number from 1 on, and for a schedule of another
     depth.
@@ -73,7 +75,7 @@ def groups(
     def group(members: Sequence[tuple[int, Layout]]) -> Group:
         numbers, layouts = zip(*members, strict=True)
         size = padded_rows(len(layouts), most(largest([one.shape for one in layouts])), shards)
-        return Group(numbers, layouts, batch_of(layouts, files, schedule, size))
+        return Group(numbers, layouts, batch_of(layouts, files, schedule, size, encodes=encodes))
 
     left = []
     for shape, members in full_groups(laid_out(), lambda one: one[1].shape, most):
@@ -91,12 +93,17 @@ def _check_whole(name: str, value: Any) -> None:
 
 
 def batch_of(
-    layouts: Sequence[Layout], files: SideFiles, schedule: Schedule, size: int, shape: BatchShape | None = None
+    layouts: Sequence[Layout],
+    files: SideFiles,
+    schedule: Schedule,
+    size: int,
+    shape: BatchShape | None = None,
+    encodes: bool = True,
 ) -> Batch:
-    """The arrays of questions that hold their images, filled up to `size` rows. shape: as of `make_batch`."""
-    images = [image for one in layouts for image in one.question.images]
+    """The arrays of questions that hold their images, filled up to `size` rows. shape, encodes: as of `make_batch`."""
+    images = [image for one in layouts for image in one.question.images] if encodes else []
     pixels = files.family.pixels(images, files.image_processor)[0] if images else None
-    return make_batch(layouts, files.config, schedule, size=size, pixels=pixels, shape=shape)
+    return make_batch(layouts, files.config, schedule, size=size, pixels=pixels, shape=shape, encodes=encodes)
 
 
 def batches_of_shapes(

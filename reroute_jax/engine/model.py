@@ -22,15 +22,16 @@ from reroute_jax.engine.batching import Batch, Question, lay_out
 from reroute_jax.engine.chat import ChatLayout
 from reroute_jax.engine.given import batch_given, images_given
 from reroute_jax.engine.groups import Failed, batch_of, batches_of_shapes, groups
+from reroute_jax.engine.image_cache import CachedPrefill, ImageCache
 from reroute_jax.engine.pipeline import ahead
 from reroute_jax.engine.questions import question_of
-from reroute_jax.engine.running import answered_ids, check_finite, dtype_of, run_prefill
+from reroute_jax.engine.running import Prefill, answered_ids, check_finite, dtype_of, run_prefill
 from reroute_jax.engine.sampling import Sampling
 from reroute_jax.engine.side_files import SideFiles
 from reroute_jax.engine.text import pieces
 from reroute_jax.engine.trace import Trace
 from reroute_jax.engine.warmup import compile_ahead
-from reroute_jax.errors import one_of
+from reroute_jax.errors import RerouteError, one_of
 from reroute_jax.models.family import Family
 from reroute_jax.nn.sharding import mesh_of, row_shards
 from reroute_jax.routing import methods
@@ -207,6 +208,7 @@ class Model:
         trace: bool = False,
         text_special_tokens: bool = True,
         on_error: str = "raise",
+        image_cache: ImageCache | None = None,
     ) -> list[Answer]:
         """Answers in order. An item is an (image, question) pair, a chat `[(role, content), ...]`, or a `question`.
 
@@ -216,18 +218,20 @@ class Model:
         and resized on another thread while earlier ones run. What a question is answered does not depend on the others.
         repetition_penalty: None takes the checkpoint's. text_special_tokens: False keeps text that reads like a special
         token plain. on_error: "raise" an AnswerError for questions that cannot be answered, when all others are, or
-        "return" an Answer with its `error`. Raises RerouteError for numbers that mean nothing.
+        "return" an Answer with its `error`. image_cache: for images that are asked about again, as of `image_cache`.
+        Raises RerouteError for numbers that mean nothing, and what `CachedPrefill` does.
         """
         one_of("on_error", on_error, ("raise", "return"))
         sampling = self._sampling(max_new_tokens, repetition_penalty, temperature, top_p, seed)
-        how = schedule or self._unrouted, batch_size, token_budget, text_special_tokens
+        how = schedule or self._unrouted, batch_size, token_budget, text_special_tokens, row_shards(self.module)
+        prefill, encodes = self._prefill(image_cache), image_cache is None or trace
         answers = [Answer()] * len(items)
-        with closing(ahead(groups(items, self.files, *how, row_shards(self.module)), LOOKAHEAD)) as ready:
+        with closing(ahead(groups(items, self.files, *how, encodes), LOOKAHEAD)) as ready:
             for group in ready:
                 if isinstance(group, Failed):
                     answers[group.number] = Answer(error=group.error)
                     continue
-                found = answer_group(self.module, self.tokenizer, group, sampling, trace)
+                found = answer_group(self.module, self.tokenizer, group, sampling, prefill, trace)
                 for number, one in zip(group.numbers, found, strict=True):
                     answers[number] = one if logprobs else replace(one, logprobs=None)
         if on_error == "raise":
@@ -249,14 +253,24 @@ class Model:
         top_p: float | int = 1.0,
         seed: int = 0,
         text_special_tokens: bool = True,
+        image_cache: ImageCache | None = None,
     ) -> Iterator[str]:
         """The text of `answer([item], ...)` in pieces of whole characters, as they come. Closing the iterator ends the
         decoding."""
         sampling = self._sampling(max_new_tokens, repetition_penalty, temperature, top_p, seed)
         schedule = schedule or self._unrouted
         layout = lay_out(self.question(item, text_special_tokens=text_special_tokens), self.config, schedule)
-        batch = batch_of([layout], self.files, schedule, size=1)
-        return pieces(self.tokenizer, stream_tokens(self.module, batch, sampling))
+        batch = batch_of([layout], self.files, schedule, size=1, encodes=image_cache is None)
+        return pieces(self.tokenizer, stream_tokens(self.module, batch, sampling, self._prefill(image_cache)))
+
+    def image_cache(self, max_bytes: int) -> ImageCache:
+        """For `answer` and `stream`: what all layers before the first decision leave of an image, and of the text in
+        front of it, is kept in up to so many bytes of device memory, and later questions about it start at their own
+        text. Each makes its own decisions, and its answer is the one without a cache.
+
+        Raises RerouteError for a model on a mesh.
+        """
+        return ImageCache(self.module, max_bytes)
 
     def warm_up(
         self,
@@ -284,6 +298,13 @@ class Model:
     @property
     def _unrouted(self) -> Schedule:
         return Schedule.from_decisions((), (), self.config.num_layers)
+
+    def _prefill(self, cache: ImageCache | None) -> Prefill:
+        if cache is None:
+            return run_prefill
+        if cache.module is not self.module:
+            raise RerouteError("the image cache is another model's: make one with this model's `image_cache`")
+        return CachedPrefill(cache, self.files)
 
     def _sampling(self, limit: int, penalty: float | None, temperature: float, top_p: float, seed: int) -> Sampling:
         penalty = self.config.repetition_penalty if penalty is None else penalty

@@ -7,6 +7,7 @@ import logging
 import jax
 
 from reroute_jax import decoder as walker
+from reroute_jax import prefix
 from reroute_jax.decoder import Prefilled
 from reroute_jax.engine import generation
 from reroute_jax.engine.batching import Images
@@ -36,6 +37,18 @@ def members(module, images: Images) -> jax.Array:
 def prefill(decoder, prompt, features, anchors, plan) -> Prefilled:
     log.info("compiling prefill for ids %s, %d stages", prompt.ids.shape, len(plan.stages))
     return walker.prefill(decoder, prompt, features, anchors, plan)
+
+
+@compiled(static_argnames="opening")
+def run_prefix(decoder, prompt, features, anchors, opening) -> prefix.PrefixStates:
+    log.info("compiling the first %d layers for ids %s up to the last image", opening.layers, prompt.ids.shape)
+    return prefix.run_prefix(decoder, prompt, features, anchors, opening)
+
+
+@compiled(static_argnames=("plan", "size"))
+def prefill_behind(decoder, prompt, prefixes, starts, index, plan, size) -> Prefilled:
+    log.info("compiling prefill behind images for ids %s, %d stages", prompt.ids.shape, len(plan.stages))
+    return prefix.prefill_behind(decoder, prompt, prefixes, starts, index, plan, size)
 
 
 @compiled(donate_argnames="cache")

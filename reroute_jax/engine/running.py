@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -17,6 +17,10 @@ from reroute_jax.engine.sampling import Sampling, row_sampling
 from reroute_jax.engine.segments import Segment, decode_segments
 from reroute_jax.errors import RerouteError
 from reroute_jax.routing.static_plan import RoutingPlan
+from reroute_jax.types import AnyArray
+
+# What `run_prefill` does, or another way to the same.
+Prefill = Callable[[nnx.Module, Batch], tuple[AnyArray, Prefilled]]
 
 
 def dtype_of(module: nnx.Module) -> str:
@@ -41,9 +45,11 @@ def run_decode(
     return decode_segments(module.decoder, prefilled, batch.seen, batch.live, rows, *steps)
 
 
-def checked_segments(module: nnx.Module, batch: Batch, sampling: Sampling, *steps: int) -> Iterator[Segment]:
+def checked_segments(
+    module: nnx.Module, batch: Batch, sampling: Sampling, prefill: Prefill = run_prefill, *steps: int
+) -> Iterator[Segment]:
     """Prefill and segments of a batch all of whose rows are live. Raises RerouteError where numbers overflow."""
-    _, prefilled = run_prefill(module, batch)
+    _, prefilled = prefill(module, batch)
     for segment in run_decode(module, batch, prefilled, range(len(batch.live)), sampling, *steps):
         finite = np.ones(len(batch.live), bool)
         finite[segment.rows] = segment.finite

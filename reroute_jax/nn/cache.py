@@ -19,6 +19,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from reroute_jax.nn.sharding import per_device
 
+# Keys, and values, that some layers leave of a prompt, without room for more.
+Cached = tuple[tuple[Float[Array, "B K T H"], ...], tuple[Float[Array, "B K T H"], ...]]
+
 # Slots behind the prompt that a prefill leaves free. Longer answers grow the cache, so no program depends on a limit.
 ROOM = 32
 
@@ -82,6 +85,16 @@ def write_slots(
 ) -> Float[Array, "B K S H"]:
     """Write one token a row, at the row's own slot."""
     return per_device(_write_slots, cache, new, slots)
+
+
+def write_rows(
+    cache: Float[Array, "B K T H"], new: Float[Array, "B K S H"], slots: Int[Array, "B S"]
+) -> Float[Array, "B K T H"]:
+    """Write several tokens a row, at ascending slots of its own; slots out of range are dropped."""
+    promised = {"mode": "drop", "indices_are_sorted": True, "unique_indices": True}
+    return jax.vmap(lambda row, tokens, own: row.at[:, own].set(tokens.astype(cache.dtype), **promised))(
+        cache, new, slots
+    )
 
 
 def _write_slots(cache, new, slots: Int[Array, " B"]) -> Float[Array, "B K S H"]:

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from reroute_jax.config import DecoderConfig
 from reroute_jax.nn.attention import attention, query_probabilities
-from reroute_jax.nn.cache import write_slots
+from reroute_jax.nn.cache import write_rows, write_slots
 from reroute_jax.nn.products import barrier_on_cpu, matmul
 from reroute_jax.nn.sharding import constrain
 
@@ -186,6 +186,26 @@ class DecoderLayer(nnx.Module):
             # whole cache to do so.
             keys, values = barrier_on_cpu((keys, values))
             x = x + self.attn.o(attention(q, keys, values, visible[:, None]))
+        return self._mlp_residual(x), keys, values
+
+    @traced_once
+    def extend(
+        self,
+        x: Float[Array, "B S D"],
+        rope: Rope,
+        keys: Float[Array, "B K T H"],
+        values: Float[Array, "B K T H"],
+        slots: Int[Array, "B S"],
+        visible: Bool[Array, "B S T"],
+    ) -> tuple[Float[Array, "B S D"], Float[Array, "B K T H"], Float[Array, "B K T H"]]:
+        """Run rows behind others whose keys and values are known, writing theirs at their slots, in front of which
+        `visible` shows all; slots out of range are padding."""
+        with jax.named_scope("attention"):
+            normed = self.attn_norm(x)
+            q = rotate(self.attn.queries(normed), rope)
+            keys = write_rows(keys, rotate(self.attn.keys(normed), rope), slots)
+            values = write_rows(values, self.attn.v(normed), slots)
+            x = x + self.attn.o(attention(q, keys, values, visible))
         return self._mlp_residual(x), keys, values
 
     def probabilities(

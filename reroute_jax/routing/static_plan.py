@@ -43,3 +43,9 @@ class RoutingPlan:
     cut_caches: str = "no"
     renumbers_input: bool = False
     deepstack: str = "all"
+
+    @property
+    def undecided(self) -> int:
+        """Layers before the first decision."""
+        first = self.stages[0]
+        return first.hi if first.cap is None else 0

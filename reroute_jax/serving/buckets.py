@@ -9,6 +9,7 @@ from PIL import Image
 
 from reroute_jax.engine.batching import BatchShape, Layout, Question, lay_out
 from reroute_jax.engine.groups import most_rows
+from reroute_jax.engine.image_cache import CachedPrefill, ImageCache, prefix_length
 from reroute_jax.engine.model import Model
 from reroute_jax.engine.questions import question_of
 from reroute_jax.errors import RerouteError
@@ -22,7 +23,8 @@ from reroute_jax.types import Size
 class Limits:
     """slots: answers side by side, of each plan and bucket. token_budget: slots at the decoder's input that are
     prefilled at a time. text: buckets for the text tokens of a prompt, ascending. images: of a prompt, at most.
-    image_sizes: examples of images, for families that see each in its own size. new_tokens: of an answer, at most."""
+    image_sizes: examples of images, for families that see each in its own size. new_tokens: of an answer, at most.
+    image_cache: bytes of device memory for images that are asked about again, 0 for none."""
 
     slots: int
     token_budget: int
@@ -30,6 +32,7 @@ class Limits:
     images: int
     image_sizes: tuple[Size, ...]
     new_tokens: int
+    image_cache: int = 0
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,8 @@ class Pools:
     all: tuple[Pool, ...]
 
     def place(self, question: Question, schedule: Schedule) -> tuple[Pool, Layout]:
-        """Raises Unplaced for a question that no pool holds."""
+        """Raises Unplaced for a question that no pool holds, and RerouteError for one that an image cache cannot
+        split."""
         limits, schedule = self.limits, schedule if question.grids else unrouted(self.model)
         layout = lay_out(question, self.model.config, schedule)
         if len(question.grids) > limits.images:
@@ -69,6 +73,8 @@ class Pools:
             raise Unplaced(
                 f"the prompt has images of {sizes} visual tokens, this server was not started for their size"
             )
+        if limits.image_cache and question.grids:
+            prefix_length(layout)
         return min(holding, key=lambda pool: pool.shape.text), layout
 
 
@@ -99,11 +105,14 @@ def kinds(model: Model, schedules: Sequence[Schedule], limits: Limits) -> list[K
     return list(found.values())
 
 
-def make_pool(model: Model, kind: Kind, limits: Limits) -> Pool:
-    """Raises RerouteError where the token budget holds no prompt."""
+def make_pool(model: Model, kind: Kind, limits: Limits, cache: ImageCache | None = None) -> Pool:
+    """cache: that all pools share, None for none. Raises RerouteError where the token budget holds no prompt, and for a
+    schedule that has nothing to keep of an image."""
     rows = most_rows(kind.shape, limits.slots, limits.token_budget)
     size = PoolSize(limits.slots, rows, max(ROOM, limits.new_tokens))
-    return Pool(model.module, model.files, kind.schedule, kind.example, kind.shape, size)
+    # In every pool prefixes have room for as much text, so that they fit wherever they are found.
+    cached = None if cache is None else CachedPrefill(cache, model.files, limits.text[-1])
+    return Pool(model.module, model.files, kind.schedule, kind.example, kind.shape, size, cached)
 
 
 def _example(model: Model, images: int, size: Size) -> Question:

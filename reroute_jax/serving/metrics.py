@@ -8,6 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from reroute_jax.engine.answers import Usage
+from reroute_jax.engine.image_cache import ImageCache
 from reroute_jax.serving.engine import Engine
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
@@ -15,9 +16,9 @@ _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
 class Metrics:
-    """compiled: grows with every program that is compiled."""
+    """cache: of images, None for none. compiled: grows with every program that is compiled."""
 
-    def __init__(self, engine: Engine, compiled: Sequence[str]) -> None:
+    def __init__(self, engine: Engine, cache: ImageCache | None, compiled: Sequence[str]) -> None:
         self._registry = registry = CollectorRegistry()
         self._requests = Counter("reroute_requests", "Answered, by HTTP status", ["status"], registry=registry)
         self._tokens = Counter("reroute_tokens", "By plan and kind", ["plan", "kind"], registry=registry)
@@ -27,11 +28,18 @@ class Metrics:
         self._whole = Histogram(
             "reroute_request_seconds", "From arrival to the end", ["plan"], buckets=_SECONDS, registry=registry
         )
-        for name, about, value in (
+        gauges = [
             ("reroute_requests_running", "Answers in slots", lambda: engine.running),
             ("reroute_requests_waiting", "Answers without a slot yet", lambda: engine.waiting),
             ("reroute_programs_compiled", "Since the start; constant while requests are served", lambda: len(compiled)),
-        ):
+        ]
+        if cache is not None:
+            gauges += [
+                ("reroute_image_cache_bytes", "Of device memory", lambda: cache.nbytes),
+                ("reroute_image_cache_hits", "Answers whose image was asked about before", lambda: cache.hits),
+                ("reroute_image_cache_misses", "Answers whose image was not", lambda: cache.misses),
+            ]
+        for name, about, value in gauges:
             Gauge(name, about, registry=registry).set_function(value)
 
     def text(self) -> bytes:

@@ -9,10 +9,12 @@ import jax
 import numpy as np
 from flax import nnx
 
+from reroute_jax.decoder import Prefilled
 from reroute_jax.engine.answering import Ran, usage_of
 from reroute_jax.engine.answers import Chosen, Usage
 from reroute_jax.engine.batching import Batch, BatchShape, Layout
 from reroute_jax.engine.groups import batch_of
+from reroute_jax.engine.image_cache import CachedPrefill
 from reroute_jax.engine.running import dtype_of, overflow, run_prefill
 from reroute_jax.engine.sampling import RowSampling, Sampling, row_sampling
 from reroute_jax.engine.side_files import SideFiles
@@ -45,7 +47,8 @@ class Row:
 
 
 class Pool:
-    """Slots for questions that have `shape` but for fewer text tokens, of which `example` is one.
+    """Slots for questions that have `shape` but for fewer text tokens, of which `example` is one. cached: where it is
+    given, takes what questions have in common up to their image from a cache.
 
     Whatever it will run is compiled when it is made. So there are few sizes: one row enters, or as many as a prefill
     holds; and slots decode together in numbers of `_ladder`.
@@ -59,7 +62,9 @@ class Pool:
         example: Layout,
         shape: BatchShape,
         size: PoolSize,
+        cached: CachedPrefill | None = None,
     ) -> None:
+        self.cached = cached
         self.module, self.files, self.schedule, self.shape, self.size = module, files, schedule, shape, size
         self.rows: list[Row | None] = [None] * size.slots
         self.sampling = _stacked([row_sampling(Sampling(stop=files.config.eos_tokens), [0])] * size.slots)
@@ -89,7 +94,7 @@ class Pool:
     def enter(self, requests: Sequence[Request]) -> None:
         """Prefill, and the first tokens, of requests that are `joining`."""
         batch = self._batch([request.layout for request in requests])
-        _, prefilled = run_prefill(self.module, batch)
+        prefilled = self._prefill(batch)
         own = [row_sampling(request.sampling, [request.number]) for request in requests]
         taken = self.free[: len(requests)]
         self.state, told = slots.admit(
@@ -135,7 +140,7 @@ class Pool:
         """All slots free."""
         self.rows = [None] * self.size.slots
         batch = self._batch([self.example])
-        _, prefilled = run_prefill(self.module, batch)
+        prefilled = self._prefill(batch)
         self.plan = batch.plan
         self.state = slots.empty_pool(prefilled.logits, prefilled.cache, self.size.slots, self.size.room)
 
@@ -148,7 +153,10 @@ class Pool:
             self._decode(taking, np.zeros(len(taking), bool))
 
     def _batch(self, layouts: Sequence[Layout]) -> Batch:
-        return batch_of(layouts, self.files, self.schedule, len(layouts), self.shape)
+        return batch_of(layouts, self.files, self.schedule, len(layouts), self.shape, encodes=self.cached is None)
+
+    def _prefill(self, batch: Batch) -> Prefilled:
+        return (self.cached or run_prefill)(self.module, batch)[1]
 
     def _taking_part(self, running: int) -> np.ndarray:
         """Slots that decode together, ascending: those in use, and others up to a number of the ladder."""

@@ -13,7 +13,9 @@ import uvicorn
 from tqdm import tqdm
 
 from reroute_jax.engine.compilation import compilations
+from reroute_jax.engine.image_cache import ImageCache
 from reroute_jax.engine.model import Model
+from reroute_jax.routing.plan import Schedule
 from reroute_jax.serving.app import Service
 from reroute_jax.serving.buckets import Limits, Pools, kinds, make_pool
 from reroute_jax.serving.chat_request import Served
@@ -54,15 +56,14 @@ def serve(model: Model, plans: Sequence[Plan], options: Options, listener: socke
     """
     schedules = [plan.schedule for plan in plans]
     with compilations() as compiled, ThreadPoolExecutor(WORKERS, "prepare") as workers:
-        asked = tqdm(kinds(model, schedules, options.limits), desc="compiling", unit="pool")
-        pools = Pools(model, options.limits, tuple(make_pool(model, kind, options.limits) for kind in asked))
+        pools, cache = _all_pools(model, schedules, options.limits)
         engine = Engine(pools.all, options.limits.token_budget, options.most_waiting)
         try:
             desk = Desk(
                 pools,
                 engine,
                 Served.of(options.name, model.config, plans, options.limits.new_tokens, options.most_waiting),
-                Metrics(engine, compiled),
+                Metrics(engine, cache, compiled),
                 workers,
                 options.hosts,
                 options.most_bytes,
@@ -71,6 +72,15 @@ def serve(model: Model, plans: Sequence[Plan], options: Options, listener: socke
             _Server(Service(desk, options.api_key, int(time.time()))).run([listener])
         finally:
             engine.close()
+
+
+def _all_pools(model: Model, schedules: Sequence[Schedule], limits: Limits) -> tuple[Pools, ImageCache | None]:
+    cache = model.image_cache(limits.image_cache) if limits.image_cache else None
+    asked = tqdm(kinds(model, schedules, limits), desc="compiling", unit="pool")
+    pools = Pools(model, limits, tuple(make_pool(model, kind, limits, cache) for kind in asked))
+    if cache is not None:
+        cache.clear()  # of the examples
+    return pools, cache
 
 
 def _allow_connections() -> None:

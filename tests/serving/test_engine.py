@@ -228,6 +228,25 @@ def test_what_is_too_large_has_no_place(pools, plans, item, said):
         pools.place(smallest().question(item), plans["all"])
 
 
+def test_a_pool_with_an_image_cache_answers_the_same_and_compiles_nothing_later(plans):
+    """Alone and two at a time, of images that are new and of one that is not."""
+    model, limits = smallest(), replace(LIMITS, token_budget=104, image_cache=2**20)
+    cache = model.image_cache(limits.image_cache)
+    kind = next(kind for kind in kinds(model, [plans["routed"]], limits) if kind.shape.images)
+    pools = Pools(model, limits, (make_pool(model, kind, limits, cache),))
+    cache.clear()
+    engine = Engine(pools.all, limits.token_budget, most_waiting=64)
+    items = [(picture(0), "where ?"), (picture(0), "is it a dog ?"), (picture(1), "where ?"), (picture(0), "how ?")]
+    wanted = [answer.token_ids for answer in model.answer(items, schedule=plans["routed"], max_new_tokens=4)]
+    with compilations() as compiled:
+        first = Asked(engine, pools, items[0], plans["routed"], limit=4)
+        assert first.tokens == wanted[0]
+        others = [Asked(engine, pools, item, plans["routed"], limit=4) for item in items[1:]]
+        assert [one.tokens for one in others] == wanted[1:]
+    assert compiled == [] and (cache.hits, cache.misses) == (2, 2)
+    engine.close()
+
+
 def test_a_kind_is_a_plan_a_number_of_images_and_a_bucket(plans):
     """Every image of LLaVA has as many tokens, so that two sizes are one kind."""
     found = kinds(smallest(), tuple(plans.values()), replace(LIMITS, text=(16, 32), images=2))

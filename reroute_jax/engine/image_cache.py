@@ -1,0 +1,159 @@
+"""One image, many questions: what prompts have in common up to their last image runs once and is kept (`prefix.py`)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+from flax import nnx
+from jaxtyping import Int
+
+from reroute_jax.buckets import TEXT_BUCKETS, bucket
+from reroute_jax.decoder import Prefilled
+from reroute_jax.engine import programs
+from reroute_jax.engine.batching import Batch, Layout, Question
+from reroute_jax.engine.groups import batch_of
+from reroute_jax.engine.running import run_prefill
+from reroute_jax.engine.side_files import SideFiles
+from reroute_jax.errors import RerouteError
+from reroute_jax.nn.sharding import mesh_of
+from reroute_jax.prefix import Opening, PrefixStates
+from reroute_jax.routing.plan import Schedule
+from reroute_jax.routing.stages import Stage
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Of one prompt. index: of each visual slot, the token that it stands for among the prompt's original ones; -1 for
+    text."""
+
+    states: PrefixStates
+    index: Int[np.ndarray, " P"]
+
+
+class ImageCache:
+    """Prefixes of prompts to one model, in up to `max_bytes` of device memory; the least recently used leave.
+
+    For one thread at a time. hits, misses: prompts with images that found their prefix here, and that did not.
+    Raises RerouteError for a model on a mesh, and for a limit that is no whole number from 1 on.
+    """
+
+    def __init__(self, module: nnx.Module, max_bytes: int) -> None:
+        if not isinstance(max_bytes, int) or max_bytes < 1:
+            raise RerouteError(f"an image cache of {max_bytes!r} bytes, expected a whole number of at least 1")
+        if mesh_of(module) is not None:
+            raise RerouteError("an image cache is for a model on one device: load it without a mesh, or leave it out")
+        self.module, self.max_bytes = module, max_bytes
+        self._kept: OrderedDict[Hashable, Prefix] = OrderedDict()
+        self.clear()
+
+    def clear(self) -> None:
+        self._kept.clear()
+        self.nbytes = self.hits = self.misses = 0
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def prefix(self, key: Hashable, run: Callable[[], Prefix]) -> Prefix:
+        """The one that is kept by this name; `run` makes it where there is none."""
+        if key in self._kept:
+            self.hits += 1
+            self._kept.move_to_end(key)
+            return self._kept[key]
+        self.misses += 1
+        made = self._kept[key] = run()
+        self.nbytes += made.states.nbytes
+        while self.nbytes > self.max_bytes:
+            _, oldest = self._kept.popitem(last=False)
+            self.nbytes -= oldest.states.nbytes
+        return made
+
+
+@dataclass(frozen=True)
+class CachedPrefill:
+    """`running.run_prefill` that takes prefixes from a cache and keeps them there.
+
+    text: room for the text of any prefix and of any batch, for programs that are compiled ahead; None: what fits them.
+    """
+
+    cache: ImageCache
+    files: SideFiles
+    text: int | None = None
+
+    def __call__(self, module: nnx.Module, batch: Batch) -> tuple[np.ndarray, Prefilled]:
+        """The batch need not hold its images' pixels. Raises RerouteError where nothing stands behind an image, and for
+        a plan whose prefixes see what stands behind them."""
+        if not any(layout.question.grids for layout in batch.layouts):
+            return run_prefill(module, batch)
+        opening = Opening.of(batch.plan, module.config.decoder.deepstack)
+        starts = np.zeros(len(batch.live), np.int32)
+        index = np.full(batch.prompt.ids.shape, -1, np.int32)
+        prefixes: dict[int, PrefixStates] = {}
+        for row, layout in enumerate(batch.layouts):
+            if layout.question.grids:
+                starts[row] = length = prefix_length(layout)
+                prefix = self._prefix(module, layout, length, opening, batch.schedule)
+                prefixes[row], index[row, :length] = prefix.states, prefix.index[:length]
+        # Of any other row everything stands behind a prefix of no length, whose states nobody reads.
+        anyones = next(iter(prefixes.values()))
+        states = tuple(prefixes.get(row, anyones) for row in range(len(starts)))
+        size = batch.prompt.text_slots
+        if self.text is None:
+            longest = max(len(layout.ids) - int(start) for layout, start in zip(batch.layouts, starts, strict=False))
+            size = min(size, bucket(longest, TEXT_BUCKETS, "a question, in text tokens,"))
+        prefilled = programs.prefill_behind(module.decoder, batch.prompt, states, starts, index, batch.plan, size)
+        return _by_feature(batch.prompt.feature, index), prefilled
+
+    def _prefix(self, module: nnx.Module, layout: Layout, length: int, opening: Opening, schedule: Schedule) -> Prefix:
+        text = self.text or bucket(int((~layout.routed[:length]).sum()), TEXT_BUCKETS, "a prompt, in text tokens,")
+        first = replace(
+            layout,
+            ids=layout.ids[:length],
+            positions=layout.positions[..., :length],
+            image=layout.image[:length],
+            within=layout.within[:length],
+            routed=layout.routed[:length],
+            shape=replace(layout.shape, text=text),
+        )
+        question = layout.question
+        seen = _images_digest(question), question.grids, first.ids.tobytes()
+        key = (*seen, first.shape.slots, schedule.merge, opening)
+        return self.cache.prefix(key, partial(self._run, module, first, opening, schedule))
+
+    def _run(self, module: nnx.Module, first: Layout, opening: Opening, schedule: Schedule) -> Prefix:
+        undecided = Schedule(
+            (Stage(0, schedule.num_layers),), position_mode=schedule.position_mode, merge=schedule.merge
+        )
+        batch = batch_of([first], self.files, undecided, size=1)
+        features, anchors = programs.encode(module, batch.images)
+        states = programs.run_prefix(module.decoder, batch.prompt, features, anchors, opening)
+        feature = batch.prompt.feature[0]
+        return Prefix(states, np.where(feature < 0, -1, np.asarray(anchors)[0, feature]))
+
+
+def prefix_length(layout: Layout) -> int:
+    """Slots of a prompt with images up to the last of them. Raises RerouteError where nothing stands behind it."""
+    length = int(np.flatnonzero(layout.image >= 0)[-1]) + 1
+    if length == len(layout.ids):
+        raise RerouteError("the prompt ends with its image: ask something behind it, or leave out the image cache")
+    return length
+
+
+def _images_digest(question: Question) -> bytes:
+    digest = hashlib.blake2b(digest_size=32)
+    for image in question.images:
+        digest.update(str(image.shape).encode())
+        digest.update(np.ascontiguousarray(image))
+    return digest.digest()
+
+
+def _by_feature(feature: Int[np.ndarray, "B T"], index: Int[np.ndarray, "B T"]) -> Int[np.ndarray, "B F"]:
+    """`index` as `features.image_features` gives it, of the features that slots read."""
+    rows, slots = np.nonzero(feature >= 0)
+    anchors = np.zeros((len(feature), int(feature.max()) + 1), np.int32)
+    anchors[rows, feature[rows, slots]] = index[rows, slots]
+    return anchors
