@@ -58,7 +58,7 @@ def test_answers_from_kept_images_are_those_of_a_fresh_run(route, monkeypatch):
         for ours, theirs in zip(kept.trace.scores, fresh.trace.scores, strict=True):
             np.testing.assert_allclose(ours, theirs, atol=1e-5, rtol=1e-5)
         np.testing.assert_array_equal(kept.trace.anchors, fresh.trace.anchors)
-    if schedule.decisions:
+    if schedule.decisions and route != "llava-change":  # which ranks by the image alone
         first, third = (found[number].trace.selected[0].tolist() for number in (0, 2))
         assert first != third
     monkeypatch.setattr(programs, "encode", None)
