@@ -11,6 +11,7 @@ Parameters are a Flax module, which is a pytree with static configuration. Every
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +49,13 @@ def init(config: ModelConfig, key: Array, dtype=jnp.float32) -> nnx.Module:
 
 def abstract_params(config: ModelConfig, dtype=jnp.float32) -> nnx.Module:
     """The same as shapes; nothing is allocated."""
-    return nnx.eval_shape(lambda: FAMILIES[config.family].model(config, rngs=_OneKey(0), dtype=jnp.dtype(dtype)))
+    return nnx.clone(_description(config, jnp.dtype(dtype)))
+
+
+@lru_cache(maxsize=4)
+def _description(config: ModelConfig, dtype: jnp.dtype) -> nnx.Module:
+    """Tracing every initialiser takes longer than anything else in opening a small checkpoint."""
+    return nnx.eval_shape(lambda: FAMILIES[config.family].model(config, rngs=_OneKey(0), dtype=dtype))
 
 
 class _OneKey(nnx.Rngs):

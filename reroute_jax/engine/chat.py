@@ -21,7 +21,6 @@ from typing import Any
 import jinja2
 import numpy as np
 from jaxtyping import Int
-from transformers.processing_utils import ProcessorMixin
 
 from reroute_jax.config import ModelConfig
 from reroute_jax.engine.plain_text import PlainText
@@ -83,6 +82,8 @@ def open_layout(folder: Path, tokenizer: Any, config: ModelConfig) -> ChatLayout
 
     Raises RerouteError for template files that cannot be read or that name no default.
     """
+    from transformers.processing_utils import ProcessorMixin
+
     family = FAMILIES[config.family]
     try:
         # Where transformers looks: processor_config.json, chat_template.json, chat_template.jinja; the tokenizer last.

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from transformers import AutoTokenizer
 
 from reroute_jax.config import ModelConfig
 from reroute_jax.engine.chat import ChatLayout, open_layout
@@ -32,6 +31,8 @@ class SideFiles:
 
     @cached_property
     def tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
         return _read(AutoTokenizer.from_pretrained, self.folder)
 
     @cached_property

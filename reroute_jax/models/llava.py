@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 from PIL import Image
-from transformers import AutoImageProcessor, LlavaConfig
 
 from reroute_jax.config import ModelConfig, decoder_config, require, token_ids
 from reroute_jax.decoder import Decoder
@@ -50,7 +50,7 @@ class Llava(nnx.Module):
         self.decoder = Decoder(config.decoder, rngs=rngs, dtype=dtype)
 
 
-def _read_config(hf: LlavaConfig) -> ModelConfig:
+def _read_config(hf: Any) -> ModelConfig:
     text, vision = hf.text_config, hf.vision_config
     require("text_config.model_type", text.model_type, ("llama",))
     require("text_config.attention_bias", text.attention_bias, (False,))
@@ -141,6 +141,8 @@ def _pack(pixel_values, grids: Sequence[Grid], config: ModelConfig, images: int)
 
 
 def _open_processor(folder: Path, config: ModelConfig):
+    from transformers import AutoImageProcessor
+
     # Without a name transformers takes torchvision where it is installed, and pixels change with it.
     processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
     side, crop = config.vision.image_size, processor.crop_size

@@ -14,7 +14,6 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 from PIL import Image
-from transformers import Qwen2_5_VLConfig
 
 from reroute_jax.config import ModelConfig, decoder_config, require
 from reroute_jax.decoder import Decoder
@@ -60,7 +59,7 @@ class QwenVL(nnx.Module):
         self.decoder = Decoder(config.decoder, rngs=rngs, dtype=dtype)
 
 
-def _read_config(hf: Qwen2_5_VLConfig) -> ModelConfig:
+def _read_config(hf: Any) -> ModelConfig:
     text, vision = hf.text_config, hf.vision_config
     require("use_sliding_window", text.use_sliding_window, (False,))
     rope_type = text.rope_parameters.get("rope_type", "default")

@@ -16,7 +16,6 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 from PIL import Image
-from transformers import Qwen3VLConfig
 
 from reroute_jax.config import ModelConfig, decoder_config, require
 from reroute_jax.decoder import Decoder
@@ -60,7 +59,7 @@ class Qwen3VL(nnx.Module):
         self.decoder = Decoder(config.decoder, rngs=rngs, dtype=dtype)
 
 
-def _read_config(hf: Qwen3VLConfig) -> ModelConfig:
+def _read_config(hf: Any) -> ModelConfig:
     text, vision = hf.text_config, hf.vision_config
     require("text_config.attention_bias", text.attention_bias, (False,))
     require("text_config.hidden_act", text.hidden_act, ("silu",))

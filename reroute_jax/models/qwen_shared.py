@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import AutoImageProcessor
 
 from reroute_jax.buckets import VISUAL_BUCKETS, bucket
 from reroute_jax.config import ModelConfig, token_ids
@@ -112,6 +111,7 @@ def image_grids(pixel_values, image_grid_thw, config: ModelConfig) -> list[Grid]
 
 def open_processor(folder: Path, config: ModelConfig):
     """The checkpoint's processor, with its own pixel limits unless `config` has others."""
+    from transformers import AutoImageProcessor
 
     def read(limits: tuple[int, int] | None):
         given = {} if limits is None else dict(zip(("min_pixels", "max_pixels"), limits, strict=True))
