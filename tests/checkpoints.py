@@ -53,7 +53,7 @@ def qwen3_pair(tied: bool = False) -> tuple[Qwen3VLForConditionalGeneration, Mod
 
 
 @cache
-def smallest() -> Model:
+def smallest(kv_heads: int = 2) -> Model:
     """Of 2 decoder layers and 2 of vision, where many programs are compiled."""
-    folder = tiny_llava(Path(mkdtemp()) / "smallest", kv_heads=2, layers=2, vision_layers=2, seed=3)
+    folder = tiny_llava(Path(mkdtemp()) / "smallest", kv_heads=kv_heads, layers=2, vision_layers=2, seed=3)
     return reroute_jax.load(folder, "float32")

@@ -15,7 +15,7 @@ from reroute_jax.engine.sampling import Sampling, row_sampling
 from reroute_jax.errors import RerouteError
 from reroute_jax.nn.cache import ROOM, grown
 from reroute_jax.routing.plan import Schedule
-from tests.checkpoints import small
+from tests.checkpoints import small, smallest
 from tests.marks import cases
 from tests.tiny import random_ids, random_pixels
 
@@ -26,7 +26,7 @@ def given(length=60, seed=0):
 
 def test_decode_equals_prefill():
     """Teacher-forced: the token after each prefix is what decode chose, for an unrouted prompt."""
-    model = small()
+    model = smallest()
     one = given()
     tokens = model.generate_ids(**one, max_new_tokens=8)
     for step in range(8):
@@ -57,7 +57,7 @@ def test_a_long_answer_crosses_segments_and_room_unchanged(action):
 
 
 def test_no_limit_and_no_value_of_sampling_compiles_anything():
-    model = small()
+    model = smallest()
     model.generate_ids(**given(), max_new_tokens=5)
     model.generate_ids(**given(), max_new_tokens=5, temperature=1.0)
     values = (
@@ -73,7 +73,7 @@ def test_no_limit_and_no_value_of_sampling_compiles_anything():
 
 
 def test_warm_up_compiles_what_drawn_answers_take(unchecked_annotations):
-    model, items = small(), [(None, "how many cups")]
+    model, items = smallest(), [(None, "how many cups")]
     model.warm_up(items, batch_size=1, temperature=1.0)
     with compilations() as compiled:
         model.answer(items, temperature=0.4, top_p=0.8, max_new_tokens=4, seed=7)
@@ -82,7 +82,7 @@ def test_warm_up_compiles_what_drawn_answers_take(unchecked_annotations):
 
 def test_cost_follows_the_answer_and_not_the_limit():
     """A few tokens take a few steps, whatever the limit: no cache grows and no later segment is asked for."""
-    model = small()
+    model = smallest()
     free = model.generate_ids(**given(), max_new_tokens=8)[0]
     count = next(n for n in range(2, 9) if free[n - 1] not in free[: n - 1])
     with compilations() as compiled:
@@ -95,7 +95,7 @@ def test_cost_follows_the_answer_and_not_the_limit():
 
 def test_rows_that_are_done_leave_the_batch_where_it_grows():
     """Three of four rows end early: what goes on behind the first room is a batch of one, and its answer is its own."""
-    model = small()
+    model = smallest()
     ids = np.stack([random_ids(60, seed=seed) for seed in range(4)])
     pixels = random_pixels(4)
     limit = ROOM + 20
@@ -120,7 +120,7 @@ def unrouted(model):
 
 
 def test_filler_rows_are_done_from_the_start():
-    model = small()
+    model = smallest()
     schedule = unrouted(model)
     layout = lay_out(Question(random_ids(60), ((6, 6),)), model.config, schedule)
     batch = make_batch([layout], model.config, schedule, size=4, pixels=random_pixels(1))
@@ -137,7 +137,7 @@ def test_filler_rows_are_done_from_the_start():
 
 def test_each_row_writes_at_its_own_slot_and_a_done_row_stands_still():
     """Rows of 60 and 50 tokens: new keys stand behind each row's own prompt."""
-    model = small()
+    model = smallest()
     decoder = model.module.decoder
     schedule = unrouted(model)
     rows = [random_ids(60), random_ids(50, seed=1)]
@@ -156,7 +156,7 @@ def test_each_row_writes_at_its_own_slot_and_a_done_row_stands_still():
 
 def test_a_sampled_answer_depends_on_its_number_alone():
     """Twelve copies of a prompt: all differ, and at any batch size each is what it is."""
-    model = small()
+    model = smallest()
     items = [(None, "where is the red cup ?")] * 12
     how = {"max_new_tokens": 8, "temperature": 2.0, "seed": 3}
     by_four = [found.token_ids for found in model.answer(items, batch_size=4, **how)]
@@ -168,7 +168,7 @@ def test_a_sampled_answer_depends_on_its_number_alone():
 
 
 def test_seed_decides_what_is_drawn():
-    model = small()
+    model = smallest()
     options = {**given(), "max_new_tokens": 12, "temperature": 1.5}
     first, again, other = (model.generate_ids(**options, seed=seed) for seed in (1, 1, 2))
     np.testing.assert_array_equal(first, again)
@@ -195,20 +195,20 @@ def test_seed_decides_what_is_drawn():
     ids=str,
 )
 def test_numbers_that_mean_nothing_are_refused(wrong):
-    model = small()
+    model = smallest()
     with pytest.raises(RerouteError, match=next(iter(wrong))):
         model.answer([(None, "how many")], **wrong)
 
 
 def test_the_smallest_temperature_is_greedy():
-    model = small()
+    model = smallest()
     greedy = model.generate_ids(**given(), max_new_tokens=6)
     for temperature in (1e-40, 1e-30, 1e-12):
         np.testing.assert_array_equal(model.generate_ids(**given(), max_new_tokens=6, temperature=temperature), greedy)
 
 
 def test_logprobs_are_those_of_the_models_own_logits():
-    model = small()
+    model = smallest()
     pairs = [(None, "how many cups")]
     found = model.answer(pairs, max_new_tokens=3, logprobs=True, repetition_penalty=1.3)[0]
     ids = model.prompt_ids("how many cups", ())

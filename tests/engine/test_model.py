@@ -15,15 +15,15 @@ from reroute_jax.engine.compilation import compilations
 from reroute_jax.errors import RerouteError
 from reroute_jax.nn.cache import ROOM
 from reroute_jax.routing.plan import Schedule
-from tests.checkpoints import small
+from tests.checkpoints import small, smallest
 from tests.ragged import padded
 from tests.tiny import BOS, random_ids, random_pixels
 
 
 def test_padding_side_and_bucket_do_not_matter():
     """The same prompt alone, right-padded, left-padded, and beside a row that needs a larger bucket."""
-    model = small()
-    schedule = model.plan("pdrop", budget=0.5)
+    model = smallest()
+    schedule = Schedule.from_decisions((1,), (0.5,), 2, "reroute")
     short, long = random_ids(60, start=1), random_ids(300, start=9, seed=1)
     pixels = random_pixels(2)
     alone = model.generate_ids(input_ids=short[None], pixel_values=pixels[:1], schedule=schedule, max_new_tokens=10)
@@ -47,8 +47,8 @@ def test_several_images_are_one_pool():
 
 
 def test_one_program_per_bucket():
-    model = small()
-    schedule = model.plan("fastv", budget=0.45)  # nobody else's
+    model = smallest()
+    schedule = Schedule.from_decisions((1,), (0.45,), 2)  # nobody else's
     model.generate_ids(
         input_ids=random_ids(70)[None], pixel_values=random_pixels(1), schedule=schedule, max_new_tokens=3
     )
@@ -89,7 +89,7 @@ def test_spec_vector_5_cache_lengths():
 
 
 def test_eos_ends_a_row_and_pads_the_rest():
-    model = small()
+    model = smallest()
     ids, pixels = random_ids(64)[None], random_pixels(1)
     free = model.generate_ids(input_ids=ids, pixel_values=pixels, max_new_tokens=12)[0]
     stop = int(free[5])
@@ -172,7 +172,7 @@ def test_unreadable_images_are_named(tmp_path):
 
 def test_generate_compiles_one_program_a_bucket_and_keeps_the_token_budget(monkeypatch):
     """36 questions of three lengths in one call: as many prefills as buckets, full batches, nothing over the budget."""
-    model = small(kv_heads=1)  # nobody else's
+    model = smallest(kv_heads=1)  # nobody else's
     picture = Image.fromarray(np.zeros((80, 70, 3), np.uint8))
     texts = ["red cup " * (length * 8) for length in (1, 3, 7)] * 12
     pairs = [(picture, f"{text} {number}") for number, text in enumerate(texts)]
@@ -203,8 +203,8 @@ def test_a_prompt_beyond_the_token_budget_is_refused():
 
 
 def test_warm_up_compiles_what_generate_needs(unchecked_annotations):
-    model = small()
-    schedule = model.plan("fastv", budget=0.35)  # nobody else's
+    model = smallest()
+    schedule = Schedule.from_decisions((1,), (0.35,), 2)  # nobody else's
     picture = Image.fromarray(np.zeros((90, 70, 3), np.uint8))
     pairs = [(picture, "red cup left"), (picture, "where is the small blue cup " * 6)]
     options = {"schedule": schedule, "max_new_tokens": 2, "batch_size": 2}
@@ -220,7 +220,7 @@ def test_warm_up_compiles_what_generate_needs(unchecked_annotations):
 
 @pytest.mark.slow
 def test_warm_up_covers_several_images_a_row_and_long_answers(unchecked_annotations):
-    model = small()
+    model = smallest()
     picture = Image.fromarray(np.zeros((90, 70, 3), np.uint8))
     pairs = [([picture, picture], f"what differs {number}") for number in range(4)]
     options = {"batch_size": 4, "max_new_tokens": 2 * ROOM}

@@ -52,7 +52,7 @@ def test_all_position_logits(kv_heads, start):
 
 
 @pytest.mark.parametrize("penalty", [1.3, pytest.param(1.0, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kv_heads", HEADS)
+@pytest.mark.parametrize("kv_heads", QUICK)
 def test_greedy_tokens(kv_heads, penalty):
     theirs, ours = pair(kv_heads)
     ids, pixels = random_ids(LENGTH, start=7, seed=1)[None], random_pixels(1, seed=1)

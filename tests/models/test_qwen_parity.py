@@ -73,7 +73,7 @@ def test_positions_and_all_position_logits(tied):
 
 
 @pytest.mark.parametrize("penalty", [1.05, pytest.param(1.0, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("tied", HEADS)
+@pytest.mark.parametrize("tied", QUICK)
 def test_greedy_tokens(tied, penalty):
     theirs, ours = qwen_pair(tied)
     ids, (pixels, thw) = random_ids(LENGTH, GRIDS, start=7, seed=1), random_patches(GRIDS, seed=1)

@@ -53,7 +53,8 @@ BUDGETS = {"nuwa-delete": 0.4, "nuwa-reroute": 0.4, "pdrop-late": 0.7}
 GENERATED = {"pdrop-delete", "pdrop-reroute", "pdrop-running"}
 # Where DeepStack adds nothing to what a route does, another family shows it.
 SLOW = {"fastv-delete", "fastv-previous", "fastv-reroute", "pdrop-first-image", "layout", "nuwa-reroute", "hiprune"}
-SLOW |= {"random-reroute", "uniform-running", "pool", "visionzip", "layout-running"}
+SLOW |= {"random-reroute", "uniform-running", "pool", "visionzip", "layout-running", "every-layer", "swiftvlm"}
+SLOW |= {"divprune", "pdrop-mean-offset", "v2drop-reroute", "downsample", "pdrop-delete"}
 
 # A row with two images, one with a small one, one without.
 ROWS = RaggedPrompts(

@@ -93,7 +93,8 @@ SLOW |= {
     "nuwa-pyramid",
     "layout",
 }
-SLOW |= {"nuwa-unit-weights", "feather", "fastv-previous", "last-layer", "nuwa-delete"}
+SLOW |= {"nuwa-unit-weights", "feather", "fastv-previous", "last-layer", "nuwa-delete", "pdrop-delete", "downsample"}
+SLOW |= {"pdrop-renumber", "downsample-renumber", "downsample-blur", "visionzip", "feather-union", "ivc-release"}
 # What decode sees of a route: the length of each stage's cache and the positions. Other routes differ in scores only.
 GENERATED = {"fastv-delete", "fastv-renumber", "pdrop-reroute", "pdrop-renumber", "pdrop-reroute-renumber", "layer-0"}
 GENERATED |= {"divprune-renumber", "visionzip-released", "ivc-release", "nuwa-reroute", "last-layer"}
@@ -118,7 +119,8 @@ def test_equals_the_reference(name):
     check(2, name)
 
 
-@pytest.mark.parametrize("name", ["pdrop-reroute", pytest.param("nuwa-delete", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["pdrop-reroute", "nuwa-delete"])
 def test_equals_the_reference_where_heads_share_no_keys(name):
     check(4, name)
 
