@@ -89,7 +89,8 @@ def test_vmap_over_how_much_a_decision_keeps():
         )
 
 
-def test_parameters_are_made_and_described_alike(model):
+def test_parameters_are_made_and_described_alike():
+    model = smallest()
     made = named_parameters(reroute_jax.init(model.config, jax.random.key(1)))
     described = named_parameters(reroute_jax.abstract_params(model.config))
     loaded = named_parameters(model.module)
@@ -101,3 +102,10 @@ def test_the_package_offers_a_clean_list():
     assert all(hasattr(reroute_jax, name) for name in reroute_jax.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         reroute_jax.nothing  # noqa: B018
+
+
+def test_a_description_is_the_callers_own():
+    """It is made once a configuration: filling one in changes no other."""
+    config = smallest().config
+    reroute_jax.abstract_params(config).decoder.norm.scale.set_value(jnp.zeros(3))
+    assert reroute_jax.abstract_params(config).decoder.norm.scale.shape == (config.decoder.hidden_size,)

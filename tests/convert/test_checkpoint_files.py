@@ -308,6 +308,7 @@ def test_a_folder_that_cannot_be_written(llava, tmp_path, capsys, monkeypatch):
     assert not list(tmp_path.glob("out*"))
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_leaves_nothing(llava, tmp_path):
     """A limit on the size of files stands for the disk: writes fail midway, in Orbax's own writers."""
     script = f"""

@@ -124,6 +124,7 @@ def test_hf_to_jax_to_hf_is_exact(hf, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_orbax_round_trip_is_exact_and_the_folder_answers(hf, converted):
     assert_same(load(hf), load(converted))
     scene = Image.effect_noise((90, 60), 80).convert("RGB")

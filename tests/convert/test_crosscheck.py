@@ -124,6 +124,7 @@ def test_activations_in_the_thousands_agree(massive, capsys):
     assert 1e-5 < difference < allowed  # more than an absolute bound, or one of ordinary rows, would let pass
 
 
+@pytest.mark.slow
 def test_a_broken_layer_shows_among_activations_in_the_thousands(massive, capsys, monkeypatch):
     """Tokens from the tenth on turn by one position too many."""
     monkeypatch.setattr(

@@ -47,7 +47,10 @@ def test_what_a_device_holds_of_a_large_model(name, gigabytes):
     assert own < sum(leaf.size for leaf in jax.tree.leaves(module)) / 8 * 1.01
 
 
-@pytest.mark.parametrize("name, layers, action", [("qwen2.5-vl-32b", 64, "delete"), ("qwen2.5-vl-72b", 80, "reroute")])
+@pytest.mark.parametrize(
+    "name, layers, action",
+    [pytest.param("qwen2.5-vl-32b", 64, "delete", marks=pytest.mark.slow), ("qwen2.5-vl-72b", 80, "reroute")],
+)
 @pytest.mark.usefixtures("unchecked_annotations")
 def test_large_models_end_to_end_without_memory(name, layers, action):
     subject = Subject(name, *random_model(SHAPES[name], "bfloat16", shapes_only=True), (24, 24), 64)

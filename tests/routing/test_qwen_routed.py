@@ -147,6 +147,7 @@ def test_first_image_only_routes_less():
     assert all(both > first for both, first in zip(*selected, strict=True))
 
 
+@pytest.mark.slow
 def test_one_decision_deletes_as_it_reroutes():
     _, model = qwen_pair()
     found = [

@@ -95,6 +95,7 @@ SLOW |= {
 }
 SLOW |= {"nuwa-unit-weights", "feather", "fastv-previous", "last-layer", "nuwa-delete", "pdrop-delete", "downsample"}
 SLOW |= {"pdrop-renumber", "downsample-renumber", "downsample-blur", "visionzip", "feather-union", "ivc-release"}
+SLOW |= {"swiftvlm", "layer-0"}
 # What decode sees of a route: the length of each stage's cache and the positions. Other routes differ in scores only.
 GENERATED = {"fastv-delete", "fastv-renumber", "pdrop-reroute", "pdrop-renumber", "pdrop-reroute-renumber", "layer-0"}
 GENERATED |= {"divprune-renumber", "visionzip-released", "ivc-release", "nuwa-reroute", "last-layer"}
@@ -155,6 +156,7 @@ def check(kv_heads, name):
         np.testing.assert_array_equal(tokens, [wanted.tokens for wanted in expected])
 
 
+@pytest.mark.slow
 def test_renumbering_changes_the_answer():
     """The two position modes must not be the same program (27.8 against 1.9 on RefCOCO testA, arXiv 2606.12412)."""
     _, model = pair(2)
@@ -165,6 +167,7 @@ def test_renumbering_changes_the_answer():
     assert (np.abs(logits[0] - logits[1]).max(axis=1) > 0.1)[:2].all()
 
 
+@pytest.mark.slow
 def test_keep_all_is_no_routing_and_one_decision_deletes_as_it_reroutes():
     _, model = pair(2)
     given = batch(prompts())

@@ -27,6 +27,7 @@ def lines(folder):
     return sum(file.read_bytes().count(b"\n") for file in folder.glob("parts-*/*.jsonl"))
 
 
+@pytest.mark.slow
 def test_a_killed_process_stops_the_others_and_the_same_command_goes_on(tmp_path):
     """Put together, the lines are those of a single process, byte for byte; lost is what the killed one was at."""
     single, together = tmp_path / "single", tmp_path / "together"

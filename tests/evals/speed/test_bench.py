@@ -205,6 +205,7 @@ def test_a_run(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "figure.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_compiling_without_weights(capsys):
     arguments = ["--random", "qwen-tiny", "--text", "7", "--grid", "4", "4", "--methods", "nuwa", "--actions", "delete"]
     assert bench.main([*arguments, "--budgets", "128", "--new-tokens", "3", "--compile-only"]) == 0
