@@ -65,7 +65,7 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class Account:
+class ProgramCost:
     """Bytes, FLOPs and collectives are a chip's. compile_seconds: from the lowered text on; compile_cpu_seconds: of all
     threads, which depends less on what else runs. flops, moved_bytes: of a run, by the compiler. operations, sorts,
     scatters: in the lowered text. collectives: how many of each kind; told: numbers that they give."""
@@ -97,7 +97,7 @@ def compare(args: argparse.Namespace, arguments: Sequence[str]) -> None:
     device = chips[0]
     args.out.mkdir(parents=True, exist_ok=True)
     results = args.out / f"aot_{args.platform}.jsonl"
-    known = read(results, Wanted, Account)
+    known = read(results, Wanted, ProgramCost)
     asked = list(wanted(args, device.device_kind))
     todo = [one for one in asked if one not in known]
     with tqdm(total=len(todo), desc="compiling", unit="program") as bar, results.open("a") as file:
@@ -145,7 +145,7 @@ def wanted(args: argparse.Namespace, device: str) -> Iterator[Wanted]:
                     towers.add(tower)
 
 
-def accounts(route: Sequence[Wanted], chips: Sequence[jax.Device]) -> Iterator[tuple[Wanted, Account]]:
+def accounts(route: Sequence[Wanted], chips: Sequence[jax.Device]) -> Iterator[tuple[Wanted, ProgramCost]]:
     """Of programs of one model, batch size and schedule."""
     one = route[0]
     named = argparse.Namespace(random=one.model, dtype=one.dtype, grid=None, text=one.text)
@@ -160,7 +160,7 @@ def accounts(route: Sequence[Wanted], chips: Sequence[jax.Device]) -> Iterator[t
         yield each, account(programs[each.program], chips[0], traced / len(programs))
 
 
-def account(program: jax.stages.Traced, device: jax.Device, seconds: float) -> Account:
+def account(program: jax.stages.Traced, device: jax.Device, seconds: float) -> ProgramCost:
     """Lower and compile. seconds: that tracing took."""
     start = time.perf_counter()
     lowered = program.lower(lowering_platforms=(device.platform,))
@@ -169,7 +169,7 @@ def account(program: jax.stages.Traced, device: jax.Device, seconds: float) -> A
     end, busy = time.perf_counter(), time.process_time() - busy
     memory, cost, text = done.memory_analysis(), done.cost_analysis(), lowered.as_text()
     told = list(collectives(done.as_text()))
-    return Account(
+    return ProgramCost(
         trace_seconds=seconds + middle - start,
         compile_seconds=end - middle,
         compile_cpu_seconds=busy,
@@ -185,7 +185,7 @@ def account(program: jax.stages.Traced, device: jax.Device, seconds: float) -> A
     )
 
 
-def table(known: dict[Wanted, Account]) -> str:
+def table(known: dict[Wanted, ProgramCost]) -> str:
     """Markdown."""
     lines = [
         "| model | mesh | batch | method | program | trace s | compile s | of CPU | arguments GB | temporaries GB "

@@ -25,7 +25,7 @@ VISUAL = GRID[0] * GRID[1]
 
 
 @dataclass(frozen=True)
-class Row:
+class AuditRow:
     """A configuration. called: tokens that tables call it by, None where it has no such name."""
 
     name: str
@@ -33,7 +33,7 @@ class Row:
     schedule: Schedule
 
 
-def rows(num_layers: int = 32) -> list[Row]:
+def rows(num_layers: int = 32) -> list[AuditRow]:
     """On LLaVA-1.5-7B: 576 visual tokens, 32 layers."""
 
     def by_hand(layers: Sequence[int], keep: Sequence[Fraction | int], **more) -> Schedule:
@@ -44,36 +44,38 @@ def rows(num_layers: int = 32) -> list[Row]:
 
     half, quarter = Fraction(1, 2), Fraction(1, 4)
     found = [
-        Row("FastV, K=2, R=50% (its paper)", None, by_hand((2,), (half,), score="previous_layer")),
-        Row(
+        AuditRow("FastV, K=2, R=50% (its paper)", None, by_hand((2,), (half,), score="previous_layer")),
+        AuditRow(
             "FastV, K=2, R=75% (its code; SparseVLMs issue 12)", 192, by_hand((2,), (quarter,), score="previous_layer")
         ),
-        Row(
+        AuditRow(
             "PyramidDrop, layers 8, 16, 24, half each (its paper)", None, by_hand((8, 16, 24), (half, quarter, half**3))
         ),
         # 172 winners and a grid of 64 are about 217 different tokens (17).
-        Row(
+        AuditRow(
             "FEATHER, layers 8 and 16 (its paper)", None, by_hand((8, 16), (217, 19), score="previous_layer_unrotated")
         ),
-        Row("V2Drop, layers 3, 17, 22 (its release)", 192, preset("v2drop_llava15", num_layers)),
-        Row("IVC-Prune, half at layer 16 (its paper)", 288, made("ivc", keep=(half,), layers=(16,), action="delete")),
+        AuditRow("V2Drop, layers 3, 17, 22 (its release)", 192, preset("v2drop_llava15", num_layers)),
+        AuditRow(
+            "IVC-Prune, half at layer 16 (its paper)", 288, made("ivc", keep=(half,), layers=(16,), action="delete")
+        ),
     ]
     least = (1, 1, 1)
     found += [
-        Row("PyramidDrop's layers 8, 16, 24 with one token left", tier, by_hand((8, 16, 24), least))
+        AuditRow("PyramidDrop's layers 8, 16, 24 with one token left", tier, by_hand((8, 16, 24), least))
         for tier in (128, 64)
     ]
-    found.append(Row("FEATHER's layers 8 and 16 with one token left", 128, by_hand((8, 16), least[:2])))
+    found.append(AuditRow("FEATHER's layers 8 and 16 with one token left", 128, by_hand((8, 16), least[:2])))
     for tier in (192, 128, 64):
-        found.append(Row(f"Nuwa {tier} (its paper)", tier, made("nuwa", tier, action="delete")))
+        found.append(AuditRow(f"Nuwa {tier} (its paper)", tier, made("nuwa", tier, action="delete")))
     for variant in ("fastv_K3", "pdrop_earlyL2", "ours_vs_fastv", "ours_vs_pdrop"):
         for tier in (192, 128, 64):
             name = f"llava15_{variant}_avg{tier}"
-            found.append(Row(f"{name} (Reroute's release)", tier, preset(name, num_layers)))
+            found.append(AuditRow(f"{name} (Reroute's release)", tier, preset(name, num_layers)))
     return found
 
 
-def table(found: Sequence[Row], config: DecoderConfig) -> str:
+def table(found: Sequence[AuditRow], config: DecoderConfig) -> str:
     """Markdown."""
     lines = [
         "| configuration | called | tokens a layer | of 576 | at least | TMACs with scoring | KV tokens a layer |",

@@ -56,7 +56,7 @@ BUDGET, TEXT, ROWS, NEW_TOKENS, BOUND = 192, 16, 8, 8, 1e-4
 
 
 @dataclass(frozen=True)
-class Case:
+class MeshCase:
     family: str
     mesh: str
     method: str
@@ -64,7 +64,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class MeshOutcome:
     """logits: the largest difference. collectives: of the prefill, how many of each kind; largest: the most numbers
     that one of them gives a device, as a share of all rows' hidden states at the decoder's input."""
 
@@ -80,7 +80,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Answered:
+class MeshAnswer:
     """program: the compiled prefill."""
 
     logits: np.ndarray
@@ -100,7 +100,7 @@ def compare(args: argparse.Namespace) -> int:
     if len(jax.devices()) < DEVICES:
         raise RerouteError(f"JAX was started with {len(jax.devices())} devices: run this command in its own process")
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    known = read(args.out, Case, Outcome)
+    known = read(args.out, MeshCase, MeshOutcome)
     todo = [case for case in cases(args) if case not in known]
     with tqdm(total=len(todo), unit="case") as bar, args.out.open("a") as file:
         for case, outcome in outcomes(todo):
@@ -113,15 +113,15 @@ def compare(args: argparse.Namespace) -> int:
     return 0 if all(outcome.equal for outcome in asked.values()) else 1
 
 
-def cases(args: argparse.Namespace) -> Iterator[Case]:
+def cases(args: argparse.Namespace) -> Iterator[MeshCase]:
     """Everything that the arguments name, those of one model and schedule together."""
     for family in args.families:
         for method in args.methods:
             for action in [""] if method in WITHOUT_ACTION else args.actions:
-                yield from (Case(family, mesh, method, action) for mesh in args.meshes)
+                yield from (MeshCase(family, mesh, method, action) for mesh in args.meshes)
 
 
-def outcomes(todo: Sequence[Case]) -> Iterator[tuple[Case, Outcome]]:
+def outcomes(todo: Sequence[MeshCase]) -> Iterator[tuple[MeshCase, MeshOutcome]]:
     for (family, method, action), group in groupby(todo, lambda case: (case.family, case.method, case.action)):
         subject = opened(family, None)
         given = sample(subject, ROWS)
@@ -135,11 +135,11 @@ def opened(family: str, mesh: str | None) -> Subject:
     return Subject(family, *random_model(shape, "float32", mesh=mesh), grid, TEXT)
 
 
-def outcome(alone: Answered, split: Answered, subject: Subject) -> Outcome:
+def outcome(alone: MeshAnswer, split: MeshAnswer, subject: Subject) -> MeshOutcome:
     told = list(collectives(split.program))
     hidden = ROWS * (TEXT + subject.visual) * subject.config.decoder.hidden_size
     selections = zip(alone.selected, split.selected, strict=True)
-    return Outcome(
+    return MeshOutcome(
         logits=float(np.abs(alone.logits - split.logits).max()),
         selections_equal=all(np.array_equal(one, other) for one, other in selections),
         tokens_equal=np.array_equal(alone.tokens, split.tokens),
@@ -148,7 +148,7 @@ def outcome(alone: Answered, split: Answered, subject: Subject) -> Outcome:
     )
 
 
-def answered(subject: Subject, method: str, action: str, given: Sample) -> Answered:
+def answered(subject: Subject, method: str, action: str, given: Sample) -> MeshAnswer:
     options = {} if method == "none" else {"budget": BUDGET}
     schedule = subject.plan(method, **options, **({"action": action} if action else {}))
     module, batch = subject.model.module, given.batch(subject.model, schedule)
@@ -158,10 +158,10 @@ def answered(subject: Subject, method: str, action: str, given: Sample) -> Answe
     logits, selected = np.asarray(found.logits), tuple(np.asarray(one.selected) for one in found.decisions)
     segments = run_decode(module, batch, found, range(ROWS), Sampling(limit=NEW_TOKENS))
     tokens = np.concatenate([segment.tokens for segment in segments], axis=1)
-    return Answered(logits, selected, tokens, program.as_text())
+    return MeshAnswer(logits, selected, tokens, program.as_text())
 
 
-def table(found: dict[Case, Outcome]) -> str:
+def table(found: dict[MeshCase, MeshOutcome]) -> str:
     """Markdown."""
     lines = [
         "| model | mesh | method | logits differ by | selections | tokens | collectives of the prefill | the largest |",

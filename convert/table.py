@@ -17,7 +17,7 @@ NAMES_SHOWN = 20
 
 
 @dataclass(frozen=True)
-class Layout:
+class TensorLayout:
     """How a parameter's shape differs from that of its tensor in the checkpoint: the same numbers in the same order.
 
     `rank` is that of the parameter, None for any. `hf_shape(shape)` is the tensor's, for a parameter of that shape.
@@ -28,22 +28,22 @@ class Layout:
     hf_shape: Callable[[Dims], Dims]
 
 
-SAME = Layout("same", None, lambda shape: shape)
+SAME = TensorLayout("same", None, lambda shape: shape)
 # [N*H, D] -> [N, H, D]
-SPLIT_HEADS = Layout("split_heads", 3, lambda s: (s[0] * s[1], s[2]))
+SPLIT_HEADS = TensorLayout("split_heads", 3, lambda s: (s[0] * s[1], s[2]))
 # [D, N*H] -> [D, N, H]
-MERGE_HEADS = Layout("merge_heads", 3, lambda s: (s[0], s[1] * s[2]))
+MERGE_HEADS = TensorLayout("merge_heads", 3, lambda s: (s[0], s[1] * s[2]))
 # [N*H] -> [N, H]
-HEADS_BIAS = Layout("heads_bias", 2, lambda s: (s[0] * s[1],))
+HEADS_BIAS = TensorLayout("heads_bias", 2, lambda s: (s[0] * s[1],))
 # Queries, keys and values in one: [3*N*H, D] -> [3, N, H, D]
-FUSED_HEADS = Layout("fused_heads", 4, lambda s: (s[0] * s[1] * s[2], s[3]))
+FUSED_HEADS = TensorLayout("fused_heads", 4, lambda s: (s[0] * s[1] * s[2], s[3]))
 # [3*N*H] -> [3, N, H]
-FUSED_HEADS_BIAS = Layout("fused_heads_bias", 3, lambda s: (s[0] * s[1] * s[2],))
+FUSED_HEADS_BIAS = TensorLayout("fused_heads_bias", 3, lambda s: (s[0] * s[1] * s[2],))
 
 
-def patches(time: int, side: int) -> Layout:
+def patches(time: int, side: int) -> TensorLayout:
     """nn.Conv3d over patches that do not overlap, [D, 3, time, side, side] -> [D, 3*time*side*side]: a linear map."""
-    return Layout("patches", 2, lambda s: (s[0], 3, time, side, side))
+    return TensorLayout("patches", 2, lambda s: (s[0], 3, time, side, side))
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Rule:
 
     source: str
     target: str
-    layout: Layout
+    layout: TensorLayout
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ def raise_report(headline: str, problems: Mapping[str, list[str]]) -> None:
     raise RerouteError("\n".join(lines))
 
 
-def hf_key(table: ConversionTable, path: str) -> tuple[str, Layout]:
+def hf_key(table: ConversionTable, path: str) -> tuple[str, TensorLayout]:
     """The checkpoint key that parameter `path` is written under, and its layout. Raises RerouteError without a rule."""
     found = _find(table.rules, path, lambda rule: rule.target, lambda rule: rule.source)
     if found is None:
@@ -185,7 +185,7 @@ def to_hf(table: ConversionTable, params: Mapping[str, np.ndarray]) -> Iterator[
 
 def _find(
     rules: tuple[Rule, ...], name: str, left: Callable[[Rule], str], right: Callable[[Rule], str]
-) -> tuple[str, Layout] | None:
+) -> tuple[str, TensorLayout] | None:
     """Translate `name` from the `left` template of the rule it fits to the `right` one."""
     for rule in rules:
         pattern = re.escape(left(rule)).replace(re.escape("{i}"), r"(?P<i>0|[1-9]\d*)")
@@ -194,7 +194,7 @@ def _find(
     return None
 
 
-def _hf_shape(layout: Layout, path: str, shape: Dims) -> Dims:
+def _hf_shape(layout: TensorLayout, path: str, shape: Dims) -> Dims:
     if layout.rank is not None and len(shape) != layout.rank:
         raise RerouteError(
             f"{layout.name} is for parameters of rank {layout.rank}, but {path} is {list(shape)}: correct the rule"

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from functools import partial
 
 from evals.harness import prompts, vqa
-from evals.harness.columns import DataRow, Hub, Images
+from evals.harness.columns import DataRow, Hub, ImageTable
 from evals.harness.data import Doc
 from evals.harness.runner import Record
 from evals.scenes.data import vqa_rows
@@ -20,7 +20,7 @@ HUB = Hub(
     "lmms-lab/GQA",
     "testdev_balanced_instructions",
     "testdev",
-    Images(config="testdev_balanced_images", split="testdev", on="imageId", key="id"),
+    ImageTable(config="testdev_balanced_images", split="testdev", on="imageId", key="id"),
 )
 COLUMNS = {"id": str, "imageId": str, "question": str, "answer": str}
 METRICS = ("exact_match",)

@@ -28,7 +28,7 @@ from reroute_jax.engine.compilation import keep_programs
 from reroute_jax.engine.model import Model
 from reroute_jax.engine.trace import Trace
 from reroute_jax.errors import RerouteError
-from reroute_jax.figure.card import Answered, Question
+from reroute_jax.figure.card import ShownAnswer, ShownQuestion
 from reroute_jax.routing.plan import Schedule
 
 SHOWN = 8  # questions, where nothing else is said
@@ -140,7 +140,7 @@ def _asked_board(args: argparse.Namespace) -> Board:
     return Board(f"{args.task}, {args.model}", "% right", points, runs, pairs, tuple(asked), cards, note)
 
 
-def _point(run: Run, records: Sequence[Record], metric: str, answers: Sequence[Answered]) -> Point:
+def _point(run: Run, records: Sequence[Record], metric: str, answers: Sequence[ShownAnswer]) -> Point:
     known = [right for record in records if (right := is_right(record, metric)) is not None]
     share = sum(100 * one.routed.average / one.routed.visual for one in answers) / len(answers)
     kv_bytes = sum(one.routed.kv_bytes for one in answers) / len(answers)
@@ -231,13 +231,13 @@ def _question(
     row: Mapping[str, Record],
     metric: str,
     settings: Mapping[str, Any],
-) -> Question:
+) -> ShownQuestion:
     """The card of one question. row: its record by run."""
     traces = {run.name: _trace(model, doc, prompt, run) for run in runs}
     seen = model.family.seen_part(doc.image.size, model.image_processor)
     grounded = "parsed" in row[runs[0].name] and "box" in row[runs[0].name]
     answers = tuple(
-        Answered(
+        ShownAnswer(
             "all tokens" if run.name == FULL else run.name,
             (record := row[run.name])["text"].strip(),
             is_right(record, metric),
@@ -249,7 +249,7 @@ def _question(
     )
     truth = row[runs[0].name].get("truth", "")
     notes = [CROP_NOTE] * (seen != (0.0, 0.0, 1.0, 1.0)) + [FRAME_NOTE] * grounded
-    return Question(
+    return ShownQuestion(
         title=f"question {doc.doc_id} ({doc.question_id})",
         text=doc.text,
         truth=shown_truth(truth),

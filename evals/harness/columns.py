@@ -20,7 +20,7 @@ _BATCH = 16  # rows of parquet read at a time
 
 
 @dataclass(frozen=True)
-class Images:
+class ImageTable:
     """Where the images of a set are that are stored apart: question[on] == image[key]."""
 
     config: str
@@ -36,7 +36,7 @@ class Hub:
     name: str
     config: str | None
     split: str
-    images: Images | None = None
+    images: ImageTable | None = None
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class DataSet:
 
 
 @dataclass(frozen=True)
-class Kind:
+class ColumnKind:
     """What a column has to be: in words, and as a test of an arrow type."""
 
     expected: str
@@ -90,11 +90,11 @@ def a_list(of: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return right
 
 
-IMAGE_KIND = {IMAGE: Kind("a struct of bytes and path", is_struct)}
+IMAGE_KIND = {IMAGE: ColumnKind("a struct of bytes and path", is_struct)}
 
 
 def open_table(
-    data: str, split: str | None, hub: Hub, columns: Sequence[str], kinds: Mapping[str, Kind] | None = None
+    data: str, split: str | None, hub: Hub, columns: Sequence[str], kinds: Mapping[str, ColumnKind] | None = None
 ) -> DataSet:
     """The table of `data`: 'hub' or a hub id, a folder in the hub's layout, or a parquet or JSON lines file.
 
@@ -157,12 +157,14 @@ def _and_image(columns: Sequence[str]) -> tuple[str, ...]:
     return tuple(columns) if IMAGE in columns else (*columns, IMAGE)
 
 
-def _folder(path: Path, config: str | None, kinds: Mapping[str, Kind], split: str, columns: Sequence[str]) -> DataSet:
+def _folder(
+    path: Path, config: str | None, kinds: Mapping[str, ColumnKind], split: str, columns: Sequence[str]
+) -> DataSet:
     within = path / config if config is not None and (path / config).is_dir() else path
     return _files(split_files(within, split), f"{within} [{split}]", columns, kinds)
 
 
-def _files(files: Sequence[Path], name: str, columns: Sequence[str], kinds: Mapping[str, Kind]) -> DataSet:
+def _files(files: Sequence[Path], name: str, columns: Sequence[str], kinds: Mapping[str, ColumnKind]) -> DataSet:
     parts = [_json(file, columns) if file.suffix in JSON_SUFFIXES else _parquet(file, columns, kinds) for file in files]
 
     def rows(wanted: Sequence[str]) -> Iterator[DataRow]:
@@ -176,7 +178,7 @@ def _files(files: Sequence[Path], name: str, columns: Sequence[str], kinds: Mapp
     return DataSet(name, rows, sum(part.count for part in parts), tuple(files), images)
 
 
-def _parquet(file: Path, columns: Sequence[str], kinds: Mapping[str, Kind]) -> DataSet:
+def _parquet(file: Path, columns: Sequence[str], kinds: Mapping[str, ColumnKind]) -> DataSet:
     import pyarrow as pa
     import pyarrow.parquet as pq
 

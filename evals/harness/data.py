@@ -20,15 +20,15 @@ import numpy as np
 from PIL import Image
 
 from evals.harness.boxes import Box
-from evals.harness.columns import DataRow, DataSet, Hub, Kind, a_list, is_number, is_text, open_table
+from evals.harness.columns import ColumnKind, DataRow, DataSet, Hub, a_list, is_number, is_text, open_table
 from reroute_jax.engine.images import decode_image
 from reroute_jax.errors import RerouteError
 
 SCENES = "scenes"
 REC_COLUMNS = ("question_id", "image", "answer", "bbox")
 REC_KINDS = {
-    "answer": Kind("a list of strings", a_list(is_text)),
-    "bbox": Kind("a list of 4 numbers", a_list(is_number)),
+    "answer": ColumnKind("a list of strings", a_list(is_text)),
+    "bbox": ColumnKind("a list of 4 numbers", a_list(is_number)),
 }
 REFCOCO = Hub("lmms-lab/RefCOCO", None, "val")
 PARITY_JPEG_ROUNDTRIPS = 2

@@ -14,7 +14,7 @@ from itertools import takewhile
 from evals.harness.finished_runs import Finished
 from evals.harness.routes import FULL
 from evals.harness.runner import Record
-from reroute_jax.figure.card import STYLE, Question, card
+from reroute_jax.figure.card import STYLE, ShownQuestion, card
 from reroute_jax.figure.maps import BLUE, GREEN, ORANGE, PURPLE, STATES, VERMILION, legend
 
 LISTED = 400  # questions of a board that the page lists, those that tell most first
@@ -55,7 +55,7 @@ class Board:
     runs: tuple[str, ...]
     pairs: tuple[tuple[str, str], ...]
     asked: tuple[Asked, ...]
-    cards: Mapping[int, Question]
+    cards: Mapping[int, ShownQuestion]
     note: str = ""
 
     def ordered(self) -> list[Asked]:
@@ -77,7 +77,7 @@ def is_right(record: Record, metric: str) -> bool | None:
     return None if value is None else value >= 0.5
 
 
-def board(finished: Finished, metric: str, scale: int, cards: Mapping[int, Question], note: str = "") -> Board:
+def board(finished: Finished, metric: str, scale: int, cards: Mapping[int, ShownQuestion], note: str = "") -> Board:
     """Of a finished run. scale: what scores are shown times."""
     settings, runs = finished.settings, finished.summary["runs"]
     points = tuple(_point(name, values, metric, scale) for name, values in runs.items())

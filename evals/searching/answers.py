@@ -8,7 +8,7 @@ from functools import cached_property
 
 from reroute_jax.decoder import Prefilled
 from reroute_jax.engine import programs
-from reroute_jax.engine.answers import Chosen
+from reroute_jax.engine.answers import AnswerTokens
 from reroute_jax.engine.batching import Batch, BatchShape, Question, lay_out
 from reroute_jax.engine.groups import batch_of
 from reroute_jax.engine.model import Model
@@ -31,7 +31,7 @@ class Chunk:
         config = self.model.config
         sampling = Sampling(repetition_penalty=config.repetition_penalty, stop=config.eos_tokens, limit=max_new_tokens)
         batch, prefilled = self._prefilled(schedule)
-        rows = [Chosen(frozenset(sampling.stop)) for _ in self.questions]
+        rows = [AnswerTokens(frozenset(sampling.stop)) for _ in self.questions]
         for segment in run_decode(self.model.module, batch, prefilled, range(len(rows)), sampling):
             for row, tokens, logprobs in zip(segment.rows, segment.tokens, segment.logprobs, strict=True):
                 rows[row].add(tokens, logprobs)

@@ -19,16 +19,16 @@ ROW = 2048  # of the array that is read
 
 
 @dataclass(frozen=True)
-class Probe:
+class ProbeSize:
     """What peaks are measured with: side of the square product, and bytes of the array that is read."""
 
     side: int
     nbytes: int
 
 
-CPU = Probe(2048, 2**29)
+CPU = ProbeSize(2048, 2**29)
 # A millisecond of an accelerator that multiplies 1,000 TFLOP/s and reads 4 TB/s: a launch takes tens of microseconds.
-ACCELERATOR = Probe(8192, 2**32)
+ACCELERATOR = ProbeSize(8192, 2**32)
 
 
 @dataclass(frozen=True)

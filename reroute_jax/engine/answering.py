@@ -12,7 +12,7 @@ from flax import nnx
 
 from reroute_jax.decoder import Prefilled
 from reroute_jax.engine import programs
-from reroute_jax.engine.answers import Answer, Chosen, Usage
+from reroute_jax.engine.answers import Answer, AnswerTokens, Usage
 from reroute_jax.engine.batching import Batch, Layout
 from reroute_jax.engine.groups import Group
 from reroute_jax.engine.running import Prefill, checked_segments, dtype_of, overflow, run_decode
@@ -59,7 +59,7 @@ def answer_group(
 def stream_tokens(module: nnx.Module, batch: Batch, sampling: Sampling, prefill: Prefill) -> Iterator[int]:
     """The answer of a batch of one row as it comes, without the id that ends it. Raises RerouteError where numbers
     overflow."""
-    chosen = Chosen(frozenset(sampling.stop))
+    chosen = AnswerTokens(frozenset(sampling.stop))
     for segment in checked_segments(module, batch, sampling, prefill, STREAM_STEPS):
         shown = len(chosen.tokens)
         chosen.add(segment.tokens[0], segment.logprobs[0])
@@ -68,9 +68,9 @@ def stream_tokens(module: nnx.Module, batch: Batch, sampling: Sampling, prefill:
 
 def _chosen(
     module: nnx.Module, group: Group, prefilled: Prefilled, sampling: Sampling
-) -> tuple[list[Chosen], np.ndarray]:
+) -> tuple[list[AnswerTokens], np.ndarray]:
     """What each question chose, and of each row whether all its logits were finite."""
-    rows = [Chosen(frozenset(sampling.stop)) for _ in group.numbers]
+    rows = [AnswerTokens(frozenset(sampling.stop)) for _ in group.numbers]
     finite = np.ones(len(group.batch.live), bool)
     numbers = (*group.numbers, *[0] * (len(finite) - len(rows)))
     for segment in run_decode(module, group.batch, prefilled, numbers, sampling):

@@ -56,7 +56,7 @@ def raise_errors(answers: Sequence[Answer]) -> None:
 
 
 @dataclass
-class Chosen:
+class AnswerTokens:
     """Tokens of one row as they come. stop: ids that end it."""
 
     stop: frozenset[int]

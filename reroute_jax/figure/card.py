@@ -42,7 +42,7 @@ class Routed:
 
 
 @dataclass(frozen=True)
-class Answered:
+class ShownAnswer:
     """A run's answer. right: None where the question alone does not tell. score: as text. box: in fractions of the
     first view."""
 
@@ -55,7 +55,7 @@ class Answered:
 
 
 @dataclass(frozen=True)
-class Question:
+class ShownQuestion:
     """truth: as text. truth_box: in fractions of the first view. notes: sentences below the picture."""
 
     title: str
@@ -63,7 +63,7 @@ class Question:
     truth: str
     truth_box: tuple[float, float, float, float] | None
     views: tuple[View, ...]
-    answers: tuple[Answered, ...]
+    answers: tuple[ShownAnswer, ...]
     notes: tuple[str, ...] = ()
 
 
@@ -86,7 +86,7 @@ def routed_figure(views: Sequence[View], routed: Routed) -> Figure:
     return Figure(f'<style>{STYLE}</style><div class="rj rj-alone">{body}</div>')
 
 
-def card(question: Question, attributes: str = "") -> str:
+def card(question: ShownQuestion, attributes: str = "") -> str:
     """`attributes`: of the HTML element, escaped."""
     views, answers = question.views, question.answers
     names = _names(views, question.title)
@@ -113,7 +113,7 @@ def card(question: Question, attributes: str = "") -> str:
     )
 
 
-def _answer(number: int, one: Answered) -> str:
+def _answer(number: int, one: ShownAnswer) -> str:
     verdict = {True: "right", False: "wrong", None: ""}[one.right]
     sign = {"right": "\u2713 right", "wrong": "\u2717 wrong", "": ""}[verdict]
     chip = f'<span class="rj-verdict rj-{verdict}">{sign}</span>' if verdict else ""

@@ -12,14 +12,14 @@ from reroute_jax.errors import RerouteError
 from reroute_jax.routing.floors import RotaryAnchors, StrideGrid, stride_grid
 from reroute_jax.routing.plan import Schedule
 from reroute_jax.routing.repair import ProxyOffset
-from reroute_jax.routing.request import Request
+from reroute_jax.routing.request import PlanRequest
 from reroute_jax.routing.solver import scaled_layer
 
 # FEATHER keeps the square of its first ratio, 3/10, at its second decision (17).
 _SECOND = Fraction(9, 100)
 
 
-def feather(request: Request) -> Schedule:
+def feather(request: PlanRequest) -> Schedule:
     """Attention without rotation over the visual tokens, a grid of every `stride`-th token first (13.2, 14.1).
 
     FEATHER (ICCV 2025): two decisions, the second twice as deep as the first; it keeps 9 % of what the first
@@ -55,7 +55,7 @@ def feather(request: Request) -> Schedule:
     )
 
 
-def v2drop(request: Request) -> Schedule:
+def v2drop(request: PlanRequest) -> Schedule:
     """What the last layer changed most stays (13.4). V2Drop: three decisions, half of the tokens at the second, one
     token at the third (17)."""
     switches, depth = request.switches, request.num_layers
@@ -71,7 +71,7 @@ def v2drop(request: Request) -> Schedule:
     return request.schedule(layers, keep, of_kept=(False, True, False), score="hidden_change")
 
 
-def ivc(request: Request) -> Schedule:
+def ivc(request: PlanRequest) -> Schedule:
     """Values like those of the text, and rotary anchors; the caches of earlier layers are cut to what is left (13.3,
     14.2, 15.1). IVC-Prune: one decision; with reroute a second one, where the layer's own values are compared (18.3).
     """
@@ -101,7 +101,7 @@ def ivc(request: Request) -> Schedule:
     )
 
 
-def swiftvlm(request: Request) -> Schedule:
+def swiftvlm(request: PlanRequest) -> Schedule:
     """Attention of the last token on all tokens at every decision; proxies run for those that wait, and repair them
     (15.2). SwiftVLM (arXiv 2602.03134): three decisions, here with equal counts (17)."""
     switches, depth = replace(request.switches, repair=request.switches.repair or "proxy_offset"), request.num_layers
@@ -128,7 +128,7 @@ def _two(first: int, depth: int) -> tuple[int, int]:
     return first, second
 
 
-def _beside(floor: RotaryAnchors, share: Fraction, request: Request) -> Fraction:
+def _beside(floor: RotaryAnchors, share: Fraction, request: PlanRequest) -> Fraction:
     """What the scores may choose where a floor comes on top (14.3)."""
     left = share - 2 * floor.share - floor.seeds_share
     if left * request.visual < 1:
@@ -139,7 +139,7 @@ def _beside(floor: RotaryAnchors, share: Fraction, request: Request) -> Fraction
     return left
 
 
-def _late_start(request: Request, latest: int) -> int:
+def _late_start(request: PlanRequest, latest: int) -> int:
     """The first decision, so early that layers with all tokens take at most three quarters of the budget (17)."""
     return min(latest, max(1, int(request.budget * request.num_layers * 3 / 4)))
 
@@ -156,7 +156,7 @@ def _spans(layers: Sequence[int], decisions: int, depth: int) -> list[int]:
     return spans
 
 
-def _share(request: Request, first: int, weight: Fraction, tail: Fraction = Fraction(0)) -> Fraction:
+def _share(request: PlanRequest, first: int, weight: Fraction, tail: Fraction = Fraction(0)) -> Fraction:
     """The share of the visual tokens that the first decision keeps, where later layers run `weight` times as many
     tokens as it keeps, and `tail` (as a share) on top."""
     share = (request.budget * request.num_layers - first - tail) / weight

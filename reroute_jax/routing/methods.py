@@ -18,7 +18,7 @@ from reroute_jax.routing.hiprune import HiPrune
 from reroute_jax.routing.nuwa_schedule import nuwa
 from reroute_jax.routing.plan import Schedule
 from reroute_jax.routing.pool import PoolMerge
-from reroute_jax.routing.request import Request
+from reroute_jax.routing.request import PlanRequest
 from reroute_jax.routing.solver import OFFICIAL_RATIOS, decision_layers, solve
 from reroute_jax.routing.stages import ACTIONS
 from reroute_jax.routing.switches import SWITCHES, Switches, shown
@@ -71,7 +71,7 @@ def plan(
     asked = str(tier or f"{float(share):.4g}") if needs_budget else None
     label = _label(method, action if known.has_actions else None, asked, given)
     rules = FAMILIES[family].nuwa
-    return known.build(Request(method, family, rules, num_layers, visual, grid, share, tier, action, given, label))
+    return known.build(PlanRequest(method, family, rules, num_layers, visual, grid, share, tier, action, given, label))
 
 
 def _label(method: str, action: str | None, budget: str | None, switches: Switches) -> str:
@@ -84,7 +84,7 @@ def _label(method: str, action: str | None, budget: str | None, switches: Switch
     return " ".join(parts)
 
 
-def _solved(request: Request, shape: str, layers: Sequence[int], **more) -> Schedule:
+def _solved(request: PlanRequest, shape: str, layers: Sequence[int], **more) -> Schedule:
     """Decisions of a shape at its own layers, or at every K-th layer, with official or solved ratios."""
     switches = request.switches
     if switches.ratios == "official":
@@ -96,44 +96,44 @@ def _solved(request: Request, shape: str, layers: Sequence[int], **more) -> Sche
     return request.schedule(layers, solve(shape, layers, request.num_layers, request.visual, request.average), **more)
 
 
-def _own_layers(request: Request, shape: str) -> tuple[int, ...]:
+def _own_layers(request: PlanRequest, shape: str) -> tuple[int, ...]:
     return decision_layers(shape, request.num_layers, request.switches.first_decision)
 
 
-def _none(request: Request) -> Schedule:
+def _none(request: PlanRequest) -> Schedule:
     return request.schedule((), ())
 
 
-def _flat(request: Request, **more) -> Schedule:
+def _flat(request: PlanRequest, **more) -> Schedule:
     layers = _own_layers(request, "flat")
     return _solved(request, "flat", layers[:1] if request.action == "delete" else layers, **more)
 
 
-def _fastv(request: Request) -> Schedule:
+def _fastv(request: PlanRequest) -> Schedule:
     """Deletion: one decision. Reroute: `ours_vs_fastv`, the same ratio at four decisions (7.3)."""
     return _flat(request, score=_SCORES[request.switches.score_source])
 
 
-def _pdrop(request: Request) -> Schedule:
+def _pdrop(request: PlanRequest) -> Schedule:
     """Deletion: geometric ratios. Reroute: `ours_vs_pdrop`, the pyramid (7.3)."""
     shape = "geometric" if request.action == "delete" else "pyramid"
     return _solved(request, shape, _own_layers(request, shape), score=_SCORES[request.switches.score_source])
 
 
-def _random(request: Request) -> Schedule:
+def _random(request: PlanRequest) -> Schedule:
     return _flat(request, score="prior", prior="random", seed=request.switches.seed)
 
 
-def _uniform(request: Request) -> Schedule:
+def _uniform(request: PlanRequest) -> Schedule:
     return _flat(request, score="prior", prior="uniform")
 
 
-def _pool(request: Request) -> Schedule:
+def _pool(request: PlanRequest) -> Schedule:
     """Average pooling to the budget before the decoder, no decisions."""
     return request.schedule((), (), merge=PoolMerge(request.budget))
 
 
-def _amount(request: Request) -> dict[str, Fraction | int]:
+def _amount(request: PlanRequest) -> dict[str, Fraction | int]:
     """What a reduction before the decoder keeps of an image."""
     if request.switches.keep is None:
         return {"share": request.budget}
@@ -143,25 +143,25 @@ def _amount(request: Request) -> dict[str, Fraction | int]:
     return {"count": int(keep)} if isinstance(keep, Integral) else {"share": Fraction(keep).limit_denominator(10**6)}
 
 
-def _downsample(request: Request) -> Schedule:
+def _downsample(request: PlanRequest) -> Schedule:
     """A smaller image, no decisions."""
     square = FAMILIES[request.family].one_grid
     return request.schedule((), (), merge=Downsample(**_amount(request), square=square, blur=request.switches.blur))
 
 
-def _divprune(request: Request) -> Schedule:
+def _divprune(request: PlanRequest) -> Schedule:
     return request.schedule((), (), merge=DivPrune(**_amount(request)))
 
 
-def _hiprune(request: Request) -> Schedule:
+def _hiprune(request: PlanRequest) -> Schedule:
     return request.schedule((), (), merge=HiPrune(**_amount(request), neighbours=request.switches.neighbours))
 
 
-def _visionzip(request: Request) -> Schedule:
+def _visionzip(request: PlanRequest) -> Schedule:
     return request.schedule((), (), merge=VisionZip(**_amount(request), cls=request.switches.cls))
 
 
-def _layout(request: Request) -> Schedule:
+def _layout(request: PlanRequest) -> Schedule:
     """PDrop's reroute where a token once deferred may not return: isolates what recovery is worth."""
     if request.action == "delete":
         raise RerouteError("method 'layout' is reroute without recovery, it has no action='delete'")
@@ -172,7 +172,7 @@ def _layout(request: Request) -> Schedule:
 class Method:
     """A factory, and whether a budget, and deletion or reroute, mean anything to it."""
 
-    build: Callable[[Request], Schedule]
+    build: Callable[[PlanRequest], Schedule]
     has_actions: bool = True
     has_budget: bool = True
 

@@ -9,11 +9,11 @@ from reroute_jax.errors import RerouteError
 from reroute_jax.routing.nuwa import NuwaMerge
 from reroute_jax.routing.nuwa_rules import NuwaRules
 from reroute_jax.routing.plan import Schedule
-from reroute_jax.routing.request import Request
+from reroute_jax.routing.request import PlanRequest
 from reroute_jax.routing.solver import Ratio, decision_layers, scaled_layer, solve
 
 
-def nuwa(request: Request) -> Schedule:
+def nuwa(request: PlanRequest) -> Schedule:
     """Merge to N1 anchors before the decoder, keep N2 from half its depth on (4.6, 4.7, 5); reroute as in section 6."""
     rules, switches = _rules(request), request.switches
     _check(request)
@@ -36,7 +36,7 @@ def nuwa(request: Request) -> Schedule:
     )
 
 
-def _rules(request: Request) -> NuwaRules:
+def _rules(request: PlanRequest) -> NuwaRules:
     if request.nuwa is None:
         raise RerouteError(
             f"method 'nuwa' has no rules for the model family {request.family}, which it was not released for: "
@@ -45,7 +45,7 @@ def _rules(request: Request) -> NuwaRules:
     return request.nuwa
 
 
-def _check(request: Request) -> None:
+def _check(request: PlanRequest) -> None:
     switches = request.switches
     if switches.keep_ratio is None and request.budget > Fraction(4, 7):
         raise RerouteError(f"method 'nuwa' averages at most 4/7 of the visual tokens, not {float(request.budget):.4g}")
@@ -58,7 +58,7 @@ def _check(request: Request) -> None:
         )
 
 
-def _shares(request: Request, rules: NuwaRules) -> tuple[Fraction, Ratio, int]:
+def _shares(request: PlanRequest, rules: NuwaRules) -> tuple[Fraction, Ratio, int]:
     """(share of the tokens after the merge, share of those that the decision keeps, candidates per region)."""
     ratio, depth = request.switches.keep_ratio, request.num_layers
     if ratio is not None:
@@ -74,7 +74,7 @@ def _shares(request: Request, rules: NuwaRules) -> tuple[Fraction, Ratio, int]:
 
 
 def _decisions(
-    request: Request, rules: NuwaRules, merge: NuwaMerge, kept: Ratio
+    request: PlanRequest, rules: NuwaRules, merge: NuwaMerge, kept: Ratio
 ) -> tuple[Sequence[int], Sequence[Ratio | int]]:
     """Decision layers, and shares of the merged tokens, or counts where the rules fix them."""
     switches, depth = request.switches, request.num_layers
@@ -91,7 +91,7 @@ def _decisions(
     return layers, [max(1, round(Fraction(pool, 7)))] * len(layers)
 
 
-def _layers(request: Request, half: int) -> Sequence[int]:
+def _layers(request: PlanRequest, half: int) -> Sequence[int]:
     switches, depth = request.switches, request.num_layers
     if switches.decisions is not None:
         return range(half, depth, switches.step)
@@ -107,7 +107,7 @@ def _layers(request: Request, half: int) -> Sequence[int]:
     return [half, second]
 
 
-def _scores(request: Request, host: str, decisions: int) -> list[str]:
+def _scores(request: PlanRequest, host: str, decisions: int) -> list[str]:
     """The host ranks by the previous layer; under reroute only the first decision can (6)."""
     switches = request.switches
     if request.action == "delete":

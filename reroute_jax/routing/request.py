@@ -13,7 +13,7 @@ from reroute_jax.routing.switches import Switches
 
 
 @dataclass(frozen=True)
-class Request:
+class PlanRequest:
     """One call of `plan`, checked. budget: share of the visual tokens; tier: its name where it has one. nuwa: the
     family's rules, None where Nuwa has none. label: of the schedule."""
 

@@ -11,7 +11,7 @@ from flax import nnx
 
 from reroute_jax.decoder import Prefilled
 from reroute_jax.engine.answering import Ran, usage_of
-from reroute_jax.engine.answers import Chosen, Usage
+from reroute_jax.engine.answers import AnswerTokens, Usage
 from reroute_jax.engine.batching import Batch, BatchShape, Layout
 from reroute_jax.engine.groups import batch_of
 from reroute_jax.engine.image_cache import CachedPrefill
@@ -43,7 +43,7 @@ class Row:
 
     request: Request
     usage: Usage
-    chosen: Chosen
+    chosen: AnswerTokens
 
 
 class Pool:
@@ -110,7 +110,7 @@ class Pool:
         tokens, logprobs, done, finite = jax.device_get(told)
         for row, (slot, request) in enumerate(zip(taken, requests, strict=True)):
             usage = usage_of(self.module, request.layout, batch.plan, ran, row, new_tokens=1)
-            self.rows[slot] = Row(request, usage, Chosen(frozenset(request.sampling.stop)))
+            self.rows[slot] = Row(request, usage, AnswerTokens(frozenset(request.sampling.stop)))
             _put(self.sampling, slot, own[row])
             problem = overflow(batch.plan, stages[:, row], finite[row], dtype_of(self.module), "this question")
             self._hear(slot, tokens[row], logprobs[row], done[row], problem)

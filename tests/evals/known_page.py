@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from evals.harness.pages import Asked, Board, Point, page
-from reroute_jax.figure.card import Answered, Question, Routed
+from reroute_jax.figure.card import Routed, ShownAnswer, ShownQuestion
 from reroute_jax.figure.maps import View
 from reroute_jax.figure.tokens import stage_tokens
 from reroute_jax.routing.plan import Schedule
@@ -42,12 +42,12 @@ def routed(action: str | None, second: tuple[int, ...] = SECOND) -> Routed:
     return Routed(action or "none", tuple(stages), kv_tokens, 128 * sum(kv_tokens))
 
 
-def question(number: int) -> Question:
+def question(number: int) -> ShownQuestion:
     box = (0.5, 0.25, 1.0, 0.75)
     rights = [verdict == "1" for verdict in VERDICTS[number]]
     runs = (None, "delete", "reroute")
     answers = tuple(
-        Answered(
+        ShownAnswer(
             name,
             f"answer {number} of {name}",
             right,
@@ -57,7 +57,7 @@ def question(number: int) -> Question:
         )
         for name, right, action in zip(RUNS, rights, runs, strict=True)
     )
-    return Question(f"question {number}", f"the thing number {number}", "[0.50, 0.25]", box, (view(),), answers)
+    return ShownQuestion(f"question {number}", f"the thing number {number}", "[0.50, 0.25]", box, (view(),), answers)
 
 
 def known_page() -> str:

@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from reroute_jax.figure.card import Answered, Question, Routed, card, routed_figure
+from reroute_jax.figure.card import Routed, ShownAnswer, ShownQuestion, card, routed_figure
 from reroute_jax.figure.maps import Box, View, token_map
 from reroute_jax.figure.tokens import DEFERRED, RETURNED, RUN, StageTokens
 
@@ -17,11 +17,11 @@ ROUTED = Routed(
     "pdrop reroute", (StageTokens(0, 1, np.zeros(6, int), None), STAGE), kv_tokens=(10, 7, 7), kv_bytes=24_000
 )
 HOSTILE = '<script>alert("1")</script>'
-QUESTION = Question(
+QUESTION = ShownQuestion(
     HOSTILE, HOSTILE, HOSTILE, (0.1, 0.1, 0.5, 0.9), (VIEW,),
     (
-        Answered(HOSTILE, HOSTILE, True, "IoU 0.71", (0.2, 0.1, 0.5, 0.9), ROUTED),
-        Answered("delete", "", False, "", None, replace(ROUTED, label="delete")),
+        ShownAnswer(HOSTILE, HOSTILE, True, "IoU 0.71", (0.2, 0.1, 0.5, 0.9), ROUTED),
+        ShownAnswer("delete", "", False, "", None, replace(ROUTED, label="delete")),
     ),
     (HOSTILE,),
 )  # fmt: skip
