@@ -49,7 +49,8 @@ class BatchShape:
     """What programs are compiled for, the number of rows excepted.
 
     text, routed: slots of a row, for tokens that decisions do not and do choose among. visual: for original visual
-    tokens; image: for the features of one image; images: of a row.
+    tokens; image: for the features of one image; images: of a row. windows: of an image in the tower, 0 where it has
+    none.
     """
 
     text: int
@@ -57,6 +58,7 @@ class BatchShape:
     visual: int
     image: int
     images: int
+    windows: int = 0
 
     @property
     def slots(self) -> int:
@@ -147,7 +149,7 @@ def lay_out(question: Question, config: ModelConfig, schedule: Schedule) -> Layo
         visual_positions,
         next_position,
         _floor(question, positions[..., is_image], config, schedule),
-        _shape(routed[keep], sizes, config, schedule),
+        _shape(question, routed[keep], config, schedule),
     )
 
 
@@ -157,25 +159,29 @@ def _floor(question: Question, positions: np.ndarray, config: ModelConfig, sched
     return floors(schedule, grids, np.atleast_2d(positions[..., :visual]), config.decoder)
 
 
-def _shape(routed: Bool[np.ndarray, " S"], sizes: np.ndarray, config: ModelConfig, schedule: Schedule) -> BatchShape:
-    token_bucket = FAMILIES[config.family].token_bucket
+def _shape(question: Question, routed: Bool[np.ndarray, " S"], config: ModelConfig, schedule: Schedule) -> BatchShape:
+    family, merge = FAMILIES[config.family], schedule.merge
+    token_bucket, sizes = family.token_bucket, [rows * cols for rows, cols in question.grids]
     text = bucket(int((~routed).sum()), TEXT_BUCKETS, "a prompt, in text tokens,")
-    if not len(sizes):
+    if not sizes:
         # One slot, which nothing reads, and no decision.
         return BatchShape(text, routed=0, visual=1, image=0, images=0)
-    image = token_bucket(int(sizes.max()))
+    image = token_bucket(max(sizes))
+    encoded = [merge.cells(grid) for grid in question.grids] if isinstance(merge, Downsample) else question.grids
+    largest_encoded = token_bucket(max(rows * cols for rows, cols in encoded))
     return BatchShape(
         text,
         routed=token_bucket(int(routed.sum())),
-        visual=token_bucket(int(sizes.sum())),
-        image=image if schedule.merge is None else schedule.merge.cap(image),
+        visual=token_bucket(sum(sizes)),
+        image=image if merge is None else merge.cap(image),
         images=len(sizes),
+        windows=family.windows(encoded, largest_encoded, config),
     )
 
 
 def largest(shapes: Sequence[BatchShape]) -> BatchShape:
     """That holds rows of all of these shapes."""
-    names = ("text", "routed", "visual", "image", "images")
+    names = ("text", "routed", "visual", "image", "images", "windows")
     return BatchShape(*(max(getattr(shape, name) for shape in shapes) for name in names))
 
 

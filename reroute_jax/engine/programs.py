@@ -63,7 +63,7 @@ def decode(decoder, state, sampling, steps):
     return generation.decode(decoder, state, sampling, steps)
 
 
-@compiled(static_argnames="slots", donate_argnames="state")
+@compiled(static_argnames="slots")
 def keep_rows(state, sampling, rows, slots):
     log.info("compiling %d of %d rows with %d slots more", rows.size, len(state.token), slots)
     return generation.keep_rows(state, sampling, rows, slots)

@@ -92,6 +92,8 @@ class Family:
     pack(pixel_values, grids, config, images): pixels for `encode_images`, padded to `images` images.
     positions(ids, grids, config): rotary positions of an unpadded row, `[S]` or `[3, S]`, and the next token's.
     token_bucket(tokens): the number of visual tokens that a program is compiled for.
+    windows(grids, tokens, config): the number of attention windows that the tower's program is compiled for, of images
+        in a bucket of `tokens`; 0 where it has none.
     image_processor(folder, config), preprocess(images, processor): what makes (pixel_values, image_grid_thw) of opened
         images; in two steps, `pixels([fit(image, processor), ...], processor)`. What `fit` gives is RGB in the size
         that the model sees, uint8 `[h, w, 3]`; it raises RerouteError for a size that the model does not take.
@@ -121,6 +123,7 @@ class Family:
     pack: Callable[[Any, Sequence[Grid], ModelConfig, int], Any]
     positions: Callable[[np.ndarray, Sequence[Grid], ModelConfig], tuple[np.ndarray, int]]
     token_bucket: Callable[[int], int]
+    windows: Callable[[Sequence[Grid], int, ModelConfig], int]
     image_processor: Callable[[Path, ModelConfig], Any]
     preprocess: Callable[[Sequence[Image.Image], Any], tuple[np.ndarray, np.ndarray | None]]
     fit: Callable[[Image.Image, Any], np.ndarray]

@@ -202,6 +202,7 @@ FAMILY = Family(
     pack=_pack,
     positions=lambda ids, grids, config: (np.arange(len(ids)), len(ids)),
     token_bucket=lambda tokens: tokens,
+    windows=lambda grids, tokens, config: 0,
     image_processor=_open_processor,
     preprocess=lambda images, processor: _pixels([_fit(image, processor) for image in images], processor),
     fit=_fit,

@@ -38,7 +38,7 @@ from reroute_jax.types import AnyArray, Grid
 from reroute_jax.vision.qwen2_5 import QwenImages, QwenTower
 from reroute_jax.vision.qwen_config import QwenVisionConfig
 from reroute_jax.vision.qwen_images import final_size, fit, patches, preprocess, repack, unpack, visual_grid
-from reroute_jax.vision.qwen_windows import QwenPixels, pack
+from reroute_jax.vision.qwen_windows import QwenPixels, pack, window_count
 
 NAME = "qwen2_5_vl"
 # Of transformers, where config.json names none.
@@ -140,6 +140,7 @@ FAMILY = Family(
     pack=_pack,
     positions=_positions,
     token_bucket=token_bucket,
+    windows=lambda grids, tokens, config: window_count(grids, tokens, config.vision),
     image_processor=open_processor,
     preprocess=preprocess,
     fit=fit,

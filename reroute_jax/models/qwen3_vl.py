@@ -146,6 +146,7 @@ FAMILY = Family(
     ),
     positions=_positions,
     token_bucket=token_bucket,
+    windows=lambda grids, tokens, config: 0,
     image_processor=open_processor,
     preprocess=lambda images, processor: preprocess(images, processor, fit_once),
     fit=fit_once,

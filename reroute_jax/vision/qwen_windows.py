@@ -55,7 +55,7 @@ def pack(
     """
     patches, place, count = padded(pixel_values, grids, config.merge, config.patch_values, images)
     total, slots, side = patches.shape[1], config.window**2, config.window // config.merge
-    width = _windows(grids, total // config.merge**2, side)
+    width = window_count(grids, total // config.merge**2, config)
     slot = np.full((images, total), width * slots, np.int32)
     windows = np.full((images, width * slots), total, np.int32)
     for i, (_, cols) in enumerate(grids):
@@ -71,8 +71,9 @@ def most_windows(tokens: int, side: int, aspect: int) -> int:
     return max(-(-rows // side) * -(-min(tokens // rows, aspect * rows) // side) for rows in shorter)
 
 
-def _windows(grids: Sequence[tuple[int, int]], tokens: int, side: int) -> int:
-    """One of two numbers a bucket, so that programs stay few."""
+def window_count(grids: Sequence[tuple[int, int]], tokens: int, config: QwenVisionConfig) -> int:
+    """Those that images in a bucket of `tokens` are padded to: one of two numbers, so that programs stay few."""
+    side = config.window // config.merge
     ordinary = most_windows(tokens, side, ORDINARY_ASPECT)
     needed = max((-(-rows // side) * -(-cols // side) for rows, cols in grids), default=1)
     return ordinary if needed <= ordinary else most_windows(tokens, side, tokens)

@@ -20,7 +20,7 @@ from reroute_jax.serving.buckets import Limits, Pools, Unplaced, kinds, make_poo
 from reroute_jax.serving.engine import Busy, Engine, Stopping
 from reroute_jax.serving.pool import Pool
 from reroute_jax.serving.requests import News, Request
-from tests.checkpoints import smallest
+from tests.checkpoints import qwen_pair, smallest
 
 LIMITS = Limits(slots=2, token_budget=52, text=(16,), images=1, image_sizes=((84, 84), (30, 30)), new_tokens=40)
 
@@ -304,3 +304,31 @@ def test_the_oldest_enters_first_and_a_busy_pool_holds_nobody_else_up():
 
 def pools_layout():
     return lay_out(smallest().question((None, "where ?")), smallest().config, smallest().plan("none"))
+
+
+class Held(Pool):
+    """A pool that runs nothing."""
+
+    def __init__(self, kind):
+        self.schedule, self.shape = kind.schedule, kind.shape
+
+
+def test_images_of_other_sizes_than_the_server_was_started_for_are_refused():
+    """Qwen2.5-VL sees each in its own size. A wide one has as many tokens as its examples and other windows, for which
+    another program would be compiled."""
+    model = qwen_pair()[1]
+    limits = replace(LIMITS, text=(32,), image_sizes=((112, 112), (448, 28)))
+    schedule = model.plan("none")
+    asked = kinds(model, [schedule], limits)
+    square, wide = [kind for kind in asked if kind.shape.images]
+    assert replace(square.shape, windows=0) == replace(wide.shape, windows=0)
+    pools = Pools(model, limits, tuple(map(Held, asked)))
+
+    def windows(pools, size):
+        return pools.place(model.question((Image.new("RGB", size), "where ?")), schedule)[0].shape.windows
+
+    assert windows(pools, (126, 98)) == square.shape.windows < windows(pools, (28, 448)) == wide.shape.windows
+    without = replace(pools, all=tuple(Held(kind) for kind in asked if kind is not wide))
+    for size, grid in (((448, 28), "2 x 32"), ((56, 56), "4 x 4")):
+        with pytest.raises(Unplaced, match=f"images of {grid} visual tokens, this server was not started for their"):
+            windows(without, size)
