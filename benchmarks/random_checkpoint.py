@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from convert.checkpoint import check_free
+from convert.conversion import check_free
 from convert.families import abstract_params, table_of
 from convert.safetensors import write_folder
 from convert.table import hf_shapes

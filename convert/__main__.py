@@ -5,14 +5,17 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import jax
 from tqdm import tqdm
 
-from convert.checkpoint import check_free, leftovers, plan, save_converted
-from convert.families import abstract_params, table_of
+from convert.checkpoint import plan
+from convert.conversion import check_free, save_converted, stored_params
+from convert.families import table_of
 from convert.opening import open_checkpoint
+from convert.pieces import PARTS
 from reroute_jax.commandline.parsing import OUTPUT, RUN, Parser, exit_code
 from reroute_jax.errors import RerouteError
 from reroute_jax.types import FLOATS
@@ -23,7 +26,9 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     # Nothing is computed here, and a GPU's memory may be another program's.
     jax.config.update("jax_platforms", "cpu")
-    interrupted = f"error: interrupted, {args.out} was not written"
+    with suppress(RuntimeError):  # a process that used its devices already keeps them, and stores fewer parts
+        jax.config.update("jax_num_cpu_devices", PARTS)
+    interrupted = f"error: interrupted, {args.out} was not written: the same command goes on where it was"
     return exit_code(lambda: _convert(args.src, args.out, args.dtype), args.debug, interrupted)
 
 
@@ -33,10 +38,8 @@ def _convert(src: str, out: Path, dtype: str | None) -> None:
     source, config = open_checkpoint(src)
     if source.manifest is not None:
         raise RerouteError(f"{src} is converted already: expected a Hugging Face checkpoint")
-    target = abstract_params(config)
+    target = stored_params(config)
     planned = plan(source, target, table_of(config))
-    for folder in leftovers(out):
-        print(f"note: {folder} was left by a conversion that was killed or still runs; if killed, delete it")
     total = sum(tensor.nbytes for _, tensor in planned)
     with tqdm(total=total, unit="B", unit_scale=True, desc="converting") as bar:
         manifest = save_converted(source, out, planned, target, dtype, bar.update)

@@ -1,36 +1,21 @@
-"""Reading parameters from a Hugging Face folder or a converted one, and writing a converted one, tensor by tensor.
-
-A converted folder holds `params/` (an Orbax checkpoint: one flat dict, parameter path -> array), `config.json` and the
-tokenizer and processor files of its source, and `reroute_jax.json`, which is written last: a folder without it is not a
-converted checkpoint.
-"""
+"""Parameters of a Hugging Face folder or a converted one, read tensor by tensor onto their devices."""
 
 from __future__ import annotations
 
-import asyncio
-import json
-import logging
-import math
-import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
+from convert import pieces
 from convert.dropped import compare_dropped, refuse_quantised
-from convert.safetensors import DTYPES, INDEX_NAME, Tensor, list_folder, read, read_part, write_folder
-from convert.source import COMPANIONS, FORMAT, MANIFEST_NAME, Manifest, Source
+from convert.safetensors import Tensor, list_folder, read, read_part, write_folder
+from convert.source import Source
 from convert.table import Assignment, ConversionTable, hf_shapes, match, raise_report, to_hf
 from convert.values import cast, finite, not_finite
 from reroute_jax.errors import RerouteError
 from reroute_jax.types import FLOATS
-
-_RESTORE_BYTES = 10**9
 
 Progress = Callable[[int], object]
 Target = Mapping[str, jax.ShapeDtypeStruct]
@@ -53,7 +38,7 @@ def load_params(
     params = {}
     for assignment, tensor in plan(source, target, table):
         # Waiting keeps the host copies of earlier tensors from piling up.
-        params[assignment.path] = _placed(tensor, target[assignment.path], dtype).block_until_ready()
+        params[assignment.path] = placed(tensor, target[assignment.path], dtype).block_until_ready()
         progress(tensor.nbytes)
     return params
 
@@ -70,61 +55,6 @@ def plan(source: Source, target: Target, table: ConversionTable) -> list[tuple[A
     compare_dropped(source.name, tensors, table)
     named = {tensor.key: tensor for tensor in tensors}
     return [(assignment, named[assignment.key]) for assignment in assignments]
-
-
-def save_converted(
-    source: Source,
-    out: Path,
-    planned: Sequence[tuple[Assignment, Tensor]],
-    target: Target,
-    dtype: str | None,
-    progress: Progress = lambda nbytes: None,
-) -> Manifest:
-    """Write the converted folder `out`, holding one tensor at a time; it appears whole, at the end, or not at all.
-
-    `planned` is what `plan` returned, `dtype` and `progress` as in `load_params`. Raises RerouteError if `out` exists,
-    it cannot be written, the disk is too small, or a value does not fit `dtype`.
-    """
-    check_free(out)
-    try:
-        return _save_converted(source, out, planned, target, dtype, progress)
-    except RerouteError:
-        raise
-    except (OSError, ValueError) as problem:  # Orbax's writers raise ValueError for a full disk
-        reason = getattr(problem, "strerror", None) or " ".join(str(problem).split())[:200]
-        raise RerouteError(f"{out} cannot be written ({reason}): choose another folder, or make room") from problem
-
-
-def _save_converted(
-    source: Source,
-    out: Path,
-    planned: Sequence[tuple[Assignment, Tensor]],
-    target: Target,
-    dtype: str | None,
-    progress: Progress,
-) -> Manifest:
-    sizes = [math.prod(tensor.shape) for _, tensor in planned]
-    kinds = [FLOATS[dtype] if dtype else DTYPES[tensor.dtype] for _, tensor in planned]
-    nbytes = sum(size * kind.itemsize for size, kind in zip(sizes, kinds, strict=True))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(out.parent).free
-    if free < nbytes:
-        raise RerouteError(f"{out} needs {nbytes:,} bytes, the disk has {free:,}: free some or choose another")
-    partial = out.with_name(f"{out.name}.tmp-{os.getpid()}")
-    try:
-        partial.mkdir()
-        _save_arrays(partial / "params", planned, target, dtype, progress)
-        for file in _companions(source.folder):
-            shutil.copyfile(file, partial / file.name)
-        (partial / "config.json").write_text(json.dumps(source.config, indent=2) + "\n")
-        files = _file_sizes(partial)
-        manifest = Manifest(FORMAT, source.name, dtype, len(planned), sum(sizes), nbytes, files)
-        (partial / MANIFEST_NAME).write_text(json.dumps(asdict(manifest), indent=2) + "\n")
-        check_free(out)
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return manifest
 
 
 def save_hf(folder: Path, params: Mapping[str, jax.Array], table: ConversionTable, dtype: str, shards: int = 1) -> None:
@@ -144,81 +74,19 @@ def save_hf(folder: Path, params: Mapping[str, jax.Array], table: ConversionTabl
     write_folder(folder, shapes, FLOATS[dtype], produce, shards)
 
 
-def check_free(out: Path) -> None:
-    """Raise RerouteError if `out` exists: a conversion never overwrites."""
-    if out.exists() or out.is_symlink():
-        raise RerouteError(f"{out} already exists: delete it or choose another name")
-
-
-def leftovers(out: Path) -> list[Path]:
-    """Folders that killed conversions to `out` left beside it. They never load and may be deleted."""
-    return sorted(out.parent.glob(f"{out.name}.tmp-*"))
-
-
-class _Pending:
-    """A leaf whose value is made only when it is written."""
-
-    def __init__(self, produce: Callable[[], np.ndarray]):
-        self.produce = produce
-
-
-class _StreamingHandler(ocp.type_handlers.NumpyHandler):
-    """Writes `_Pending` leaves as ordinary numpy arrays, one after the other.
-
-    Orbax's own handler takes all arrays at once, that is, the whole model in memory.
-    """
-
-    async def serialize(self, values, infos, args=None):
-        args = args or [ocp.SaveArgs()] * len(values)
-        for value, info, arg in zip(values, infos, args, strict=True):
-            for future in await super().serialize([value.produce()], [info], [arg]):
-                await asyncio.to_thread(future.result)
-        return []
-
-
-def _save_arrays(
-    folder: Path, planned: Sequence[tuple[Assignment, Tensor]], target: Target, dtype: str | None, progress: Progress
-) -> None:
-    def pending(assignment: Assignment, tensor: Tensor) -> _Pending:
-        def produce() -> np.ndarray:
-            value = _converted(tensor, target[assignment.path].shape, dtype)
-            progress(tensor.nbytes)
-            return value
-
-        return _Pending(produce)
-
-    registry = ocp.type_handlers.create_type_handler_registry(
-        (_Pending, _StreamingHandler(deepcopy_host_arrays=False)),
-        (jax.Array, ocp.type_handlers.ArrayHandler()),
-    )
-    # Compression of bfloat16 noise saves a quarter of the disk and costs a third of the time.
-    handler = ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry)
-    tree = {assignment.path: pending(assignment, tensor) for assignment, tensor in planned}
-    with _without_log("absl"), ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save(folder.absolute(), args=ocp.args.PyTreeSave(tree))
-
-
-@contextmanager
-def _without_log(name: str) -> Iterator[None]:
-    """Orbax logs the traceback of an error that it raises as well, which is said in one line."""
-    log = logging.getLogger(name)
-    log.disabled, before = True, log.disabled
-    try:
-        yield
-    finally:
-        log.disabled = before
-
-
 def _restore(source: Source, target: Target, dtype: str | None, progress: Progress) -> dict[str, jax.Array]:
     _check_files(source)
-    folder = (source.folder / "params").absolute()
+    stored = pieces.stored_shapes(source.folder)
+    _check_stored(source, stored, target)
+    kind = FLOATS[dtype] if dtype else None
+    wanted = {
+        path: jax.ShapeDtypeStruct(value.shape, kind or value.dtype, sharding=_sharding(target[path]))
+        for path, value in stored.items()
+    }
     params: dict[str, jax.Array] = {}
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        stored = dict(checkpointer.metadata(folder).item_metadata.tree)
-        _check_stored(source, stored, target)
-        for batch in _batches(stored):
-            params |= checkpointer.restore(folder, args=_restore_args(batch, target, dtype))
-            progress(sum(_nbytes(value) for value in batch.values()))
+    for piece in pieces.restored(source.folder, wanted):
+        params |= piece
+        progress(sum(stored[path].size * stored[path].dtype.itemsize for path in piece))
     for path, value in params.items():
         if not jax.numpy.isfinite(value).all():
             raise RerouteError(not_finite(path, dtype))
@@ -227,27 +95,11 @@ def _restore(source: Source, target: Target, dtype: str | None, progress: Progre
 
 def _check_files(source: Source) -> None:
     """Missing and truncated files are found here, because Orbax answers them with pages of its own state."""
-    found = _file_sizes(source.folder)
+    found = pieces.file_sizes(source.folder)
     for name, size in source.manifest.files.items():
         if found.get(name) != size:
             state = f"has {found[name]} bytes, expected {size}" if name in found else "is missing"
             raise RerouteError(f"{source.name} is damaged: {name} {state}: convert again")
-
-
-def _file_sizes(folder: Path) -> dict[str, int]:
-    """Every file of the parameters, by its path in the converted folder."""
-    files = sorted(file for file in (folder / "params").rglob("*") if file.is_file())
-    return {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
-
-
-def _restore_args(batch: Mapping, target: Target, dtype: str | None) -> ocp.args.PyTreeRestore:
-    arguments = {
-        path: ocp.ArrayRestoreArgs(
-            restore_type=jax.Array, dtype=FLOATS[dtype] if dtype else None, sharding=_sharding(target[path])
-        )
-        for path in batch
-    }
-    return ocp.args.PyTreeRestore(item=dict(batch), restore_args=arguments, partial_restore=True)
 
 
 def _check_stored(source: Source, stored: Mapping, target: Target) -> None:
@@ -266,37 +118,23 @@ def _check_stored(source: Source, stored: Mapping, target: Target) -> None:
     )
 
 
-def _batches(stored: Mapping) -> Iterator[dict]:
-    """Consecutive leaves of at most `_RESTORE_BYTES` together (or one larger): what Orbax reads at once."""
-    batch: dict = {}
-    for path, value in stored.items():
-        if batch and sum(map(_nbytes, batch.values())) + _nbytes(value) > _RESTORE_BYTES:
-            yield batch
-            batch = {}
-        batch[path] = value
-    yield batch
-
-
-def _nbytes(value) -> int:
-    return math.prod(value.shape) * np.dtype(value.dtype).itemsize
-
-
-def _placed(tensor: Tensor, target: jax.ShapeDtypeStruct, dtype: str | None) -> jax.Array:
-    """The parameter on its devices, each of which gets its own part of the file."""
-    place, parts = _sharding(target), {}
+def placed(tensor: Tensor, target: jax.ShapeDtypeStruct, dtype: str | None) -> jax.Array:
+    """The parameter on its devices, each of which gets its own part of the file; one part at a time is on the host."""
+    place = _sharding(target)
     if len(place.device_set) == 1:
-        return jax.device_put(_converted(tensor, target.shape, dtype), place)
+        return jax.device_put(converted(tensor, target.shape, dtype), place)
+    users: dict[str, list[jax.Device]] = {}  # by part: slices have no hash before Python 3.12
+    indices = place.addressable_devices_indices_map(target.shape)
+    for device, index in indices.items():
+        users.setdefault(str(index), []).append(device)
+    shards = {}
+    for devices in users.values():
+        part = _checked(tensor.key, read_part(tensor, target.shape, indices[devices[0]]), dtype)
+        shards |= {device: jax.device_put(part, device) for device in devices}
+    return jax.make_array_from_single_device_arrays(target.shape, place, [shards[device] for device in indices])
 
-    def part(index: tuple[slice, ...]) -> np.ndarray:
-        its = str(index)  # slices have no hash before Python 3.12
-        if its not in parts:
-            parts[its] = _checked(tensor.key, read_part(tensor, target.shape, index), dtype)
-        return parts[its]
 
-    return jax.make_array_from_callback(target.shape, place, part)
-
-
-def _converted(tensor: Tensor, shape: tuple[int, ...], dtype: str | None) -> np.ndarray:
+def converted(tensor: Tensor, shape: tuple[int, ...], dtype: str | None) -> np.ndarray:
     return _checked(tensor.key, read(tensor), dtype).reshape(shape)
 
 
@@ -309,8 +147,3 @@ def _checked(key: str, value: np.ndarray, dtype: str | None) -> np.ndarray:
 
 def _sharding(value: jax.ShapeDtypeStruct) -> jax.sharding.Sharding:
     return value.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-
-
-def _companions(folder: Path) -> list[Path]:
-    files = {file for pattern in COMPANIONS for file in folder.glob(pattern)}
-    return sorted(file for file in files if file.name not in (INDEX_NAME, MANIFEST_NAME))

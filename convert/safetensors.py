@@ -1,7 +1,7 @@
 """Safetensors files through plain reads and writes: one tensor in memory at a time, bfloat16 included.
 
-Whole tensors are read and parts of one are mapped, for as long as it takes to copy them: mapped pages of a 14 GB
-checkpoint would count as this process's memory.
+What lies together is read; other parts of a tensor are mapped, for as long as it takes to copy them: mapped pages of a
+14 GB checkpoint would count as this process's memory.
 Format: https://huggingface.co/docs/safetensors (8-byte little-endian header length, JSON header, tensor bytes).
 """
 
@@ -46,19 +46,30 @@ class Tensor:
 
 def read(tensor: Tensor) -> np.ndarray:
     """The tensor in its stored dtype, which must be one of `DTYPES`, or one that buffers have."""
-    with tensor.file.open("rb") as file:
-        values = np.fromfile(file, _dtype(tensor), math.prod(tensor.shape), offset=tensor.start)
-    if values.nbytes != tensor.nbytes:
-        raise RerouteError(_cut_short(tensor))
-    return values.reshape(tensor.shape)
+    return _numbers(tensor, 0, math.prod(tensor.shape)).reshape(tensor.shape)
 
 
 def read_part(tensor: Tensor, shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
     """A part of the tensor alone, a slice of each axis. shape: that its numbers, in their order, are seen in."""
+    starts, stops, _ = zip(*(one.indices(size) for one, size in zip(index, shape, strict=True)), strict=True)
+    part = tuple(stop - start for start, stop in zip(starts, stops, strict=True))
+    if part[1:] == shape[1:]:
+        row = math.prod(shape[1:])
+        return _numbers(tensor, starts[0] * row, part[0] * row).reshape(part)
     try:
         return np.array(np.memmap(tensor.file, _dtype(tensor), "r", tensor.start, shape)[index])
     except ValueError as error:  # the file is shorter than the map
         raise RerouteError(_cut_short(tensor)) from error
+
+
+def _numbers(tensor: Tensor, first: int, count: int) -> np.ndarray:
+    """`count` of them in their order, from the one with the number `first`."""
+    kind = _dtype(tensor)
+    with tensor.file.open("rb") as file:
+        values = np.fromfile(file, kind, count, offset=tensor.start + first * kind.itemsize)
+    if len(values) != count:
+        raise RerouteError(_cut_short(tensor))
+    return values
 
 
 def _dtype(tensor: Tensor) -> np.dtype:
@@ -83,10 +94,7 @@ def equal(left: Tensor, right: Tensor) -> bool:
 
 
 def _block(tensor: Tensor, first: int, size: int) -> np.ndarray:
-    kind = DTYPES[tensor.dtype]
-    with tensor.file.open("rb") as file:
-        values = np.fromfile(file, kind, min(_BLOCK, size - first), offset=tensor.start + first * kind.itemsize)
-    return values.astype(np.float32, copy=False)
+    return _numbers(tensor, first, min(_BLOCK, size - first)).astype(np.float32, copy=False)
 
 
 def list_folder(folder: Path) -> list[Tensor]:

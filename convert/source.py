@@ -12,7 +12,7 @@ import huggingface_hub
 from convert.safetensors import FOREIGN_SUFFIXES
 from reroute_jax.errors import RerouteError
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST_NAME = "reroute_jax.json"
 # What travels with the weights: configurations, tokenizer, image processor, chat template.
 COMPANIONS = ("*.json", "*.model", "*.txt", "*.jinja")

@@ -39,7 +39,13 @@ def open_mesh(given: str | Mesh, decoder: DecoderConfig) -> Mesh:
     data, model = (plain.shape.get(axis, 1) for axis in (DATA, MODEL))
     _check(decoder, model)
     devices = plain.devices if plain.axis_names[:1] == (DATA,) else np.moveaxis(plain.devices, 0, -1)
-    kv = math.gcd(decoder.num_kv_heads, model)
+    return arranged(devices.reshape(data, model), decoder.num_kv_heads)
+
+
+def arranged(devices: np.ndarray, kv_heads: int) -> Mesh:
+    """The mesh with the axes of `nn.sharding`. devices: [data, model]."""
+    data, model = devices.shape
+    kv = math.gcd(kv_heads, model)
     return Mesh(devices.reshape(data, kv, model // kv), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 

@@ -6,24 +6,27 @@ import shutil
 import signal
 import subprocess
 import sys
-import weakref
+import threading
+import time
 from pathlib import Path
 
 import huggingface_hub
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 import torch
+from filelock import FileLock
+from orbax.checkpoint import v1 as ocp
 from safetensors.torch import load_file
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from benchmarks import random_checkpoint
 from convert import __main__ as cli
-from convert.checkpoint import _converted, load_params, save_hf
+from convert.checkpoint import load_params, save_hf
 from convert.families import abstract_params, table_of
+from convert.pieces import save
 from convert.safetensors import INDEX_NAME, list_folder, read, read_header
-from convert.source import MANIFEST_NAME, open_source
+from convert.source import FORMAT, MANIFEST_NAME, open_source
 from convert.table import to_hf
 from evals.speed.checkpoint_shapes import SHAPES
 from reroute_jax.errors import RerouteError
@@ -186,8 +189,11 @@ def test_orbax_round_trip_is_exact(hf, converted):
 
 
 def test_plain_orbax_restores_a_converted_folder(hf, converted):
-    restored = ocp.PyTreeCheckpointer().restore((converted / "params").absolute())
-    assert_same(load(hf), restored)
+    (piece,) = (converted / "params").iterdir()
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = ocp.metadata(piece).metadata.items()
+    wanted = {path: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=place) for path, value in shapes}
+    assert_same(load(hf), ocp.load(piece, wanted))
 
 
 def test_a_converted_folder_brings_tokenizer_and_processor(hf, converted):
@@ -230,53 +236,77 @@ def test_summary_and_manifest(hf, tmp_path, capsys):
 # Streaming and atomicity
 
 
-def test_a_conversion_holds_one_tensor_at_a_time(hf, tmp_path, monkeypatch):
-    made, alive = [], []
+def test_a_conversion_holds_two_pieces_or_one_large_tensor(hf, tmp_path, monkeypatch):
+    largest = max(tensor.nbytes for tensor in list_folder(hf))
+    held, most, pieces, lock = [], [], [], threading.Lock()
 
-    def converted(*arguments):
-        alive.append(sum(reference() is not None for reference in made))
-        value = _converted(*arguments)
-        made.append(weakref.ref(value))
-        return value
+    def write(folder, number, tree):
+        nbytes = sum(value.nbytes for value in tree.values())
+        with lock:
+            held.append(nbytes)
+            most.append(sum(held))
+        time.sleep(0.02)
+        (folder / "params" / str(number)).mkdir()
+        with lock:
+            held.remove(nbytes)
+            pieces.append(tree)
 
-    monkeypatch.setattr("convert.checkpoint._converted", converted)
+    monkeypatch.setattr("convert.conversion.PIECE_BYTES", largest // 4)
+    monkeypatch.setattr("convert.pieces.save", write)
     assert cli.main([str(hf), str(tmp_path / "out")]) == 0
-    assert len(made) == len(list_folder(hf))
-    # Orbax may still hold the one it wrote last.
-    assert max(alive) <= 1
+    assert sum(len(tree) for tree in pieces) == len(list_folder(hf))
+    assert largest // 4 < max(most) <= largest
+    assert all(sum(value.nbytes for value in tree.values()) <= largest // 4 or len(tree) == 1 for tree in pieces)
 
 
-def test_a_killed_conversion_leaves_nothing_that_loads(hf, tmp_path, capsys):
-    out = tmp_path / "out"
-    script = f"""
-import os, signal
-from pathlib import Path
-from convert.checkpoint import plan, save_converted
-from convert.families import abstract_params, table_of
-from convert.source import open_source
-from reroute_jax.models import read_config
-source = open_source({str(hf)!r})
-config = read_config(source.config)
-target = abstract_params(config)
-planned = plan(source, target, table_of(config))
-written = []
-def kill_midway(nbytes):
-    written.append(nbytes)
-    if len(written) == len(planned) // 2:
+KILLED = """
+import os, signal, sys
+from convert import __main__ as cli, conversion, pieces
+conversion.PIECE_BYTES = 60_000
+save = pieces.save
+
+def killed_in_the_third(folder, number, tree):
+    if number == 2:
         os.kill(os.getpid(), signal.SIGKILL)
-save_converted(source, Path({str(out)!r}), planned, target, None, kill_midway)
+    save(folder, number, tree)
+
+pieces.save = killed_in_the_third
+cli.main(sys.argv[1:])
 """
+
+
+def test_a_killed_conversion_goes_on_where_it_was(hf, tmp_path, capsys, monkeypatch):
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True)
+    done = subprocess.run([sys.executable, "-c", KILLED, hf, out], cwd=ROOT, env=environment, capture_output=True)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
     assert not out.exists()
-    (left,) = tmp_path.iterdir()
-    assert left.name.startswith("out.tmp-")
     with pytest.raises(RerouteError, match=r"has no config\.json"):
-        load(left)
+        load(partial)
+    monkeypatch.setattr("convert.conversion.PIECE_BYTES", 60_000)
+    status, lines = run_cli(capsys, hf, out, "--dtype", "bfloat16")
+    assert status == 2 and len(lines) == 1 and f"{partial} is part of another conversion" in lines[0]
+    kept = {path.name for path in (partial / "params").iterdir() if path.name.isdigit()}
+    assert len(kept) in (1, 2)
+    (partial / "params" / "00099.orbax-checkpoint-tmp").mkdir()
+    written = []
+
+    def counted(folder, number, tree):
+        written.append(number)
+        save(folder, number, tree)
+
+    monkeypatch.setattr("convert.pieces.save", counted)
     assert cli.main([str(hf), str(out)]) == 0
-    assert f"note: {left} was left by a conversion" in capsys.readouterr().out
+    assert len(written) > 2 and not {f"{number:05d}" for number in written} & kept
+    assert list(tmp_path.iterdir()) == [out]
     assert_same(load(hf), load(out))
+
+
+def test_two_conversions_to_one_folder(hf, tmp_path, capsys):
+    (tmp_path / "out.partial").mkdir()
+    with FileLock(tmp_path / "out.partial" / ".lock"):
+        status, lines = run_cli(capsys, hf, tmp_path / "out")
+    assert (status, len(lines)) == (2, 1) and "another process writes" in lines[0]
 
 
 def test_a_folder_without_manifest_is_not_a_converted_checkpoint(converted, tmp_path):
@@ -286,14 +316,15 @@ def test_a_folder_without_manifest_is_not_a_converted_checkpoint(converted, tmp_
         load(folder)
 
 
-def test_ctrl_c_removes_what_was_written(hf, tmp_path, capsys, monkeypatch):
+def test_ctrl_c_keeps_what_was_written(hf, tmp_path, capsys, monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("convert.checkpoint._converted", interrupt)
+    monkeypatch.setattr("convert.conversion.converted", interrupt)
     status, lines = run_cli(capsys, hf, tmp_path / "out")
-    assert (status, lines) == (130, [f"error: interrupted, {tmp_path / 'out'} was not written"])
-    assert list(tmp_path.iterdir()) == []
+    said = f"error: interrupted, {tmp_path / 'out'} was not written: the same command goes on where it was"
+    assert (status, lines) == (130, [said])
+    assert list(tmp_path.iterdir()) == [tmp_path / "out.partial"]
 
 
 # Refusals: each is one line on stderr and a non-zero exit
@@ -459,8 +490,8 @@ def largest_file(params):
     ("damage", "reason"),
     [
         (shutil.rmtree, r"params/\S+ is missing"),
-        (drop("_METADATA"), "params/_METADATA is missing"),
-        (write("_METADATA", b"{"), r"params/_METADATA has 1 bytes, expected \d+"),
+        (drop("00000/state/_METADATA"), "params/00000/state/_METADATA is missing"),
+        (write("00000/state/_METADATA", b"{"), r"params/00000/state/_METADATA has 1 bytes, expected \d+"),
         (lambda params: largest_file(params).unlink(), r"params/\S+ is missing"),
         (lambda params: os.truncate(largest_file(params), 10), r"params/\S+ has 10 bytes, expected \d+"),
     ],
@@ -486,9 +517,9 @@ def test_manifests_of_other_versions(converted, tmp_path):
     folder = Path(shutil.copytree(converted, tmp_path / "copy"))
     manifest = json.loads((folder / MANIFEST_NAME).read_text())
     (folder / MANIFEST_NAME).write_text(json.dumps(manifest | {"format": 1}))
-    with pytest.raises(RerouteError, match="is of format 1, this version reads 2"):
+    with pytest.raises(RerouteError, match="is of format 1, this version reads 3"):
         open_source(folder)
-    (folder / MANIFEST_NAME).write_text(json.dumps({"format": 2}))
+    (folder / MANIFEST_NAME).write_text(json.dumps({"format": FORMAT}))
     with pytest.raises(RerouteError, match="is damaged"):
         open_source(folder)
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from convert import __main__ as convert
 from tests.tiny_qwen import tiny_qwen
 
 # Of eight devices that the CPU plays: this process has one.
@@ -16,10 +15,19 @@ LOADING = """
 import json, sys
 import numpy as np
 import jax
+import tensorstore
+from orbax.checkpoint import v1 as ocp
 import reroute_jax
-from convert import checkpoint
+from convert import __main__ as convert, checkpoint
 from reroute_jax.nn.params import named_parameters
 
+def orbax_reads():
+    (found,) = tensorstore.experimental_collect_matching_metrics("/tensorstore/kvstore/file/bytes_read")
+    return found["values"][0]["value"]
+
+hf, converted = sys.argv[1:]
+device = jax.devices()[5]
+assert convert.main([hf, converted]) == 0
 read, part, whole = [], checkpoint.read_part, checkpoint.read
 
 def counted(tensor, shape, index):
@@ -28,19 +36,21 @@ def counted(tensor, shape, index):
     return values
 
 checkpoint.read_part = counted
-alone = named_parameters(reroute_jax.load(sys.argv[1]).module)
+alone = named_parameters(reroute_jax.load(hf).module)
 checkpoint.read = None  # nobody reads a whole tensor
-split = named_parameters(reroute_jax.load(sys.argv[1], mesh="data=2,model=4").module)
-restored = named_parameters(reroute_jax.load(sys.argv[2], mesh="data=2,model=4").module)
-device = jax.devices()[5]
+split = named_parameters(reroute_jax.load(hf, mesh="data=2,model=4").module)
+before = orbax_reads()
+restored = named_parameters(reroute_jax.load(converted, mesh="data=2,model=4").module)
 own = {path: next(one.data.shape for one in value.addressable_shards if one.device == device)
        for path, value in split.items()}
+(piece,) = (checkpoint.Path(converted) / "params").iterdir()
+chunks = {path: value.storage_metadata.chunk_shape for path, value in ocp.metadata(piece).metadata.items()}
 print(json.dumps({
     "equal": all(np.array_equal(alone[path], value) and np.array_equal(alone[path], restored[path])
                  for path, value in split.items()),
     "same_places": all(value.sharding == restored[path].sharding for path, value in split.items()),
     "read": sum(read), "largest": max(read), "bytes": sum(value.nbytes for value in alone.values()),
-    "own": own,
+    "restored": orbax_reads() - before, "own": own, "chunks": chunks,
 }))
 """
 
@@ -49,7 +59,6 @@ print(json.dumps({
 def told(tmp_path_factory):
     folder = tmp_path_factory.mktemp("mesh")
     tiny_qwen(folder / "hf", heads=8, kv_heads=2, hidden=64, layers=2, vision_layers=3)
-    assert convert.main([str(folder / "hf"), str(folder / "converted")]) == 0
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
     done = subprocess.run(
         [sys.executable, "-c", LOADING, str(folder / "hf"), str(folder / "converted")],
@@ -70,6 +79,15 @@ def test_each_number_is_read_once(told):
     """Where devices hold copies, the first one's read serves them all. No read is a large part of the model."""
     assert told["read"] == told["bytes"]
     assert told["largest"] < told["bytes"] / 10
+
+
+def test_orbax_reads_each_device_its_own_chunks(told):
+    """Every number once, and beside them the names and places of the chunks."""
+    assert told["bytes"] < told["restored"] < 1.25 * told["bytes"]
+    for path, own in told["own"].items():
+        whole = all(size % part == 0 for size, part in zip(own, told["chunks"][path], strict=True))
+        assert whole or path.startswith("vision"), path
+    assert told["chunks"]["decoder.layers.0.mlp.down.kernel"] == [64, 16]
 
 
 def test_what_a_device_holds(told):
