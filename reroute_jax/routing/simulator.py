@@ -5,6 +5,8 @@ one layer on the rows that run, and their return. Their shapes depend on a limit
 weights they take, what a decision keeps and what becomes of the rest are arguments. What they compute is the walker's
 computation, with the walker's own layers, selection, gather and scatter.
 
+What DeepStack adds reaches deferred tokens as well, as the schedule's `deepstack="all"` has it.
+
 Behind each prompt stand tokens of an answer that are forced on it ("teacher forcing"). They run in every layer, and a
 decision still ranks by the last token of the prompt. A batch without any can be decoded from (`prefill`).
 
@@ -28,7 +30,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from reroute_jax.config import DecoderConfig
-from reroute_jax.decoder import Decision, Decoder, Prefilled, Prompt, decision_of, prompt_rows
+from reroute_jax.decoder import Decision, Decoder, Prefilled, Prompt, add_deepstack, decision_of, prompt_rows
 from reroute_jax.engine.compilation import compiled
 from reroute_jax.errors import RerouteError
 from reroute_jax.nn.cache import ROOM, KVCache, StageCache, with_room
@@ -36,7 +38,7 @@ from reroute_jax.nn.layers import DecoderLayer, take_rows
 from reroute_jax.routing.ops import Rows, compact_slots, gather, scatter, select
 from reroute_jax.routing.plan import Schedule
 from reroute_jax.routing.repair import Bypass
-from reroute_jax.routing.stages import ACTIONS
+from reroute_jax.routing.stages import ACTIONS, Stage
 from reroute_jax.types import AnyArray
 
 CAPS = (4, 8, 16, 24, 40, 64, 80, 128, 192, 320, 512, 768, 1280, 2048, 4096, 8192, 16384)
@@ -46,13 +48,15 @@ CAPS = (4, 8, 16, 24, 40, 64, 80, 128, 192, 320, 512, 768, 1280, 2048, 4096, 819
 class Started:
     """A batch that any schedule can be run on.
 
-    rows: of all tokens at the decoder's input. hidden: their hidden states before the layers that are kept, 0 among
-    them, while all tokens run. last: slot of each prompt's last token. final: behind all layers, that token's and the
-    forced ones'. visual: tokens that decisions choose among. prompt: with the forced tokens in it.
+    prompt: with the forced tokens in it. features: as of `decoder.walk`. rows: of all tokens at the decoder's input.
+    hidden: their hidden states before the layers that are kept, 0 among them, while all tokens run. last: slot of each
+    prompt's last token. final: behind all layers, that token's and the forced ones'. visual: tokens that decisions
+    choose among.
     """
 
     decoder: Decoder
     prompt: Prompt
+    features: Float[Array, "B F E"]
     rows: Rows
     hidden: dict[int, Float[Array, "B T D"]]
     last: Int[Array, " B"]
@@ -132,27 +136,24 @@ def forcing(prompt: Prompt, answers: Sequence[Sequence[int]], slots: int) -> Pro
 def start(
     decoder: Decoder,
     prompt: Prompt,
-    features: Float[Array, "B F D"],
+    features: Float[Array, "B F E"],
     anchors: Int[Array, "B F"],
     answers: Sequence[Sequence[int]],
     slots: int,
     kept: Sequence[int] = (0,),
 ) -> Started:
     """Run all tokens of a batch. prompt, features, anchors: as of `decoder.walk`. answers, slots: as of `forcing`.
-    kept: layers whose input is kept, 0 whether named or not. Raises RerouteError for a decoder with DeepStack, whose
-    first layers add image features."""
-    if decoder.config.deepstack:
-        raise RerouteError("a decoder with DeepStack cannot be simulated: search on a LLaVA-1.5 or Qwen2.5-VL model")
+    kept: layers whose input is kept, 0 whether named or not."""
     last = jnp.asarray(prompt.valid.sum(axis=1) - 1, jnp.int32)
     longer = jax.tree.map(jnp.asarray, forcing(prompt, answers, slots))
     rows = _rows(decoder, longer, features, anchors)
     hidden, running = {0: rows.hidden}, rows
-    for number, layer in enumerate(decoder.layers):
+    for number in range(len(decoder.layers)):
         if number in kept:
             hidden[number] = running.hidden
-        running = _run(layer, running).rows
+        running = _run(decoder, number, running, longer, features).rows
     final = _behind_prompt(running.hidden, last, slots)
-    return Started(decoder, longer, rows, hidden, last, final, prompt.routed.sum(axis=1))
+    return Started(decoder, longer, features, rows, hidden, last, final, prompt.routed.sum(axis=1))
 
 
 def simulate(started: Started, schedule: Schedule) -> Simulated:
@@ -165,15 +166,15 @@ def simulate(started: Started, schedule: Schedule) -> Simulated:
     at = max(number for number in started.hidden if number <= lo)
     rows = replace(started.rows, hidden=started.hidden[at])
     for number in range(at, lo):
-        rows = _run(started.decoder.layers[number], rows).rows
+        rows = _run_next(started, number, rows).rows
     decisions = []
     for number, stage in enumerate(schedule.decisions):
         found = _decided(started, schedule, number, rows)
         decisions.append(found.decision)
         active = found.active
         for layer in range(stage.lo, stage.hi):
-            active = _run(started.decoder.layers[layer], active).rows
-        rows = _return(found.left, found.slots, active)
+            active = _run_next(started, layer, active).rows
+        rows = _returned(started, found, active, stage)
     return Simulated(_behind_prompt(rows.hidden, started.last, started.forced), tuple(decisions))
 
 
@@ -186,13 +187,13 @@ def prefill(started: Started, schedule: Schedule) -> Prefilled:
         found = _decided(started, schedule, len(decisions), rows) if stage.decides else None
         active = rows if found is None else found.active
         for layer in range(stage.lo, stage.hi):
-            ran = _run(started.decoder.layers[layer], active)
+            ran = _run_next(started, layer, active)
             active = ran.rows
             stages.append(_cache(ran, started.prompt.next_position, started.rows.valid.shape[1] + ROOM))
         if found is None:
             rows = active
         else:
-            rows = _return(found.left, found.slots, active)
+            rows = _returned(started, found, active, stage)
             decisions.append(found.decision)
         finite.append(jnp.isfinite(take_rows(rows.hidden, started.last[:, None])).all(axis=(1, 2)))
     logits = _logits(started.decoder, _behind_prompt(rows.hidden, started.last, 0))[:, 0]
@@ -230,9 +231,15 @@ def schedule_arrays(schedule: Schedule, visual: Int[np.ndarray, " B"]) -> Schedu
 
 
 def masked(
-    decoder: Decoder, rows: Rows, last: Int[Array, " B"], schedule: ScheduleArrays
+    decoder: Decoder,
+    rows: Rows,
+    last: Int[Array, " B"],
+    feature: Int[Array, "B T"],
+    features: Float[Array, "B F E"],
+    schedule: ScheduleArrays,
 ) -> tuple[Float[Array, "B T D"], Bool[Array, "L B T"]]:
-    """Hidden states behind all layers, and what each layer's decision selected. rows, last: as of `Started`.
+    """Hidden states behind all layers, and what each layer's decision selected. rows, last, features: as of `Started`;
+    feature: as of its prompt.
 
     Every layer runs on all rows; those that are not to run are hidden from the others and keep what they had.
     """
@@ -248,6 +255,7 @@ def masked(
         present = jnp.where(decide & (action == ACTIONS.index("delete")), chosen | text, present)
         ran, _, _ = layer.prefill(x, rows.rope, active[:, None] & triangle)
         x = jnp.where(active[..., None], ran, x)
+        x = add_deepstack(feature, features, x, rows.slot, range(number, number + 1))
         selected.append(chosen & decide)
     return x, jnp.stack(selected)
 
@@ -256,12 +264,12 @@ def masked(
 
 
 @compiled()
-def _rows(decoder: Decoder, prompt: Prompt, features: Float[Array, "B F D"], anchors: Int[Array, "B F"]) -> Rows:
+def _rows(decoder: Decoder, prompt: Prompt, features: Float[Array, "B F E"], anchors: Int[Array, "B F"]) -> Rows:
     return prompt_rows(decoder, prompt, features, anchors)
 
 
 @compiled()
-def _run(layer: DecoderLayer, rows: Rows) -> RanLayer:
+def _run_layer(layer: DecoderLayer, rows: Rows) -> RanLayer:
     hidden, keys, values = layer.prefill(rows.hidden, rows.rope, None, None, rows.valid.sum(axis=1))
     return RanLayer(replace(rows, hidden=hidden), keys, values)
 
@@ -276,6 +284,11 @@ def _decide(layer: DecoderLayer, rows: Rows, last: Int[Array, " B"], keep, actio
     eligible = jnp.where(action == ACTIONS.index("reroute"), rows.eligible, chosen)
     left = replace(rows, valid=valid, eligible=eligible)
     return Decided(gather(rows, slots), slots, left, decision_of(scores, chosen, rows, prompt, Bypass()))
+
+
+@compiled(static_argnames="layers")
+def _added(rows: Rows, feature: Int[Array, "B T"], features: Float[Array, "B F E"], layers: range) -> Rows:
+    return replace(rows, hidden=add_deepstack(feature, features, rows.hidden, rows.slot, layers))
 
 
 @compiled()
@@ -310,6 +323,29 @@ def _scores(layer: DecoderLayer, rows: Rows, last: Int[Array, " B"]) -> Float[Ar
 # --- Inside -----------------------------------------------------------------------------------------------------------
 
 
+def _run(decoder: Decoder, number: int, rows: Rows, prompt: Prompt, features: Float[Array, "B F E"]) -> RanLayer:
+    """A layer on these rows, and what DeepStack adds behind it."""
+    ran, behind = _run_layer(decoder.layers[number], rows), _deepstack_layers(decoder, number, number + 1)
+    return replace(ran, rows=_added(ran.rows, prompt.feature, features, layers=behind)) if behind else ran
+
+
+def _run_next(started: Started, number: int, rows: Rows) -> RanLayer:
+    return _run(started.decoder, number, rows, started.prompt, started.features)
+
+
+def _returned(started: Started, found: Decided, active: Rows, stage: Stage) -> Rows:
+    """All rows behind a stage; deferred ones get what DeepStack adds inside it."""
+    left, inside = found.left, _deepstack_layers(started.decoder, stage.lo, stage.hi)
+    if inside:
+        left = _added(left, started.prompt.feature, started.features, layers=inside)
+    return _return(left, found.slots, active)
+
+
+def _deepstack_layers(decoder: Decoder, lo: int, hi: int) -> range:
+    """Those of the layers behind which DeepStack adds features."""
+    return range(lo, min(hi, decoder.config.deepstack))
+
+
 def _decided(started: Started, schedule: Schedule, number: int, rows: Rows) -> Decided:
     stage, keep = schedule.decisions[number], schedule.keep_counts(started.visual)[number]
     cap = next(cap for cap in started.caps if cap >= keep.max(initial=0))
@@ -330,6 +366,8 @@ def obstacles(schedule: Schedule) -> list[str]:
         unlike.append(f"position_mode={schedule.position_mode!r}")
     if schedule.bidirectional_layer is not None:
         unlike.append(f"bidirectional_layer={schedule.bidirectional_layer}")
+    if schedule.deepstack == "running":
+        unlike.append("deepstack='running'")
     if schedule.cut_caches != "no":
         unlike.append(f"cut_caches={schedule.cut_caches!r}")
     if schedule.has_floor:

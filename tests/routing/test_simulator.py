@@ -20,7 +20,7 @@ from reroute_jax.routing import simulator
 from reroute_jax.routing.plan import Schedule
 from reroute_jax.routing.stages import ACTIONS
 from tests import tiny_qwen
-from tests.checkpoints import qwen_pair, small
+from tests.checkpoints import qwen3_pair, qwen_pair, small
 from tests.ragged import padded
 from tests.tiny import random_ids, random_pixels
 
@@ -53,7 +53,7 @@ def check(model: Model, prompts: dict, schedule: Schedule) -> None:
         for row, chosen in zip(np.asarray(decision.selected), selected, strict=True):
             np.testing.assert_array_equal(np.flatnonzero(row), chosen[chosen >= 0])
     arrays = simulator.schedule_arrays(schedule, run.visual)
-    x, selected = MASKED(run.decoder, run.rows, run.last, arrays)
+    x, selected = MASKED(run.decoder, run.rows, run.last, run.prompt.feature, run.features, arrays)
     slots = run.last[:, None] + np.arange(NEW)
     final = np.take_along_axis(np.asarray(x), np.asarray(slots)[..., None], axis=1)
     np.testing.assert_allclose(np.asarray(run.decoder.logits(jnp.asarray(final))), logits, atol=1e-4)
@@ -92,10 +92,11 @@ def test_equals_the_walker_whatever_the_schedule(schedule):
     check(small(), given_rows(), schedule)
 
 
-@pytest.mark.slow
-def test_equals_the_walker_under_m_rope():
-    """Sections of the rotary pairs, three positions a token, and answers at positions of their own."""
-    _, model = qwen_pair()
+@pytest.mark.parametrize("pair", [pytest.param(qwen_pair, marks=pytest.mark.slow), qwen3_pair])
+def test_equals_the_walker_under_m_rope(pair):
+    """Three positions a token, and answers at positions of their own; decisions before, between and behind what
+    DeepStack adds."""
+    _, model = pair()
     grids = (((5, 6),), ((3, 4),))
     rows = [tiny_qwen.random_ids(size, own, start=4, seed=size) for size, own in zip((70, 40), grids, strict=True)]
     ids, mask = padded(rows, left=False)
@@ -110,19 +111,13 @@ def test_equals_the_walker_under_m_rope():
     [
         ("score='previous_layer'", Schedule.from_decisions((2,), (5,), 4, score="previous_layer")),
         ("position_mode='renumber'", Schedule.from_decisions((2,), (5,), 4, position_mode="renumber")),
+        ("deepstack='running'", Schedule.from_decisions((2,), (5,), 4, deepstack="running")),
         ("bidirectional_layer=1", Schedule.from_decisions((2,), (5,), 4, bidirectional_layer=1)),
     ],
 )
 def test_what_cannot_be_simulated_is_refused(what, schedule):
     with pytest.raises(RerouteError, match=what):
         simulator.simulate(started(small(), given_rows()), schedule)
-
-
-def test_deepstack_is_refused(monkeypatch):
-    decoder = small().module.decoder
-    monkeypatch.setattr(decoder, "config", replace(decoder.config, deepstack=1))
-    with pytest.raises(RerouteError, match="DeepStack cannot be simulated"):
-        started(small(), given_rows())
 
 
 def test_an_answer_needs_its_slots():
