@@ -8,7 +8,11 @@ from reroute_jax.config import ModelConfig
 from reroute_jax.models import read_config
 
 GRID = CANVAS // TOKEN
-IMAGE_SLOTS = {"llava": GRID * GRID, "qwen2_5_vl": max(rows * cols for rows, cols in GRIDS)}  # visual tokens at most
+# Visual tokens at most.
+IMAGE_SLOTS = {
+    "llava": GRID * GRID,
+    **{family: max(rows * cols for rows, cols in grids) for family, grids in GRIDS.items()},
+}
 # Real Qwen2.5-VL has 1,000,000 for grids of 20 and more a side. M-RoPE gives columns the slowest third of the
 # frequencies: at this base the fastest of them still turns by 0.7 over 12 columns, and the slowest by less than 1 over
 # a prompt, so that words are matched with tokens wherever both stand.
@@ -110,15 +114,64 @@ def _qwen() -> dict:
     }
 
 
-def _decoder(words: int) -> dict:
+def _qwen3() -> dict:
+    """108 to 128 visual tokens of 14 pixels (4 patches of 7), a tower of 4 blocks, DeepStack from the first three into
+    the first three of 16 decoder layers, which have the shapes of LLaVA's 12, norms of queries and keys aside; 4.3 M
+    parameters."""
+    vocab = vocabulary("qwen3_vl")
+    return {
+        "architectures": ["Qwen3VLForConditionalGeneration"],
+        "model_type": "qwen3_vl",
+        "dtype": "float16",
+        "image_token_id": vocab["<|image_pad|>"],
+        "video_token_id": vocab["<|video_pad|>"],
+        "vision_start_token_id": vocab["<|vision_start|>"],
+        "vision_end_token_id": vocab["<|vision_end|>"],
+        "tie_word_embeddings": False,
+        "vision_config": {
+            "model_type": "qwen3_vl",
+            "depth": 4,
+            "hidden_act": "gelu_pytorch_tanh",
+            "hidden_size": 96,
+            "intermediate_size": 192,
+            "num_heads": 3,
+            "in_channels": 3,
+            "patch_size": TOKEN // 2,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "num_position_embeddings": 256,
+            "out_hidden_size": 128,
+            "deepstack_visual_indexes": [0, 1, 2],
+        },
+        "text_config": {
+            "model_type": "qwen3_vl_text",
+            **_decoder(len(vocab), layers=16),
+            "num_key_value_heads": 4,
+            "head_dim": 32,
+            "rms_norm_eps": 1e-6,
+            "hidden_act": "silu",
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "mrope_section": [6, 5, 5],
+                "mrope_interleaved": True,
+            },
+            "bos_token_id": vocab["<|endoftext|>"],
+            "eos_token_id": vocab["<|im_end|>"],
+            "pad_token_id": vocab["<|endoftext|>"],
+        },
+    }
+
+
+def _decoder(words: int, layers: int = 12) -> dict:
     return {
         "vocab_size": words,
         "hidden_size": 128,
         "intermediate_size": 352,
-        "num_hidden_layers": 12,
+        "num_hidden_layers": layers,
         "num_attention_heads": 4,
         "max_position_embeddings": 512,
     }
 
 
-_HF_CONFIGS = {"llava": _llava, "qwen2_5_vl": _qwen}
+_HF_CONFIGS = {"llava": _llava, "qwen2_5_vl": _qwen, "qwen3_vl": _qwen3}

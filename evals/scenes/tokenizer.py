@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from evals.scenes.questions import WORDS
 from evals.scenes.world import GRIDS, TOKEN
+from reroute_jax.models import qwen3_vl
 
 VQA_PHRASE = "Answer the question using a single word or phrase."
 FORMAT_PHRASE = (
@@ -25,6 +26,8 @@ FORMAT_PHRASE = (
 REC_PHRASE = "Please provide the bounding box coordinate of the region this sentence describes:"
 SYSTEM_PHRASE = "system\nYou are a helpful assistant."
 JSON_PHRASE = "in this image and output the bbox coordinates in JSON format."
+MATCH_PHRASE = 'Locate every object that matches the description "'
+REPORT_PHRASE = '" in the image. Report bbox coordinates in JSON format.'
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,8 @@ class Dialect:
     """The tokens of a family that are no words, and the order in which a conversation puts them.
 
     special: the tokenizer's own, first ids. fixed: sentences and roles. coordinates: one format a corner. numbers:
-    what can stand there. in_fractions: whether numbers are fractions of the image, of pixels otherwise.
+    what can stand there, evenly spaced from 0 on. far_side: what stands for the image's far side, None where numbers
+    are pixels.
     opening, closing: around the image tokens. locate: around a referring expression; brief: an opening that stands in
     for it in a part of the training prompts. reply: between a question and its answer.
     """
@@ -45,7 +49,7 @@ class Dialect:
     fixed: tuple[str, ...]
     coordinates: tuple[str, str, str, str]
     numbers: tuple[float, ...]
-    in_fractions: bool
+    far_side: float | None
     opening: tuple[str, ...]
     closing: tuple[str, ...]
     locate: tuple[tuple[str, ...], tuple[str, ...]]
@@ -56,6 +60,11 @@ class Dialect:
     def tokens(self) -> list[str]:
         """Every token in the order of its id."""
         return [*self.special, *self.fixed, *WORDS, *self.coordinate_tokens()]
+
+    @property
+    def density(self) -> float:
+        """Numbers that make one unit of a coordinate."""
+        return (len(self.numbers) - 1) / self.numbers[-1]
 
     def coordinate_tokens(self) -> list[str]:
         forms = dict.fromkeys(self.coordinates)
@@ -71,7 +80,7 @@ _LLAVA = Dialect(
     fixed=("USER:", "ASSISTANT:", FORMAT_PHRASE, REC_PHRASE, VQA_PHRASE),
     coordinates=("[{:.2f},", "{:.2f},", "{:.2f},", "{:.2f}]"),
     numbers=tuple(value / 100 for value in range(101)),
-    in_fractions=True,
+    far_side=1.0,
     opening=("<s>", "USER:"),
     closing=(),
     locate=((FORMAT_PHRASE, REC_PHRASE), ()),
@@ -105,8 +114,8 @@ _QWEN = Dialect(
     end="<|im_end|>",
     fixed=(SYSTEM_PHRASE, "user", "assistant", "Locate", JSON_PHRASE, VQA_PHRASE),
     coordinates=('[{{"bbox_2d":[{},', "{},", "{},", "{}]}}]"),
-    numbers=tuple(range(max(max(grid) for grid in GRIDS) * TOKEN + 1)),
-    in_fractions=False,
+    numbers=tuple(range(max(max(grid) for grid in GRIDS["qwen2_5_vl"]) * TOKEN + 1)),
+    far_side=None,
     opening=("<|im_start|>", SYSTEM_PHRASE, "<|im_end|>", "<|im_start|>", "user", "<|vision_start|>"),
     closing=("<|vision_end|>",),
     locate=(("Locate",), (JSON_PHRASE,)),
@@ -129,7 +138,25 @@ _QWEN = Dialect(
     ),
 )
 
-DIALECTS = {"llava": _LLAVA, "qwen2_5_vl": _QWEN}
+_QWEN3 = Dialect(
+    special=_QWEN.special,
+    pad=_QWEN.pad,
+    unknown=_QWEN.unknown,
+    image=_QWEN.image,
+    end=_QWEN.end,
+    fixed=("user", "assistant", MATCH_PHRASE, REPORT_PHRASE, VQA_PHRASE),
+    coordinates=_QWEN.coordinates,
+    numbers=tuple(range(0, 1001, 10)),
+    far_side=1000,
+    opening=("<|im_start|>", "user", "<|vision_start|>"),
+    closing=_QWEN.closing,
+    locate=((MATCH_PHRASE,), (REPORT_PHRASE,)),
+    brief=None,
+    reply=_QWEN.reply,
+    chat_template=qwen3_vl.CHAT_TEMPLATE,
+)
+
+DIALECTS = {"llava": _LLAVA, "qwen2_5_vl": _QWEN, "qwen3_vl": _QWEN3}
 
 
 @cache

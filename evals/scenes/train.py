@@ -12,6 +12,11 @@ Qwen2.5-VL, from scratch but for the words, whose embeddings and output rows are
     vision   tower on dense targets
     joint    all but the tower's blocks; from half of the steps on with more yes/no questions -> checkpoint scenes-qwen
 
+Qwen3-VL, whose words and decoder begin as those of the shipped scenes-llava, four layers of which are there twice:
+
+    vision   tower, mergers and learned positions on dense targets
+    joint    everything, the tower more slowly; later with more yes/no and counting -> checkpoint scenes-qwen3
+
 Which scenes a step sees depends on its number alone, so an interrupted run ends where an undisturbed one does.
 """
 
@@ -24,7 +29,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -34,7 +39,6 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from flax import nnx
-from optax.contrib import MuonDimensionNumbers, muon
 from tqdm import tqdm
 
 from convert.loading import load
@@ -45,75 +49,30 @@ from evals.scenes.data import TRAINING_QUESTIONS
 from evals.scenes.spec import IMAGE_SLOTS, model_config
 from evals.scenes.tokenizer import vocabulary
 from evals.scenes.training.export import export
-from evals.scenes.training.losses import AuxiliaryHeads, answer_loss, dense_loss, look, targets
+from evals.scenes.training.losses import AuxiliaryHeads, answer_loss, dense_loss, targets
 from evals.scenes.training.packing import Packed, coordinate_starts, pack, soft_labels
-from evals.scenes.training.warm import with_words
+from evals.scenes.training.recipes import RATES, STEPS, Phase, optimiser, phases, rate_of
+from evals.scenes.training.towers import look
+from evals.scenes.training.warm import with_layers, with_local_attention, with_words
 from evals.scenes.world import COLOURS
 from reroute_jax.commandline.parsing import OUTPUT, RUN, Parser, exit_code, positive
 from reroute_jax.models.llava import Llava
 from reroute_jax.models.qwen2_5_vl import QwenVL
+from reroute_jax.models.qwen3_vl import Qwen3VL
 from reroute_jax.nn.params import named_parameters, with_parameters
 
 SEED = 0
-STEPS = {"llava": (1400, 3900), "qwen2_5_vl": (1000, 1400)}  # vision, and what ends in a checkpoint
 WARM_START = Path(__file__).parent / "checkpoints" / "scenes-llava"
-SAVE_EVERY = 250
-VALIDATION_SCENES = 64
-# Learning rates after the vision phase, relative to the rest: LLaVA's tower, projector and dense heads; the merger.
-STILL, MERGER_RATE = 0.08, 0.3
-# Questions of each kind a scene is packed with. Boxes are learned first; yes/no takes longest.
-YESNO_MIX = {"attribute": 2, "place": 2, "relation": 2, "yesno": 8, "colour": 1, "count": 1}
-LAST_MIX = {"attribute": 3, "place": 2, "relation": 2, "yesno": 6, "colour": 2, "count": 1}
-# By family and phase: mix, share of the phase's schedule after which it changes, mix from there on.
-MIXES = {
-    ("llava", "joint"): (TRAINING_QUESTIONS, 0.45, YESNO_MIX),
-    ("llava", "plain"): (TRAINING_QUESTIONS, 0.45, YESNO_MIX),
-    ("llava", "bypass"): (TRAINING_QUESTIONS, 0.45, YESNO_MIX),
-    ("qwen2_5_vl", "joint"): (TRAINING_QUESTIONS, 0.5, LAST_MIX),
-}
+SAVE_EVERY = 100
+VALIDATION_SCENES = 32
 DENSE_SHARE, POINTER_SHARE, PLACE_SHARE = 0.4, 0.25, 0.4
 BYPASS_SHARE = 0.65  # of the rows of a bypass step; segments of 1 to 3 layers keep 15 to 90% of the visual tokens
-
-
-@dataclass(frozen=True)
-class Phase:
-    """Steps [start, stop) on `rows` scenes each; starts from the end of phase `after`. `total`: steps of its learning
-    rate schedule. branches: whether the optimiser goes on where `after` left it. checkpoint: what it ends in."""
-
-    family: str
-    name: str
-    after: str | None
-    start: int
-    stop: int
-    total: int
-    rows: int
-    branches: bool = False
-    checkpoint: str | None = None
-
-    @property
-    def kind(self) -> tuple[str, str]:
-        return self.family, "vision" if self.name == "vision" else "joint"
-
-
-def phases(family: str, vision_steps: int, joint_steps: int) -> tuple[Phase, ...]:
-    if family == "qwen2_5_vl":
-        return (
-            Phase(family, "vision", None, 0, vision_steps, vision_steps, 16),
-            Phase(family, "joint", "vision", 0, joint_steps, joint_steps, 8, checkpoint="scenes-qwen"),
-        )
-    branch, last = joint_steps * 2 // 3, {"total": joint_steps, "rows": 8, "branches": True}
-    return (
-        Phase(family, "vision", None, 0, vision_steps, vision_steps, 64),
-        Phase(family, "joint", "vision", 0, branch, joint_steps, 8),
-        Phase(family, "plain", "joint", branch, joint_steps, checkpoint="scenes-llava", **last),
-        Phase(family, "bypass", "joint", branch, joint_steps, checkpoint="scenes-llava-bypass", **last),
-    )
 
 
 class Trainee(nnx.Module):
     def __init__(self, family: str, *, rngs: nnx.Rngs):
         config = model_config(family)
-        model = {"llava": Llava, "qwen2_5_vl": QwenVL}[family]
+        model = {"llava": Llava, "qwen2_5_vl": QwenVL, "qwen3_vl": Qwen3VL}[family]
         self.model = model(config, rngs=rngs, dtype=jnp.float32)
         self.heads = AuxiliaryHeads(family, config.vision.hidden_size, config.decoder.hidden_size, rngs=rngs)
 
@@ -130,70 +89,9 @@ def joint_loss(params: dict, batch: Packed, bypass, trainee: Trainee, soft):
     model, heads, asked = trainee.model, trainee.heads, targets(trainee.model.config.family)
     seen = look(model, batch.images)
     dense, _ = dense_loss(model, heads, seen, batch, asked, soft)
-    answer, pointer, place, predicted = answer_loss(model, heads, seen.features, batch, bypass, asked, soft)
+    answer, pointer, place, predicted = answer_loss(model, heads, seen, batch, bypass, asked, soft)
     total = answer + DENSE_SHARE * dense + POINTER_SHARE * pointer + PLACE_SHARE * place
     return total, {"answer": answer, "dense": dense, "pointer": pointer, "place": place, "predicted": predicted}
-
-
-_MERGER, _DECODER = "model.vision.merger.", "model.decoder.layers."
-# Parameters whose matrices Muon trains, by family and phase; Adam trains the others, and all where none is named.
-MUON = {
-    ("llava", "vision"): (),
-    ("llava", "joint"): (_DECODER,),
-    ("qwen2_5_vl", "vision"): ("model.vision.layers.", _MERGER),
-    ("qwen2_5_vl", "joint"): (_DECODER, _MERGER),
-}
-# Learning rates relative to the rest. The words wait for the tower, whose blocks then stand still.
-RATES = {
-    ("llava", "vision"): {},
-    ("llava", "joint"): dict.fromkeys(
-        ("model.vision.", "model.projector.", "heads.object", "heads.corners", "heads.presence"), STILL
-    ),
-    ("qwen2_5_vl", "vision"): {"model.decoder.": 0.0},
-    ("qwen2_5_vl", "joint"): {
-        "model.vision.layers.": 0.0,
-        "model.vision.patch_embed.": 0.0,
-        **dict.fromkeys((_MERGER, "heads.object", "heads.reach"), MERGER_RATE),
-    },
-}
-
-
-def _rate(name: str, rates: dict[str, float]) -> float:
-    return next((rate for prefix, rate in rates.items() if name.startswith(prefix)), 1.0)
-
-
-def _muon_axes(params: dict, prefixes: tuple[str, ...]) -> dict:
-    """Which dimensions Muon takes as rows and columns; None: Adam."""
-
-    def axes(name: str) -> MuonDimensionNumbers | None:
-        if not name.startswith(prefixes) or not name.endswith(".kernel"):
-            return None
-        match name.split(".")[-2]:
-            case "q" | "k" | "v":
-                return MuonDimensionNumbers(2, (0, 1))
-            case "qkv":
-                return MuonDimensionNumbers(3, (0, 1, 2))
-            case "o":
-                return MuonDimensionNumbers((1, 2), 0)
-        return MuonDimensionNumbers(1, 0)
-
-    return {name: axes(name) for name in params}
-
-
-def optimiser(phase: Phase) -> optax.GradientTransformation:
-    if not MUON[phase.kind]:
-        rate = optax.warmup_cosine_decay_schedule(0.0, 1.5e-3, 100, phase.total, 1e-4)
-        return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=0.01))
-    shape = optax.warmup_cosine_decay_schedule(0.0, 1.0, 150, phase.total, 0.02)
-    learn = muon(
-        lambda step: 0.014 * shape(step),
-        adam_learning_rate=lambda step: 1.2e-3 * shape(step),
-        weight_decay=0.01,
-        muon_weight_dimension_numbers=partial(_muon_axes, prefixes=MUON[phase.kind]),
-    )
-    rates = RATES[phase.kind]
-    scale = optax.stateless(lambda updates, _: {name: update * _rate(name, rates) for name, update in updates.items()})
-    return optax.chain(optax.clip_by_global_norm(1.0), learn, scale)
 
 
 def random_bypass(step: int, layers: int, rows: int, patches: int) -> np.ndarray:
@@ -209,13 +107,6 @@ def random_bypass(step: int, layers: int, rows: int, patches: int) -> np.ndarray
     return bypass
 
 
-def mix(phase: Phase, step: int) -> dict[str, int]:
-    if phase.name == "vision":
-        return TRAINING_QUESTIONS
-    first, share, later = MIXES[phase.family, phase.name]
-    return first if step < share * phase.total else later
-
-
 def batches(phase: Phase, first: int) -> Iterator[tuple[int, Packed]]:
     """Numbered batches from step `first` on, packed ahead of time in another process."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -223,8 +114,8 @@ def batches(phase: Phase, first: int) -> Iterator[tuple[int, Packed]]:
         for step in range(first, phase.stop):
             for future in range(step, min(step + 12, phase.stop)):
                 if future not in ahead:
-                    asked = mix(phase, future)
-                    ahead[future] = pool.submit(pack, "train", future * phase.rows, phase.rows, asked, phase.family)
+                    asked, start = phase.mix(future), future * phase.rows
+                    ahead[future] = pool.submit(pack, "train", start, phase.rows, asked, phase.family)
             yield step, ahead.pop(step).result()
 
 
@@ -258,9 +149,8 @@ def run_phase(phase: Phase, out: Path) -> dict:
     params = named_parameters(trainee)
     if phase.after is not None:
         params = restore(out / phase.after, params)
-    elif phase.family == "qwen2_5_vl":
-        llava = named_parameters(load(WARM_START, "float32").module)
-        params = with_words(llava, params)
+    elif phase.family != "llava":
+        params = warm_start(phase.family, params)
     # Committed to its device, as what `update` makes of restored parameters is: step two would compile it again.
     state = jax.device_put({"params": params, "solver": solver.init(params)}, jax.devices()[0])
     manager = ocp.CheckpointManager(out / phase.name, options=ocp.CheckpointManagerOptions(max_to_keep=1))
@@ -275,7 +165,7 @@ def run_phase(phase: Phase, out: Path) -> dict:
     def learning(params: dict, *inputs):
         """The loss without gradients for what does not learn: they would take a fifth of a step."""
         rates = RATES[phase.kind]
-        held = {name: jax.lax.stop_gradient(value) for name, value in params.items() if _rate(name, rates) == 0}
+        held = {name: jax.lax.stop_gradient(value) for name, value in params.items() if rate_of(name, rates) == 0}
         return loss({**params, **held}, *inputs)
 
     @partial(jax.jit, donate_argnums=0)
@@ -316,6 +206,13 @@ def run_phase(phase: Phase, out: Path) -> dict:
     return state["params"]
 
 
+def warm_start(family: str, params: dict) -> dict:
+    """A Qwen family's fresh parameters with what they begin with of the shipped LLaVA."""
+    llava = named_parameters(load(WARM_START, "float32").module)
+    params = with_words(llava, params, family)
+    return with_local_attention(with_layers(llava, params)) if family == "qwen3_vl" else params
+
+
 def restore(folder: Path, params: dict) -> dict:
     """The parameters at the end of a finished phase."""
     with ocp.CheckpointManager(folder) as manager:
@@ -329,7 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(
         "evals.scenes.train",
         __doc__.splitlines()[0],
-        ("--family llava", "--family qwen2_5_vl --out runs/qwen", "--vision-steps 20 --joint-steps 30 --fresh"),
+        ("--family llava", "--family qwen3_vl --out runs/qwen3", "--vision-steps 20 --joint-steps 30 --fresh"),
     )
     run = parser.group(RUN)
     run.add_argument("--family", choices=tuple(STEPS), default="llava", help="(default: %(default)s)")
@@ -353,7 +250,7 @@ def train(args: argparse.Namespace) -> None:
     settings = {
         "seed": SEED,
         "phases": [asdict(phase) for phase in planned],
-        "identity": {"warm_start": fingerprint(WARM_START) if family == "qwen2_5_vl" else None, **software()},
+        "identity": {"warm_start": None if family == "llava" else fingerprint(WARM_START), **software()},
     }
     made = [name for phase in planned for name in (phase.name, phase.checkpoint) if name is not None]
     with run_folder(out, settings, args.fresh, owned=(*RUN_FILES, *made)):

@@ -22,13 +22,19 @@ RADII = {"small": (8, 10), "big": (14, 18)}  # inclusive, pixels; the gap betwee
 CROSS_ARM = 0.38  # half width of a cross's arms, as a share of its radius
 RING_HOLE = 0.52  # radius of a ring's hole, likewise
 
-# Rows and columns of visual tokens of a Qwen2.5-VL scene: 48 to 80 in all, up to twice as long as wide.
-GRIDS = tuple(
-    (rows, cols)
-    for rows in range(6, 13)
-    for cols in range(6, 13)
-    if 48 <= rows * cols <= 80 and max(rows, cols) <= 2 * min(rows, cols)
-)
+
+def _grids(fewest: int, most: int) -> tuple[tuple[int, int], ...]:
+    """Rows and columns of so many visual tokens in all, up to twice as long as wide."""
+    sides = range(6, 17)
+    return tuple(
+        (rows, cols)
+        for rows in sides
+        for cols in sides
+        if fewest <= rows * cols <= most and max(rows, cols) <= 2 * min(rows, cols)
+    )
+
+
+GRIDS = {"qwen2_5_vl": _grids(48, 80), "qwen3_vl": _grids(108, 128)}  # of the families with scenes of many sizes
 LEAST_SIDE, LEAST_AREA = 6 * TOKEN, 48 * TOKEN**2  # pixels; on less, five big objects hardly fit
 
 GAP = 2  # pixels of background between any two boxes
@@ -90,13 +96,14 @@ def stream(purpose: int, seed: int) -> np.random.Generator:
 
 def family_scene(seed: int, family: str) -> Scene:
     """The scene of a seed on the canvas that a model family gets: square and fixed for "llava", of a size and shape
-    that the seed decides for "qwen2_5_vl". Raises RerouteError for another family."""
+    that the seed decides for those of GRIDS. Raises RerouteError for another family."""
     if family == "llava":
         return sample_scene(seed)
-    if family == "qwen2_5_vl":
-        rows, cols = GRIDS[int(stream(6, seed).integers(len(GRIDS)))]
+    if family in GRIDS:
+        grids = GRIDS[family]
+        rows, cols = grids[int(stream(6, seed).integers(len(grids)))]
         return sample_scene(seed, cols * TOKEN, rows * TOKEN)
-    raise RerouteError(f"no scenes for model family {family!r}: expected llava or qwen2_5_vl")
+    raise RerouteError(f"no scenes for model family {family!r}: expected llava, {' or '.join(GRIDS)}")
 
 
 def sample_scene(seed: int, width: int = CANVAS, height: int = CANVAS) -> Scene:

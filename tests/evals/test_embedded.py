@@ -22,8 +22,9 @@ from evals.harness import prompts
 from evals.harness.boxes import iou, parse_box
 from evals.harness.data import rec_docs, rec_source
 from evals.scenes.data import TRAINING_QUESTIONS
-from evals.scenes.training.losses import pixels, targets
+from evals.scenes.training.losses import targets
 from evals.scenes.training.packing import pack
+from evals.scenes.training.towers import pixels
 from reroute_jax.models.family import expand_image_tokens
 from reroute_jax.vision import clip, qwen2_5
 from tests.marks import cases

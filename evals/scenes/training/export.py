@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from convert.families import table_of
 from convert.table import to_hf
 from evals.scenes.spec import IMAGE_SLOTS, hf_config, model_config
 from evals.scenes.tokenizer import build_tokenizer
+from evals.scenes.training.packing import HALF
 from evals.scenes.world import CANVAS, GRIDS, TOKEN
 
 
@@ -47,17 +49,22 @@ def _save_llava_processor(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-def _save_qwen_processor(folder: Path) -> None:
+def _save_qwen_processor(folder: Path, family: str, **normalisation) -> None:
     """Tokenizer and image processor apart: the processor that joins them cannot be made without torchvision."""
-    fewest = min(rows * cols for rows, cols in GRIDS)
+    fewest = min(rows * cols for rows, cols in GRIDS[family])
     Qwen2VLImageProcessorPil(
         min_pixels=fewest * TOKEN**2,
-        max_pixels=IMAGE_SLOTS["qwen2_5_vl"] * TOKEN**2,
+        max_pixels=IMAGE_SLOTS[family] * TOKEN**2,
         patch_size=TOKEN // 2,
         merge_size=2,
         temporal_patch_size=2,
+        **normalisation,
     ).save_pretrained(folder)
-    build_tokenizer("qwen2_5_vl").save_pretrained(folder)
+    build_tokenizer(family).save_pretrained(folder)
 
 
-_SAVE_PROCESSOR = {"llava": _save_llava_processor, "qwen2_5_vl": _save_qwen_processor}
+_SAVE_PROCESSOR = {
+    "llava": _save_llava_processor,
+    "qwen2_5_vl": partial(_save_qwen_processor, family="qwen2_5_vl"),
+    "qwen3_vl": partial(_save_qwen_processor, family="qwen3_vl", image_mean=HALF.tolist(), image_std=HALF.tolist()),
+}

@@ -1,39 +1,38 @@
 """Training objectives of the embedded models.
 
-Besides next-token prediction, auxiliary heads that are thrown away after training. For both families: what each visual
-token shows, and, half way up the decoder, which visual tokens the last prompt token refers to. For LLaVA: where the box
-of a patch's object is, and what the class token saw (Nuwa ranks by its attention). Qwen2.5-VL's tower knows no absolute
-positions and has no class token: it learns how far a token's object reaches, its last block (by which Nuwa ranks) to
-attend to objects, and the decoder's first layers learn where in the image each token is.
+Besides next-token prediction, auxiliary heads that are thrown away after training. For all families: what each visual
+token shows. For LLaVA and Qwen2.5-VL: half way up the decoder, which visual tokens the last prompt token refers to. For
+LLaVA and Qwen3-VL: where the box of a token's object is. For LLaVA: what the class token saw (Nuwa ranks by its
+attention). The Qwen towers have no class token: their last block, by which Nuwa ranks, learns to attend to objects.
+Qwen2.5-VL's knows no absolute positions: it learns how far a token's object reaches, and the decoder's first layers
+learn where in the image each token is. Qwen3-VL's tokens are read as the sum of their features and of all that
+DeepStack adds.
 Letters: R scenes, Q questions, W slots, P visual tokens, S prefix slots.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int
 
 from evals.scenes.tokenizer import DIALECTS, vocabulary
-from evals.scenes.training.packing import MEAN, STD, Packed, Prefix, blurred, coordinate_starts
+from evals.scenes.training.packing import Packed, Prefix, blurred, coordinate_starts
+from evals.scenes.training.towers import Seen, Trained
 from evals.scenes.world import COLOURS, GRIDS, RADII, SHAPES, SIZES, TOKEN
-from reroute_jax.models.llava import Llava
-from reroute_jax.models.qwen2_5_vl import QwenVL
 from reroute_jax.nn.layers import DecoderLayer, Linear, Rope, rotate
 from reroute_jax.nn.positions import rope_tables
-from reroute_jax.vision import qwen2_5
-from reroute_jax.vision.clip import ClipTower
 
-POINTER_LAYERS = (5, 8)  # decoder layers whose output carries the pointer objective
+# Decoder layers whose output carries the pointer objective.
+POINTER_LAYERS = {"llava": (5, 8), "qwen2_5_vl": (5, 8), "qwen3_vl": ()}
 PLACE_LAYER, CORNER_LAYER = 1, 3  # Qwen2.5-VL: of the row and column of a token, and of the box of its object
 REACH = 2 * RADII["big"][1] + 1  # pixels from a point of an object to its sides, 0 included
 KINDS = (len(SHAPES), len(COLOURS), len(SIZES))
-CELLS = max(max(grid) for grid in GRIDS)  # rows, and columns, of the largest images
+CELLS = max(max(grid) for grid in GRIDS["qwen2_5_vl"])  # rows, and columns, of the largest images
 ATTENTION_SHARE = 0.3
 
 
@@ -44,12 +43,13 @@ class AuxiliaryHeads(nnx.Module):
         self.corners = Linear(decoder, 4 * decoder, ("embed", "mlp"), **keep)
         if family == "llava":
             self.presence = Linear(vision, sum(KINDS), ("embed", "mlp"), **keep)
-        else:
+        if family == "qwen2_5_vl":
             self.reach = Linear(decoder, 4 * REACH, ("embed", "mlp"), **keep)
             self.kinds = Linear(decoder, sum(KINDS), ("embed", "mlp"), **keep)
             self.place = Linear(decoder, 2 * CELLS, ("embed", "mlp"), **keep)
-        self.asking = nnx.List([Linear(decoder, decoder, ("embed", "mlp"), **keep) for _ in POINTER_LAYERS])
-        self.asked = nnx.List([Linear(decoder, decoder, ("embed", "mlp"), **keep) for _ in POINTER_LAYERS])
+        pointers = POINTER_LAYERS[family]
+        self.asking = nnx.List([Linear(decoder, decoder, ("embed", "mlp"), **keep) for _ in pointers])
+        self.asked = nnx.List([Linear(decoder, decoder, ("embed", "mlp"), **keep) for _ in pointers])
 
 
 @dataclass(frozen=True)
@@ -61,53 +61,22 @@ class Targets:
     coordinates: tuple[int, ...]
     first_image: int
     numbers: int
-    scale: int
+    density: float
 
 
 def targets(family: str) -> Targets:
     vocab, dialect = vocabulary(family), DIALECTS[family]
     words = tuple(tuple(vocab[word] for word in group) for group in (SHAPES, COLOURS, SIZES))
-    numbers = len(dialect.numbers)
-    scale = numbers - 1 if dialect.in_fractions else 1
-    return Targets(words, tuple(coordinate_starts(family)), len(dialect.opening), numbers, scale)
+    starts = tuple(coordinate_starts(family))
+    return Targets(words, starts, len(dialect.opening), len(dialect.numbers), dialect.density)
 
 
-class Seen(NamedTuple):
-    """What a tower makes of a batch: features at decoder width, and what its own objectives read: hidden states of
-    LLaVA's, attention received in the last block of Qwen2.5-VL's."""
-
-    features: Float[Array, "R P D"]
-    states: list[Float[Array, "R C E"]] | None
-    received: Float[Array, "R P"] | None
-
-
-def look(model: Llava | QwenVL, images) -> Seen:
-    if model.config.family == "llava":
-        states = vision_states(model.vision, images)
-        return Seen(model.projector(states[model.config.vision.feature_layers[0]][:, 1:]), states, None)
-    read = qwen2_5.QwenImages(model.vision, images)
-    return Seen(read.features(), None, read.metric())
-
-
-def pixels(images: UInt8[Array, "R height width 3"]) -> Float[Array, "R 3 height width"]:
-    """As the CLIP image processor makes them."""
-    scaled = (images.astype(jnp.float32) / 255 - MEAN) / STD
-    return scaled.transpose(0, 3, 1, 2)
-
-
-def vision_states(tower: ClipTower, images) -> list[Float[Array, "R C D"]]:
-    states = [tower.embed(pixels(images))]
-    for block in tower.layers:
-        states.append(block(states[-1]))
-    return states
-
-
-def dense_loss(model: Llava | QwenVL, heads: AuxiliaryHeads, seen: Seen, batch: Packed, targets: Targets, soft):
+def dense_loss(model: Trained, heads: AuxiliaryHeads, seen: Seen, batch: Packed, targets: Targets, soft):
     """Per-token objectness and attributes against the decoder's word embeddings, and the family's own objectives.
     Returns (loss, accuracies of shape, colour, size)."""
     thing, real = batch.patch_thing, _real(batch.prefix, targets, batch.patch_thing.shape[1])
     on = thing >= 0
-    normed = _normed(seen.features)
+    normed = _normed(sum(seen.deepstack, seen.features))
     objectness = _mean(_binary(heads.object(normed)[..., 0], on), real)
     label = jnp.take_along_axis(batch.attributes, jnp.maximum(thing, 0)[..., None], axis=1)
     losses, accuracies = [], []
@@ -115,11 +84,15 @@ def dense_loss(model: Llava | QwenVL, heads: AuxiliaryHeads, seen: Seen, batch: 
         logits = normed @ model.decoder.embed.table[jnp.array(ids)].T
         losses.append(_mean(_cross_entropy(logits, jax.nn.one_hot(label[..., column], len(ids))), on))
         accuracies.append(_mean(logits.argmax(-1) == label[..., column], on))
-    if model.config.family == "llava":
-        own = _corners_loss(model, heads, normed, batch, targets, soft) + _presence_loss(heads, seen.states, batch)
+    if model.config.family == "qwen2_5_vl":
+        where = _reach_loss(heads, normed, batch, targets)
     else:
-        own = _reach_loss(heads, normed, batch, targets) + _attention_loss(seen.received, on, real)
-    return objectness + sum(losses) + own, jnp.stack(accuracies)
+        where = _corners_loss(model, heads, normed, batch, targets, soft)
+    if model.config.family == "llava":
+        ranked = _presence_loss(heads, seen.states, batch)
+    else:
+        ranked = _attention_loss(seen.received, on, real)
+    return objectness + sum(losses) + where + ranked, jnp.stack(accuracies)
 
 
 def _corners_loss(model, heads: AuxiliaryHeads, x, batch: Packed, targets: Targets, soft) -> Float[Array, ""]:
@@ -129,7 +102,7 @@ def _corners_loss(model, heads: AuxiliaryHeads, x, batch: Packed, targets: Targe
     losses = []
     for corner, first in enumerate(targets.coordinates):
         rows = jax.lax.dynamic_slice_in_dim(model.decoder.head.kernel[...], first, targets.numbers)
-        bins = jnp.round(boxes[..., corner] * targets.scale).astype(jnp.int32)
+        bins = jnp.round(boxes[..., corner] * targets.density).astype(jnp.int32)
         wanted = soft[first + bins][..., first : first + targets.numbers]
         losses.append(0.5 * _mean(_cross_entropy(read[:, :, corner] @ rows.T, wanted), on))
     return sum(losses)
@@ -192,9 +165,9 @@ def _real(prefix: Prefix, targets: Targets, count: int) -> Bool[Array, "R P"]:
 
 
 def answer_loss(
-    model: Llava | QwenVL,
+    model: Trained,
     heads: AuxiliaryHeads,
-    features,
+    seen: Seen,
     batch: Packed,
     bypass: Bool[Array, "L R P"],
     targets: Targets,
@@ -204,29 +177,31 @@ def answer_loss(
 
     bypass: visual tokens that skip a decoder layer on the residual stream.
     """
-    decoder, shown = model.decoder, slice(targets.first_image, targets.first_image + features.shape[1])
+    decoder, shown = model.decoder, slice(targets.first_image, targets.first_image + seen.features.shape[1])
     scenes, asked, slots = batch.ids.shape
-    prefix = decoder.embed(batch.prefix.ids).at[:, shown].set(features)
+    prefix = decoder.embed(batch.prefix.ids).at[:, shown].set(seen.features)
     x = decoder.embed(batch.ids.reshape(scenes, -1))
     ropes = _ropes(decoder.config, batch)
-    pointers, places = [], []
+    pointing, pointers, places = POINTER_LAYERS[model.config.family], [], []
     for number, layer in enumerate(decoder.layers):
         runs = batch.prefix.runs.at[:, shown].set(batch.prefix.runs[:, shown] & ~bypass[number])
         prefix, x = shared_prefix_layer(layer, prefix, x, ropes, runs, asked)
-        if number in POINTER_LAYERS:
-            head = POINTER_LAYERS.index(number)
+        if number < len(seen.deepstack):
+            prefix = prefix.at[:, shown].add(seen.deepstack[number])
+        if number in pointing:
+            head = pointing.index(number)
             pointers.append(_pointer(heads.asking[head], heads.asked[head], prefix, x, batch, targets))
         if model.config.family == "qwen2_5_vl" and number in (PLACE_LAYER, CORNER_LAYER):
-            seen = _normed(prefix[:, shown])
+            normed = _normed(prefix[:, shown])
             if number == PLACE_LAYER:
-                places.append(_place_loss(heads, seen, batch, targets))
+                places.append(_place_loss(heads, normed, batch, targets))
             else:
-                corners = _corners_loss(model, heads, seen, batch, targets, soft)
-                places.append(corners + _kinds_loss(heads, seen, batch))
+                corners = _corners_loss(model, heads, normed, batch, targets, soft)
+                places.append(corners + _kinds_loss(heads, normed, batch))
     logits = decoder.logits(x).reshape(scenes, asked, slots, -1)
     losses = _cross_entropy(logits, soft[batch.label]) * batch.weight
     answer = losses.sum() / batch.weight.sum()
-    return answer, sum(pointers), jnp.asarray(sum(places)), logits.argmax(-1)
+    return answer, jnp.asarray(sum(pointers)), jnp.asarray(sum(places)), logits.argmax(-1)
 
 
 def _ropes(config, batch: Packed) -> tuple[Rope, Rope]:

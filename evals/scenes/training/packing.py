@@ -7,7 +7,8 @@ The image prefix is what a conversation opens with, the image tokens and what cl
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -19,14 +20,16 @@ from evals.scenes.spec import IMAGE_SLOTS, model_config
 from evals.scenes.tokenizer import DIALECTS, VQA_PHRASE, vocabulary
 from evals.scenes.world import COLOURS, GRIDS, SHAPES, SIZES, TOKEN, Scene, scene_seed, stream
 from reroute_jax.nn.mrope import mrope_positions
-from reroute_jax.vision import qwen_windows
+from reroute_jax.vision import qwen3_packing, qwen_windows
+from reroute_jax.vision.qwen_config import PatchedVisionConfig
 
 QUESTIONS = 16  # of a scene
-SLOTS = {"llava": 16, "qwen2_5_vl": 18}  # of a question; longer questions (under 1%) are not used
+SLOTS = {"llava": 16, "qwen2_5_vl": 18, "qwen3_vl": 18}  # of a question; longer questions (under 1%) are not used
 MAX_THINGS = 5
 SHORT_PROMPT_SHARE = 0.2  # referring prompts without the sentence on the format, in families that have one
 MEAN = np.array((0.48145466, 0.4578275, 0.40821073), np.float32)
 STD = np.array((0.26862954, 0.26130258, 0.27577711), np.float32)
+HALF = np.full(3, 0.5, np.float32)  # mean, and standard deviation, of Qwen3-VL's image processor
 
 
 class Prefix(NamedTuple):
@@ -52,7 +55,7 @@ class Packed(NamedTuple):
     in the numbers that the family speaks in.
     """
 
-    images: Any  # uint8 [R, 112, 112, 3], or QwenPixels
+    images: Any  # uint8 [R, 112, 112, 3], QwenPixels or Qwen3Pixels
     prefix: Prefix  # every field with R rows in front
     ids: np.ndarray  # int32 [R, Q, W]
     label: np.ndarray  # int32 [R, Q, W]
@@ -68,16 +71,20 @@ class Packed(NamedTuple):
 def answer_text(scene: Scene, question: SceneQuestion, family: str = "llava") -> str:
     if question.target is None:
         return question.answer
-    forms, values = DIALECTS[family].coordinates, corners(scene, question.target, family)
-    return " ".join(form.format(value) for form, value in zip(forms, values, strict=True))
+    dialect = DIALECTS[family]
+    named = [dialect.numbers[round(value * dialect.density)] for value in corners(scene, question.target, family)]
+    return " ".join(form.format(number) for form, number in zip(dialect.coordinates, named, strict=True))
 
 
 def corners(scene: Scene, thing: int, family: str = "llava") -> tuple[float, float, float, float]:
-    """Box of an object as x1, y1, x2, y2, in fractions of the canvas or in pixels, as the family speaks."""
+    """Box of an object as x1, y1, x2, y2, in parts of the canvas or in pixels, as the family speaks."""
     x, y, width, height = scene.things[thing].box
-    if DIALECTS[family].in_fractions:
-        return x / scene.width, y / scene.height, (x + width) / scene.width, (y + height) / scene.height
-    return x, y, x + width, y + height
+    far = DIALECTS[family].far_side
+    if far is None:
+        return x, y, x + width, y + height
+    left, right = (side * far / scene.width for side in (x, x + width))
+    top, bottom = (side * far / scene.height for side in (y, y + height))
+    return left, top, right, bottom
 
 
 def pack(split: str, start: int, scenes: int, per_kind: Mapping[str, int], family: str = "llava") -> Packed:
@@ -105,27 +112,32 @@ def image_prefix(family: str, grid: tuple[int, int]) -> Prefix:
     return Prefix(ids, position, runs, np.int32(start))
 
 
-def patchify(image: np.ndarray, patch: int, merge: int, frames: int) -> np.ndarray:
+def patchify(image: np.ndarray, config: PatchedVisionConfig, mean: np.ndarray, std: np.ndarray) -> np.ndarray:
     """`[P, 3 * frames * patch^2]`: normalised patches of an image `[H, W, 3]` (uint8) in the order and layout of
     Qwen2VLImageProcessor, for sides that it leaves as they are."""
-    scaled = (image.astype(np.float32) / 255 - MEAN) / STD
+    patch, merge, frames = config.patch_size, config.merge, config.temporal_patch_size
+    scaled = (image.astype(np.float32) / 255 - mean) / std
     rows, cols = (side // (patch * merge) for side in image.shape[:2])
     cut = scaled.reshape(rows, merge, patch, cols, merge, patch, 3).transpose(0, 3, 1, 4, 6, 2, 5)
     repeated = np.repeat(cut[:, :, :, :, :, None], frames, axis=5)
     return repeated.reshape(rows * cols * merge**2, -1)
 
 
-def _pack_pixels(images: Sequence[np.ndarray]) -> qwen_windows.QwenPixels:
+def _pack_pixels(images: Sequence[np.ndarray], family: str, pack: Callable, mean: np.ndarray, std: np.ndarray):
     """Padded to the largest image there can be: an image of that size comes along and is left out again."""
-    config, largest = model_config("qwen2_5_vl").vision, max(GRIDS, key=math.prod)
+    config, largest = model_config(family).vision, max(GRIDS[family], key=math.prod)
     whole = [*images, np.zeros((largest[0] * TOKEN, largest[1] * TOKEN, 3), np.uint8)]
     grids = [(image.shape[0] // TOKEN, image.shape[1] // TOKEN) for image in whole]
-    patches = [patchify(image, config.patch_size, config.merge, config.temporal_patch_size) for image in whole]
-    packed = qwen_windows.pack(np.concatenate(patches), grids, config, len(whole))
+    patches = [patchify(image, config, mean, std) for image in whole]
+    packed = pack(np.concatenate(patches), grids, config, len(whole))
     return jax.tree.map(lambda field: field[:-1], packed)
 
 
-_PACK_IMAGES = {"llava": np.stack, "qwen2_5_vl": _pack_pixels}
+_PACK_IMAGES = {
+    "llava": np.stack,
+    "qwen2_5_vl": partial(_pack_pixels, family="qwen2_5_vl", pack=qwen_windows.pack, mean=MEAN, std=STD),
+    "qwen3_vl": partial(_pack_pixels, family="qwen3_vl", pack=qwen3_packing.pack, mean=HALF, std=HALF),
+}
 
 
 def _pack_scene(seed: int, per_kind: Mapping[str, int], family: str) -> tuple:

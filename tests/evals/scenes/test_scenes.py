@@ -154,20 +154,27 @@ def test_canvas_too_small(width, height):
         sample_scene(0, width, height)
 
 
-def test_canvases_of_the_qwen_family():
-    """Whole visual tokens, 48 to 80 of them, wide, high and square; all shapes turn up, and a seed keeps its own."""
-    scenes = [family_scene(scene_seed("val", index), "qwen2_5_vl") for index in range(400)]
+@pytest.mark.parametrize(
+    "family, fewest, most, some",
+    [
+        ("qwen2_5_vl", 48, 80, {(8, 8), (6, 12), (12, 6)}),
+        ("qwen3_vl", 108, 128, {(11, 11), (8, 16), (16, 8)}),
+    ],
+)
+def test_canvases_of_the_qwen_families(family, fewest, most, some):
+    """Whole visual tokens, wide, high and square; all shapes turn up, and a seed keeps its own."""
+    scenes = [family_scene(scene_seed("val", index), family) for index in range(400)]
     grids = Counter((scene.height // TOKEN, scene.width // TOKEN) for scene in scenes)
     assert all(scene.height % TOKEN == scene.width % TOKEN == 0 for scene in scenes)
-    assert all(48 <= rows * cols <= 80 and 0.5 <= rows / cols <= 2 for rows, cols in grids)
-    assert set(grids) == set(GRIDS) and {(8, 8), (6, 12), (12, 6)} <= set(grids)
-    assert scenes[7] == family_scene(scene_seed("val", 7), "qwen2_5_vl")
+    assert all(fewest <= rows * cols <= most and 0.5 <= rows / cols <= 2 for rows, cols in grids)
+    assert set(grids) == set(GRIDS[family]) and some <= set(grids)
+    assert scenes[7] == family_scene(scene_seed("val", 7), family)
     assert {len(scene.things) for scene in scenes} == {3, 4, 5}
 
 
 def test_canvas_of_the_llava_family_and_of_none():
     assert family_scene(11, "llava") == sample_scene(11, 112, 112)
-    with pytest.raises(RerouteError, match="expected llava or qwen2_5_vl"):
+    with pytest.raises(RerouteError, match="expected llava, qwen2_5_vl or qwen3_vl"):
         family_scene(11, "clip")
 
 

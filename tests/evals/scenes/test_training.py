@@ -10,8 +10,7 @@ import pytest
 import torch
 from flax import nnx
 from PIL import Image
-from transformers import Qwen2_5_VLForConditionalGeneration
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers import AutoImageProcessor, Qwen2_5_VLForConditionalGeneration
 
 from evals.harness import prompts
 from evals.harness.boxes import parse_box
@@ -20,10 +19,10 @@ from evals.scenes.data import TRAINING_QUESTIONS, training_scene
 from evals.scenes.questions import REFERRING
 from evals.scenes.spec import IMAGE_SLOTS, model_config
 from evals.scenes.tokenizer import DIALECTS, build_tokenizer, vocabulary
-from evals.scenes.train import phases, random_bypass
+from evals.scenes.train import random_bypass
 from evals.scenes.training import losses
-from evals.scenes.training.export import export
-from evals.scenes.training.losses import shared_prefix_layer, targets
+from evals.scenes.training.export import _SAVE_PROCESSOR, export
+from evals.scenes.training.losses import AuxiliaryHeads, answer_loss, shared_prefix_layer, targets
 from evals.scenes.training.packing import (
     MAX_THINGS,
     SLOTS,
@@ -34,17 +33,22 @@ from evals.scenes.training.packing import (
     pack,
     prompt_ids,
 )
-from evals.scenes.training.warm import with_words
+from evals.scenes.training.recipes import phases
+from evals.scenes.training.towers import look
+from evals.scenes.training.warm import OFFSETS, local_biases, with_layers, with_words
 from evals.scenes.world import TOKEN, scene_seed
+from reroute_jax.decoder import forward
 from reroute_jax.engine.chat import ChatLayout
-from reroute_jax.models import llava, qwen2_5_vl
-from reroute_jax.nn.layers import DecoderLayer
+from reroute_jax.models import llava, qwen2_5_vl, qwen3_vl
+from reroute_jax.nn.layers import DecoderLayer, rotate
 from reroute_jax.nn.mrope import mrope_positions
 from reroute_jax.nn.params import named_parameters
 from reroute_jax.nn.positions import rope_tables
+from reroute_jax.vision.qwen_layers import rotary
 
-FAMILIES = ("llava", "qwen2_5_vl")
-STYLE = {"llava": "full", "qwen2_5_vl": "nuwa"}
+FAMILIES = ("llava", "qwen2_5_vl", "qwen3_vl")
+STYLE = {"llava": "full", "qwen2_5_vl": "nuwa", "qwen3_vl": "qwen3"}
+QWENS = {"qwen2_5_vl": qwen2_5_vl, "qwen3_vl": qwen3_vl}
 
 
 class Full:
@@ -97,26 +101,40 @@ def test_answers_of_the_qwen_family_are_json_in_pixels():
             assert len(text.split()) == 4  # tokens
 
 
-def test_chat_template_of_the_qwen_family():
+def test_answers_of_qwen3_are_json_in_thousandths():
+    """Of the image each way, whatever its form, to the nearest ten."""
+    for index in range(50):
+        _, scene, asked = training_scene(scene_seed("train", index), {"attribute": 3, "place": 3}, "qwen3_vl")
+        for question in asked:
+            text = answer_text(scene, question, "qwen3_vl")
+            x, y, width, height = scene.things[question.target].box
+            shares = (x / scene.width, y / scene.height, (x + width) / scene.width, (y + height) / scene.height)
+            (answer,) = json.loads(text)
+            np.testing.assert_allclose(answer["bbox_2d"], np.array(shares) * 1000, atol=5.001)
+            assert parse_box(text) == tuple(answer["bbox_2d"]) and len(text.split()) == 4
+
+
+@pytest.mark.parametrize("family", QWENS)
+def test_chat_template_of_the_qwen_families(family):
     content = [{"type": "image"}, {"type": "text", "text": "Locate it."}]
-    render = build_tokenizer("qwen2_5_vl").apply_chat_template
+    render = build_tokenizer(family).apply_chat_template
     user = {"role": "user", "content": content}
-    built_in = render([user], chat_template=qwen2_5_vl.CHAT_TEMPLATE, add_generation_prompt=True, tokenize=False)
+    built_in = render([user], chat_template=QWENS[family].CHAT_TEMPLATE, add_generation_prompt=True, tokenize=False)
     assert render([user], add_generation_prompt=True, tokenize=False) == built_in
     told = render([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hm?"}], tokenize=False)
     assert told == "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHm?<|im_end|>\n"
 
 
-def test_patches_are_the_image_processors():
+@pytest.mark.parametrize("family, most", [("qwen2_5_vl", 80), ("qwen3_vl", 128)])
+def test_patches_are_the_image_processors(family, most, tmp_path):
     """Training packs its own patches; they are what the exported processor makes of the stored image."""
-    config = model_config("qwen2_5_vl")
-    processor = Qwen2VLImageProcessorPil(
-        min_pixels=48 * TOKEN**2, max_pixels=80 * TOKEN**2, patch_size=7, merge_size=2, temporal_patch_size=2
-    )
-    packed = pack("train", 0, 6, TRAINING_QUESTIONS, "qwen2_5_vl")
-    assert packed.images.patches.shape == (6, 320, config.vision.patch_values)
+    config = model_config(family)
+    _SAVE_PROCESSOR[family](tmp_path)
+    processor = AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
+    packed = pack("train", 0, 6, TRAINING_QUESTIONS, family)
+    assert packed.images.patches.shape == (6, 4 * most, config.vision.patch_values)
     for index in range(6):
-        image, scene, _ = training_scene(scene_seed("train", index), family="qwen2_5_vl")
+        image, scene, _ = training_scene(scene_seed("train", index), family=family)
         found = processor(images=Image.fromarray(image), return_tensors="np")
         rows, cols = grid_of(scene)
         np.testing.assert_array_equal(found["image_grid_thw"], [[1, 2 * rows, 2 * cols]])
@@ -124,13 +142,17 @@ def test_patches_are_the_image_processors():
         np.testing.assert_allclose(packed.images.patches[index, : 4 * rows * cols], found["pixel_values"], atol=1e-5)
 
 
-def test_positions_of_the_prefix_are_the_models():
-    config = model_config("qwen2_5_vl")
+@pytest.mark.parametrize("family, most", [("qwen2_5_vl", 80), ("qwen3_vl", 128)])
+def test_positions_of_the_prefix_are_the_models(family, most):
+    config = model_config(family)
     for grid in ((8, 8), (6, 12), (11, 7)):
-        prefix = image_prefix("qwen2_5_vl", grid)
+        prefix = image_prefix(family, grid)
         positions, start = mrope_positions(prefix.ids[prefix.runs], config.image_token, [grid])
         np.testing.assert_array_equal(prefix.position[:, prefix.runs], positions)
-        assert prefix.start == start and (~prefix.runs).sum() == 80 - grid[0] * grid[1]
+        assert prefix.start == start and (~prefix.runs).sum() == most - grid[0] * grid[1]
+
+
+def test_the_prefix_of_one_position():
     flat = image_prefix("llava", (8, 8))
     assert flat.start == 66 and flat.runs.all()
     np.testing.assert_array_equal(flat.position, np.arange(66)[None])
@@ -169,6 +191,7 @@ def test_subjects_of_questions():
     [
         ("llava", True),
         *(pytest.param(*case, marks=pytest.mark.slow) for case in (("llava", False), ("qwen2_5_vl", True))),
+        ("qwen3_vl", False),
     ],
 )
 def test_shared_prefix_equals_the_plain_layer(family, bypassed):
@@ -216,8 +239,10 @@ def test_phases_tile_the_steps():
     assert (bypass.start, bypass.stop, bypass.after) == (plain.start, plain.stop, "joint")
     assert vision.after is None and plain.branches and not joint.branches
     assert [phase.checkpoint for phase in phases("llava", 10, 30)][2:] == ["scenes-llava", "scenes-llava-bypass"]
-    first, second = phases("qwen2_5_vl", 10, 30)
-    assert (first.stop, second.start, second.stop, second.after) == (10, 0, 30, "vision")
+    for family, checkpoint in (("qwen2_5_vl", "scenes-qwen"), ("qwen3_vl", "scenes-qwen3")):
+        first, second = phases(family, 10, 30)
+        assert (first.stop, second.start, second.stop, second.after) == (10, 0, 30, "vision")
+        assert second.checkpoint == checkpoint
 
 
 def test_random_bypass_spares_the_first_layer_and_some_rows():
@@ -237,7 +262,7 @@ def test_training_starts_from_known_words():
             qwen2_5_vl.QwenVL(model_config("qwen2_5_vl"), rngs=nnx.Rngs(2), dtype=jnp.float32)
         ).items()
     }
-    warm = with_words(old, fresh)
+    warm = with_words(old, fresh, "qwen2_5_vl")
     table, head = "decoder.embed.table", "decoder.head.kernel"
     assert {name for name in fresh if (warm[name] != fresh[name]).any()} == {f"model.{table}", f"model.{head}"}
     words, theirs = vocabulary("qwen2_5_vl"), vocabulary("llava")
@@ -248,6 +273,73 @@ def test_training_starts_from_known_words():
     np.testing.assert_array_equal(warm[f"model.{table}"][words["Locate"]], fresh[f"model.{table}"][words["Locate"]])
 
 
+def test_training_starts_from_known_layers():
+    """Each three of LLaVA's layers become four: the first is there twice, in front with faint outputs."""
+    old = named_parameters(llava.Llava(model_config("llava"), rngs=nnx.Rngs(1), dtype=jnp.float32))
+    made = qwen3_vl.Qwen3VL(model_config("qwen3_vl"), rngs=nnx.Rngs(2), dtype=jnp.float32)
+    fresh = {f"model.{name}": value for name, value in named_parameters(made).items()}
+    warm = with_layers(old, fresh)
+    changed = {name for name in fresh if (warm[name] != fresh[name]).any()}
+    same = ("attn_norm.scale", "mlp_norm.scale")  # ones in both, here
+    assert changed == {name for name in fresh if ".decoder.layers." in name and not name.endswith(same)}
+    for number, source in enumerate((0, 0, 1, 2, 3, 3, 4, 5, 6, 6, 7, 8, 9, 9, 10, 11)):
+        for part in ("attn.q.kernel", "attn.o.kernel", "mlp.up.kernel", "mlp.down.kernel"):
+            faint = 0.1 if number % 4 == 0 and part in ("attn.o.kernel", "mlp.down.kernel") else 1
+            name = f"decoder.layers.{number}.{part}"
+            np.testing.assert_array_equal(warm[f"model.{name}"], faint * old[f"decoder.layers.{source}.{part}"])
+
+
+def test_towers_attend_locally_before_they_have_learnt_anything():
+    """Each head most of all to the patch at its offset, and hardly to any that is not near it."""
+    place = np.stack(np.indices((22, 22)), axis=-1).reshape(1, -1, 2)
+    queries, keys, values = (jnp.asarray(part)[None, :, None] for part in local_biases(32))
+    assert not np.asarray(values).any()
+    shape = (1, len(OFFSETS), 484, 32)
+    q, k = (rotate(jnp.broadcast_to(part, shape), rotary(jnp.asarray(place), 32)) for part in (queries, keys))
+    seen = jax.nn.softmax(jnp.einsum("bnth,bnsh->bnts", q, k) / 32**0.5)[0].reshape(-1, 22, 22, 22, 22)
+    for head, (down, right) in enumerate(OFFSETS):
+        row, col = 11 + down, 11 + right
+        near = seen[head, 11, 11, row - 2 : row + 3, col - 2 : col + 3]
+        assert near.sum() > 0.9 and near[2, 2] == seen[head, 11, 11].max()
+
+
+def test_deepstack_is_trained_as_the_decoder_runs_it(monkeypatch):
+    """The first question of a scene, beside the others behind the shared prefix and alone in the model's decoder."""
+    config = spec.hf_config("qwen3_vl")
+    config["text_config"]["num_hidden_layers"], config["vision_config"]["depth"] = 3, 2
+    config["vision_config"]["deepstack_visual_indexes"] = [0, 1]
+    monkeypatch.setitem(spec._HF_CONFIGS, "qwen3_vl", lambda: config)
+    model = qwen3_vl.Qwen3VL(model_config("qwen3_vl"), rngs=nnx.Rngs(0), dtype=jnp.float32)
+    heads, asked = AuxiliaryHeads("qwen3_vl", 96, 128, rngs=nnx.Rngs(1)), targets("qwen3_vl")
+    batch = jax.tree.map(jnp.asarray, pack("train", 0, 1, TRAINING_QUESTIONS, "qwen3_vl"))
+    seen, runs = look(model, batch.images), np.asarray(batch.prefix.runs[0])
+    bypass = jnp.zeros((3, 1, seen.features.shape[1]), bool)
+    soft = jnp.eye(model.config.decoder.vocab_size)
+    *_, predicted = answer_loss(model, heads, seen, batch, bypass, asked, soft)
+    decoder, shown = model.decoder, slice(asked.first_image, asked.first_image + seen.features.shape[1])
+    question = batch.ids[:1, 0]
+
+    def spread(features):
+        rows = jnp.zeros((1, len(runs), features.shape[-1])).at[:, shown].set(features)[:, runs]
+        return jnp.concatenate([rows, jnp.zeros((1, question.shape[1], features.shape[-1]))], axis=1)
+
+    ids = jnp.concatenate([batch.prefix.ids[:, runs], question], axis=1)
+    image = (ids == model.config.image_token)[..., None]
+    x = jnp.where(image, spread(seen.features), decoder.embed(ids))
+    behind = jnp.broadcast_to(batch.prefix.start[0] + jnp.arange(question.shape[1]), (3, 1, question.shape[1]))
+    positions = jnp.concatenate([jnp.swapaxes(batch.prefix.position, 0, 1)[..., runs], behind], axis=-1)
+    rope, mask = rope_tables(positions, decoder.config), jnp.tri(ids.shape[1], dtype=bool)[None]
+
+    def answers(deepstack):
+        whole = decoder.logits(forward(decoder, x, rope, mask, deepstack))
+        return whole[0, runs.sum() :].argmax(axis=-1)
+
+    used = int(batch.ask[0, 0]) + 1
+    expected = answers([spread(features) for features in seen.deepstack])
+    np.testing.assert_array_equal(predicted[0, 0, :used], expected[:used])
+    assert (answers([])[:used] != expected[:used]).any()  # DeepStack makes a difference
+
+
 @pytest.fixture
 def short(monkeypatch):
     """Training of a tower and a decoder of two layers on batches that are packed in the same process."""
@@ -255,13 +347,13 @@ def short(monkeypatch):
     config["text_config"]["num_hidden_layers"] = config["vision_config"]["depth"] = 2
     config["vision_config"]["fullatt_block_indexes"] = [1]
     monkeypatch.setitem(spec._HF_CONFIGS, "qwen2_5_vl", lambda: config)
-    for name, layers in (("POINTER_LAYERS", (0, 1)), ("PLACE_LAYER", 0), ("CORNER_LAYER", 1)):
+    for name, layers in (("POINTER_LAYERS", {"qwen2_5_vl": (0, 1)}), ("PLACE_LAYER", 0), ("CORNER_LAYER", 1)):
         monkeypatch.setattr(losses, name, layers)
     monkeypatch.setattr(train, "VALIDATION_SCENES", 2)
 
     def batches(phase, first):
         for step in range(first, phase.stop):
-            yield step, pack("train", step * 2, 2, train.mix(phase, step), phase.family)
+            yield step, pack("train", step * 2, 2, phase.mix(step), phase.family)
 
     monkeypatch.setattr(train, "batches", batches)
 
