@@ -42,7 +42,7 @@ COLUMNS = ("model", "plan", "shared layers", "fresh", "first question", "later o
 
 
 @dataclass(frozen=True)
-class Plan:
+class NamedPlan:
     """options: of `Model.plan`."""
 
     text: str
@@ -148,12 +148,12 @@ def table(records: Sequence[dict[str, Any]]) -> str:
 
 
 @argument_of
-def _plan(text: str) -> Plan:
+def _plan(text: str) -> NamedPlan:
     """argparse type: METHOD, METHOD:BUDGET or METHOD:BUDGET:ACTION, each with @LAYER behind it or not."""
     words, at, layer = text.partition("@")
     method, budget, action = plan_words(words)
     given = {"budget": budget, "action": action, "first_decision": whole(layer) if at else None}
-    return Plan(text, method, {name: value for name, value in given.items() if value is not None})
+    return NamedPlan(text, method, {name: value for name, value in given.items() if value is not None})
 
 
 def _parser() -> Parser:

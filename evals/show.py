@@ -19,7 +19,7 @@ from evals.harness.boxes import NULL_BOX, Box, normalise_box, shrunk
 from evals.harness.cli import load_model
 from evals.harness.data import Doc
 from evals.harness.finished_runs import Finished, read_finished
-from evals.harness.pages import RIGHT, UNKNOWN, WRONG, Asked, Board, Point, board, is_right, page, shown_truth
+from evals.harness.pages import RIGHT, UNKNOWN, WRONG, Board, PageQuestion, Point, board, is_right, page, shown_truth
 from evals.harness.routes import FULL, check_routes, plan_routes
 from evals.harness.runner import Record, Run, Task, as_seen
 from evals.table import WITH_SCENES
@@ -125,7 +125,7 @@ def _asked_board(args: argparse.Namespace) -> Board:
         card = _question(model, doc, task.prompt(doc), routes.runs, row, command.metric, settings)
         verdicts = "".join(_verdict(record, command.metric) for record in row.values())
         answers = tuple(record["text"] for record in row.values())
-        asked.append(Asked(doc.doc_id, doc.text, card.truth, answers, verdicts))
+        asked.append(PageQuestion(doc.doc_id, doc.text, card.truth, answers, verdicts))
         cards[doc.doc_id] = card
         records.append(row)
     points = tuple(

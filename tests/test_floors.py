@@ -1,6 +1,8 @@
-"""The four floors: imports run downward only, and modules do not import each other in a circle."""
+"""The four floors: imports run downward only, modules do not import each other in a circle, and a class's name is its
+own."""
 
 import ast
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +12,9 @@ ROOT = Path(__file__).parents[1]
 FLOORS = ("reroute_jax", "convert", "evals", "benchmarks")
 # The facade: `reroute_jax.load` imports `convert` when it is called.
 UPWARD = {("reroute_jax", "convert.loading")}
+
+# Each family's tower has these, as in transformers, and the PyTorch reading of a repair is called as what it reads.
+SHARED = {"PatchEmbed", "VisionAttention", "VisionLayer", "Merger", "MeanBypass", "ProxyBypass"}
 
 
 def modules() -> dict[str, Path]:
@@ -78,13 +83,28 @@ def test_no_modules_import_each_other() -> None:
     assert circle(modules()) == []
 
 
+def shared_names(files: dict[str, Path]) -> set[str]:
+    """Of classes that stand in more than one module."""
+    counts = Counter(
+        node.name
+        for file in files.values()
+        for node in ast.parse(file.read_text()).body
+        if isinstance(node, ast.ClassDef)
+    )
+    return {name for name, count in counts.items() if count > 1}
+
+
+def test_a_name_is_one_class() -> None:
+    assert {name for name in shared_names(modules()) if not name.startswith("_")} == SHARED
+
+
 @pytest.fixture
 def broken(tmp_path: Path) -> dict[str, Path]:
     texts = {
         "reroute_jax.a": "def late():\n    from evals import b\n",
-        "convert.c": "from convert import d\n",
+        "convert.c": "from convert import d\n\n\nclass Same:\n    pass\n",
         "convert.d": "import convert.c\n",
-        "evals.b": "from reroute_jax import a\n",
+        "evals.b": "from reroute_jax import a\n\n\nclass Same:\n    pass\n",
     }
     files = {name: tmp_path / f"{name}.py" for name in texts}
     for name, text in texts.items():
@@ -95,3 +115,4 @@ def broken(tmp_path: Path) -> dict[str, Path]:
 def test_what_is_wrong_is_found(broken: dict[str, Path]) -> None:
     assert upward(broken) == [("reroute_jax.a", "evals.b")]
     assert circle(broken) == ["convert.c", "convert.d", "convert.c"]
+    assert shared_names(broken) == {"Same"}

@@ -35,7 +35,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Asked:
+class PageQuestion:
     """A question as the list has it. verdicts: a character a run, RIGHT, WRONG or UNKNOWN."""
 
     number: int
@@ -54,15 +54,15 @@ class Board:
     points: tuple[Point, ...]
     runs: tuple[str, ...]
     pairs: tuple[tuple[str, str], ...]
-    asked: tuple[Asked, ...]
+    asked: tuple[PageQuestion, ...]
     cards: Mapping[int, ShownQuestion]
     note: str = ""
 
-    def ordered(self) -> list[Asked]:
+    def ordered(self) -> list[PageQuestion]:
         """What the first of the filters shows comes first."""
         kinds = [RIGHT + WRONG, WRONG + RIGHT, WRONG + WRONG, RIGHT + RIGHT]
 
-        def place(asked: Asked) -> tuple[int, int]:
+        def place(asked: PageQuestion) -> tuple[int, int]:
             kind = "".join(asked.verdicts[self.runs.index(run)] for run in self.pairs[0]) if self.pairs else ""
             return kinds.index(kind) if kind in kinds else len(kinds), asked.number
 
@@ -84,7 +84,7 @@ def board(finished: Finished, metric: str, scale: int, cards: Mapping[int, Shown
     records = list(zip(*finished.records.values(), strict=True))
     texts = own_parts([row[0].get("prompt", "") for row in records])
     asked = tuple(
-        Asked(
+        PageQuestion(
             row[0]["doc_id"],
             text,
             shown_truth(row[0].get("truth", row[0].get("why", ""))),
@@ -177,7 +177,7 @@ def _place(one: Board, run: str) -> int:
     return one.runs.index(run) if run in one.runs else -1
 
 
-def _row(board_number: int, asked: Asked, one: Board) -> str:
+def _row(board_number: int, asked: PageQuestion, one: Board) -> str:
     number = str(asked.number)
     if asked.number in one.cards:
         number = f'<a href="#q{board_number}-{asked.number}">{number}</a>'

@@ -61,7 +61,7 @@ def _token_logprob(text: str, logprob: float) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Head:
+class ResponseHead:
     """What all parts of a response begin with."""
 
     model: str

@@ -14,7 +14,7 @@ from reroute_jax.engine.batching import Layout
 from reroute_jax.serving.answer_text import AnswerText
 from reroute_jax.serving.buckets import Pools
 from reroute_jax.serving.chat_request import ChatRequest, Served, read_chat_request
-from reroute_jax.serving.chat_response import Choice, Delta, Head
+from reroute_jax.serving.chat_response import Choice, Delta, ResponseHead
 from reroute_jax.serving.engine import Engine, Stopping
 from reroute_jax.serving.metrics import Metrics
 from reroute_jax.serving.pictures import with_images
@@ -64,7 +64,7 @@ class Conversation:
     def __init__(self, desk: Desk, prepared: Prepared, arrived: float) -> None:
         chat, loop = prepared.chat, asyncio.get_running_loop()
         self.desk, self.chat, self.arrived = desk, chat, arrived
-        self.head = Head(desk.served.model, chat.plan, chat.logprobs)
+        self.head = ResponseHead(desk.served.model, chat.plan, chat.logprobs)
         self.choices = [Choice(index, AnswerText(desk.tokenizer, chat.stop)) for index in range(chat.count)]
         self.usage: Usage | None = None
         self._news: asyncio.Queue[tuple[int, News]] = asyncio.Queue()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from evals.harness.pages import Asked, Board, Point, page
+from evals.harness.pages import Board, PageQuestion, Point, page
 from reroute_jax.figure.card import Routed, ShownAnswer, ShownQuestion
 from reroute_jax.figure.maps import View
 from reroute_jax.figure.tokens import stage_tokens
@@ -70,7 +70,7 @@ def known_page() -> str:
         Point("pdrop-reroute-128", "pdrop reroute", 22.5, 78.0, "86.7", 410.0),
     )
     asked = tuple(
-        Asked(
+        PageQuestion(
             number, f"the thing number {number}", "truth", tuple(f"answer {number} of {run}" for run in RUNS), verdicts
         )
         for number, verdicts in enumerate(VERDICTS)

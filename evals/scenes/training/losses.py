@@ -21,8 +21,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from evals.scenes.tokenizer import DIALECTS, vocabulary
-from evals.scenes.training.packing import Packed, Prefix, blurred, coordinate_starts
-from evals.scenes.training.towers import Seen, Trained
+from evals.scenes.training.packing import ImagePrefix, Packed, blurred, coordinate_starts
+from evals.scenes.training.towers import TowerStates, Trained
 from evals.scenes.world import COLOURS, GRIDS, RADII, SHAPES, SIZES, TOKEN
 from reroute_jax.nn.layers import DecoderLayer, Linear, Rope, rotate
 from reroute_jax.nn.positions import rope_tables
@@ -71,7 +71,7 @@ def targets(family: str) -> Targets:
     return Targets(words, starts, len(dialect.opening), len(dialect.numbers), dialect.density)
 
 
-def dense_loss(model: Trained, heads: AuxiliaryHeads, seen: Seen, batch: Packed, targets: Targets, soft):
+def dense_loss(model: Trained, heads: AuxiliaryHeads, seen: TowerStates, batch: Packed, targets: Targets, soft):
     """Per-token objectness and attributes against the decoder's word embeddings, and the family's own objectives.
     Returns (loss, accuracies of shape, colour, size)."""
     thing, real = batch.patch_thing, _real(batch.prefix, targets, batch.patch_thing.shape[1])
@@ -160,14 +160,14 @@ def _own_boxes(batch: Packed) -> Float[Array, "R P 4"]:
     return jnp.take_along_axis(batch.boxes, jnp.maximum(batch.patch_thing, 0)[..., None], axis=1)
 
 
-def _real(prefix: Prefix, targets: Targets, count: int) -> Bool[Array, "R P"]:
+def _real(prefix: ImagePrefix, targets: Targets, count: int) -> Bool[Array, "R P"]:
     return prefix.runs[:, targets.first_image : targets.first_image + count]
 
 
 def answer_loss(
     model: Trained,
     heads: AuxiliaryHeads,
-    seen: Seen,
+    seen: TowerStates,
     batch: Packed,
     bypass: Bool[Array, "L R P"],
     targets: Targets,

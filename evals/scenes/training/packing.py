@@ -32,7 +32,7 @@ STD = np.array((0.26862954, 0.26130258, 0.27577711), np.float32)
 HALF = np.full(3, 0.5, np.float32)  # mean, and standard deviation, of Qwen3-VL's image processor
 
 
-class Prefix(NamedTuple):
+class ImagePrefix(NamedTuple):
     """S slots of one image: the opening, as many image slots as the largest image takes, the closing.
 
     position: one row, or temporal, vertical and horizontal. runs: False where the image is smaller. start: position
@@ -56,7 +56,7 @@ class Packed(NamedTuple):
     """
 
     images: Any  # uint8 [R, 112, 112, 3], QwenPixels or Qwen3Pixels
-    prefix: Prefix  # every field with R rows in front
+    prefix: ImagePrefix  # every field with R rows in front
     ids: np.ndarray  # int32 [R, Q, W]
     label: np.ndarray  # int32 [R, Q, W]
     weight: np.ndarray  # float32 [R, Q, W]
@@ -91,11 +91,11 @@ def pack(split: str, start: int, scenes: int, per_kind: Mapping[str, int], famil
     """Scenes start .. start + scenes - 1 of a split as one batch, with up to `per_kind` questions of each kind."""
     packed = [_pack_scene(scene_seed(split, index), per_kind, family) for index in range(start, start + scenes)]
     images, prefixes, *rest = zip(*packed, strict=True)
-    prefix = Prefix(*(np.stack(field) for field in zip(*prefixes, strict=True)))
+    prefix = ImagePrefix(*(np.stack(field) for field in zip(*prefixes, strict=True)))
     return Packed(_PACK_IMAGES[family](images), prefix, *(np.stack(field) for field in rest))
 
 
-def image_prefix(family: str, grid: tuple[int, int]) -> Prefix:
+def image_prefix(family: str, grid: tuple[int, int]) -> ImagePrefix:
     """The prefix of an image of so many rows and columns of visual tokens."""
     dialect, vocab = DIALECTS[family], vocabulary(family)
     before, after = ([vocab[token] for token in part] for part in (dialect.opening, dialect.closing))
@@ -109,7 +109,7 @@ def image_prefix(family: str, grid: tuple[int, int]) -> Prefix:
         found, start = mrope_positions(ids[runs], vocab[dialect.image], [grid])
     position = np.zeros((len(found), len(ids)), np.int32)
     position[:, runs] = found
-    return Prefix(ids, position, runs, np.int32(start))
+    return ImagePrefix(ids, position, runs, np.int32(start))
 
 
 def patchify(image: np.ndarray, config: PatchedVisionConfig, mean: np.ndarray, std: np.ndarray) -> np.ndarray:

@@ -21,7 +21,7 @@ from reroute_jax.vision.qwen3 import Qwen3Images
 Trained = Llava | QwenVL | Qwen3VL
 
 
-class Seen(NamedTuple):
+class TowerStates(NamedTuple):
     """What a tower makes of a batch: features at decoder width, what DeepStack adds to them behind each of the
     decoder's first layers, and what the tower's own objectives read: hidden states of LLaVA's, attention received in
     the last block of the others."""
@@ -32,13 +32,13 @@ class Seen(NamedTuple):
     received: Float[Array, "R P"] | None
 
 
-def look(model: Trained, images) -> Seen:
+def look(model: Trained, images) -> TowerStates:
     if model.config.family == "llava":
         states = vision_states(model.vision, images)
-        return Seen(model.projector(states[model.config.vision.feature_layers[0]][:, 1:]), [], states, None)
+        return TowerStates(model.projector(states[model.config.vision.feature_layers[0]][:, 1:]), [], states, None)
     read = _READ[model.config.family](model.vision, images)
     features, *deepstack = jnp.split(read.features(), 1 + model.config.decoder.deepstack, axis=-1)
-    return Seen(features, deepstack, None, read.metric())
+    return TowerStates(features, deepstack, None, read.metric())
 
 
 _READ = {"qwen2_5_vl": QwenImages, "qwen3_vl": Qwen3Images}
