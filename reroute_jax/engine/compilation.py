@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from reroute_jax.nn.sharding import mesh_of, place_of
+from reroute_jax.nn.sharding import mesh_at, place_of
 
 # XLA's CPU backend multiplies bf16 by way of fp32 copies of the weights, in most forms of a product. Its default
 # scheduler makes all copies before the first product, and invariant code motion moves those of a decode step out of the
@@ -44,16 +44,19 @@ def compiled(**jit_options) -> Callable[[Callable], Callable]:
 
         @wraps(function)
         def call(*args, **kwargs):
-            with on_mesh_of((args, kwargs)):
-                return jitted(_platform((args, kwargs)))(*args, **kwargs)
+            place = place_of((args, kwargs))
+            with _on_mesh_at(place):
+                return jitted(_platform(place))(*args, **kwargs)
 
         def compile_for(*args, **kwargs) -> tuple[jax.stages.Compiled, Any]:
-            with on_mesh_of((args, kwargs)):
-                traced = jitted(_platform((args, kwargs))).trace(*args, **kwargs)
+            place = place_of((args, kwargs))
+            with _on_mesh_at(place):
+                traced = jitted(_platform(place)).trace(*args, **kwargs)
                 program = traced.lower().compile()
-            on_mesh = mesh_of((args, kwargs)) is not None
             shapes = traced.out_info
-            return program, jax.tree.map(_placed, shapes, program.output_shardings) if on_mesh else shapes
+            return program, shapes if mesh_at(place) is None else jax.tree.map(
+                _placed, shapes, program.output_shardings
+            )
 
         call.jitted, call.compile, call.ahead = jitted, compile_for, lambda *args, **kw: compile_for(*args, **kw)[1]
         return call
@@ -63,12 +66,15 @@ def compiled(**jit_options) -> Callable[[Callable], Callable]:
 
 def on_mesh_of(arguments):
     """The context that a program of these arguments is traced in."""
-    mesh = mesh_of(arguments)
+    return _on_mesh_at(place_of(arguments))
+
+
+def _on_mesh_at(place: jax.sharding.Sharding | None):
+    mesh = mesh_at(place)
     return nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
-def _platform(arguments) -> str | None:
-    place = place_of(arguments)
+def _platform(place: jax.sharding.Sharding | None) -> str | None:
     return None if place is None else next(iter(place.device_set)).platform
 
 

@@ -83,7 +83,10 @@ def place_of(tree) -> Sharding | None:
 
 def mesh_of(tree) -> Mesh | None:
     """That a module, or any arrays, lie on."""
-    place = place_of(tree)
+    return mesh_at(place_of(tree))
+
+
+def mesh_at(place: Sharding | None) -> Mesh | None:
     return place.mesh if isinstance(place, NamedSharding) else None
 
 
