@@ -53,10 +53,8 @@ def compiled(**jit_options) -> Callable[[Callable], Callable]:
             with _on_mesh_at(place):
                 traced = jitted(_platform(place)).trace(*args, **kwargs)
                 program = traced.lower().compile()
-            shapes = traced.out_info
-            return program, shapes if mesh_at(place) is None else jax.tree.map(
-                _placed, shapes, program.output_shardings
-            )
+            shapes, on_mesh = traced.out_info, mesh_at(place) is not None
+            return program, jax.tree.map(_placed, shapes, program.output_shardings) if on_mesh else shapes
 
         call.jitted, call.compile, call.ahead = jitted, compile_for, lambda *args, **kw: compile_for(*args, **kw)[1]
         return call

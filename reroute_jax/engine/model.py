@@ -223,7 +223,7 @@ class Model:
         """
         one_of("on_error", on_error, ("raise", "return"))
         sampling = self._sampling(max_new_tokens, repetition_penalty, temperature, top_p, seed)
-        how = schedule or self._unrouted, batch_size, token_budget, text_special_tokens, row_shards(self.module)
+        how = schedule or self._unrouted, batch_size, token_budget, text_special_tokens, self._row_shards
         prefill, encodes = self._prefill(image_cache), image_cache is None or trace
         answers = [Answer()] * len(items)
         with closing(ahead(groups(items, self.files, *how, encodes), LOOKAHEAD)) as ready:
@@ -290,10 +290,14 @@ class Model:
         """
         sampling = self._sampling(max_new_tokens, None, temperature, 1.0, 0)
         how = schedule or self._unrouted, batch_size, token_budget
-        for batches in batches_of_shapes(items, self.files, *how, row_shards(self.module)):
+        for batches in batches_of_shapes(items, self.files, *how, self._row_shards):
             compile_ahead(self.module, batches, sampling)
 
     # --- Defaults -----------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _row_shards(self) -> int:
+        return row_shards(self.module)
 
     @property
     def _unrouted(self) -> Schedule:
