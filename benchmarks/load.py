@@ -118,7 +118,8 @@ async def closed_loop(target: Target, asked: Sequence[Asked], clients: int) -> f
 
 
 def summary(plan: str, rate: float, heard: Sequence[Heard], arrivals: np.ndarray, limit: float) -> dict[str, Any]:
-    """Of one plan at one rate. limit: seconds for a whole answer, those within are the goodput."""
+    """Of one plan at one rate. limit: seconds for a whole answer, those within are the goodput. answered_per_s: up to
+    the end of the last one, which at a rate beyond what the server can do is its saturation."""
     answered = [one for one in heard if one.whole is not None]
     seconds = float(arrivals[-1])
     found = {"plan": plan, "rate_per_s": rate, "requests": len(heard), "answered": len(answered)}
@@ -128,6 +129,8 @@ def summary(plan: str, rate: float, heard: Sequence[Heard], arrivals: np.ndarray
         for p in PERCENTILES:
             found[f"{name}_p{p}_s"] = round(float(np.percentile(values, p)), 4) if values else None
     good = sum(one.whole <= limit for one in answered)
+    ends = [due + one.whole for one, due in zip(heard, arrivals.tolist(), strict=True) if one.whole is not None]
+    found["answered_per_s"] = round(len(ends) / max(ends), 3) if ends else 0.0
     return found | {"limit_s": limit, "good": good, "goodput_per_s": round(good / seconds, 3)}
 
 

@@ -70,7 +70,11 @@ class Conversation:
         self._news: asyncio.Queue[tuple[int, News]] = asyncio.Queue()
 
         def teller(index: int) -> Callable[[News], object]:
-            return lambda news: loop.call_soon_threadsafe(self._news.put_nowait, (index, news))
+            def tell(news: News) -> None:
+                if not loop.is_closed():  # as a second signal leaves it
+                    loop.call_soon_threadsafe(self._news.put_nowait, (index, news))
+
+            return tell
 
         indices = range(chat.count)
         self._requests = [Request(prepared.layout, chat.sampling, index, teller(index)) for index in indices]
