@@ -18,6 +18,7 @@ from convert.opening import open_checkpoint
 from convert.pieces import PARTS
 from reroute_jax.commandline.parsing import OUTPUT, RUN, Parser, exit_code
 from reroute_jax.errors import RerouteError
+from reroute_jax.nn.quantised import TILES
 from reroute_jax.types import FLOATS
 
 
@@ -29,23 +30,24 @@ def main(argv: list[str] | None = None) -> int:
     with suppress(RuntimeError):  # a process that used its devices already keeps them, and stores fewer parts
         jax.config.update("jax_num_cpu_devices", PARTS)
     interrupted = f"error: interrupted, {args.out} was not written: the same command goes on where it was"
-    return exit_code(lambda: _convert(args.src, args.out, args.dtype), args.debug, interrupted)
+    return exit_code(lambda: _convert(args.src, args.out, args.dtype, args.quantise), args.debug, interrupted)
 
 
-def _convert(src: str, out: Path, dtype: str | None) -> None:
+def _convert(src: str, out: Path, dtype: str | None, quantise: str | None) -> None:
     start = time.monotonic()
     check_free(out)
     source, config = open_checkpoint(src)
     if source.manifest is not None:
         raise RerouteError(f"{src} is converted already: expected a Hugging Face checkpoint")
-    target = stored_params(config)
+    target = stored_params(config, quantise)
     planned = plan(source, target, table_of(config))
     total = sum(tensor.nbytes for _, tensor in planned)
     with tqdm(total=total, unit="B", unit_scale=True, desc="converting") as bar:
         manifest = save_converted(source, out, planned, target, dtype, bar.update)
+    kinds = ", ".join(filter(None, (quantise, dtype or "stored dtypes")))
     print(
         f"{out}: {manifest.tensors} tensors, {manifest.parameters:,} parameters, {manifest.nbytes / 1e9:.2f} GB "
-        f"({dtype or 'stored dtypes'}), {time.monotonic() - start:.0f} s, peak memory {_peak_bytes() / 1e9:.2f} GB"
+        f"({kinds}), {time.monotonic() - start:.0f} s, peak memory {_peak_bytes() / 1e9:.2f} GB"
     )
 
 
@@ -66,6 +68,7 @@ def _parser() -> Parser:
     run.add_argument("src", metavar="SRC", help="hub id (owner/model) or checkpoint folder with safetensors")
     output.add_argument("out", metavar="OUT", type=Path, help="folder to write; must not exist")
     output.add_argument("--dtype", choices=list(FLOATS), help="dtype to store (default: as in SRC)")
+    output.add_argument("--quantise", choices=list(TILES), help="of the decoder's weights; needs qwix (default: none)")
     return parser
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from convert import pieces
@@ -15,10 +17,12 @@ from convert.source import Source
 from convert.table import Assignment, ConversionTable, hf_shapes, match, raise_report, to_hf
 from convert.values import cast, finite, not_finite
 from reroute_jax.errors import RerouteError
+from reroute_jax.nn.quantised import quantised
 from reroute_jax.types import FLOATS
 
 Progress = Callable[[int], object]
-Target = Mapping[str, jax.ShapeDtypeStruct]
+# Shapes, with their places where they have one; `qwix.QArray`s of them where parameters are to be quantised.
+Target = Mapping[str, Any]
 
 
 def load_params(
@@ -27,7 +31,7 @@ def load_params(
     table: ConversionTable,
     dtype: str | None = None,
     progress: Progress = lambda nbytes: None,
-) -> dict[str, jax.Array]:
+) -> dict[str, Any]:
     """The parameters `target` (path -> shape, and sharding where it has one), read one tensor at a time.
 
     `dtype` is one of `FLOATS`, or None for the stored one. `progress` is told the stored bytes of each tensor.
@@ -38,7 +42,8 @@ def load_params(
     params = {}
     for assignment, tensor in plan(source, target, table):
         # Waiting keeps the host copies of earlier tensors from piling up.
-        params[assignment.path] = placed(tensor, target[assignment.path], dtype).block_until_ready()
+        wanted = target[assignment.path]
+        params[assignment.path] = jax.block_until_ready(fitted(placed(tensor, unquantised(wanted), dtype), wanted))
         progress(tensor.nbytes)
     return params
 
@@ -74,23 +79,43 @@ def save_hf(folder: Path, params: Mapping[str, jax.Array], table: ConversionTabl
     write_folder(folder, shapes, FLOATS[dtype], produce, shards)
 
 
-def _restore(source: Source, target: Target, dtype: str | None, progress: Progress) -> dict[str, jax.Array]:
+def _restore(source: Source, target: Target, dtype: str | None, progress: Progress) -> dict[str, Any]:
     _check_files(source)
-    stored = pieces.stored_shapes(source.folder)
-    _check_stored(source, stored, target)
-    kind = FLOATS[dtype] if dtype else None
+    reading = target if source.manifest.quantise else {path: unquantised(wanted) for path, wanted in target.items()}
+    places, stored = pieces.flat(reading), pieces.stored_shapes(source.folder)
+    _check_stored(source, stored, places)
     wanted = {
-        path: jax.ShapeDtypeStruct(value.shape, kind or value.dtype, sharding=_sharding(target[path]))
-        for path, value in stored.items()
+        name: jax.ShapeDtypeStruct(value.shape, _restored_dtype(value.dtype, dtype), sharding=_sharding(places[name]))
+        for name, value in stored.items()
     }
-    params: dict[str, jax.Array] = {}
+    found: dict[str, Any] = {}
     for piece in pieces.restored(source.folder, wanted):
-        params |= piece
-        progress(sum(stored[path].size * stored[path].dtype.itemsize for path in piece))
-    for path, value in params.items():
-        if not jax.numpy.isfinite(value).all():
-            raise RerouteError(not_finite(path, dtype))
-    return params
+        for name, value in piece.items():
+            if jnp.issubdtype(value.dtype, jnp.floating) and not jnp.isfinite(value).all():
+                raise RerouteError(not_finite(name, dtype))
+            found[name] = value if source.manifest.quantise else fitted(value, target[name])
+        progress(sum(stored[name].size * stored[name].dtype.itemsize for name in piece))
+    if not source.manifest.quantise:
+        return found
+    return jax.tree.unflatten(jax.tree.structure(dict(target)), [found[name] for name in places])
+
+
+def _restored_dtype(stored: np.dtype, dtype: str | None) -> np.dtype:
+    return FLOATS[dtype] if dtype and jnp.issubdtype(stored, jnp.floating) else stored
+
+
+def unquantised(wanted: Any) -> jax.ShapeDtypeStruct:
+    """The shape and place of a parameter before it is quantised."""
+    return wanted if isinstance(wanted, jax.ShapeDtypeStruct) else wanted.qvalue
+
+
+def fitted(value: jax.Array, wanted: Any) -> Any:
+    """The parameter, quantised where that is wanted."""
+    if isinstance(wanted, jax.ShapeDtypeStruct):
+        return value
+    return jax.tree.map(
+        lambda part, place: jax.device_put(part, _sharding(place)), quantised(value, wanted.qtype), wanted
+    )
 
 
 def _check_files(source: Source) -> None:

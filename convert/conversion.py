@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from threading import Condition
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,7 +23,7 @@ from filelock import FileLock, Timeout
 
 import reroute_jax
 from convert import pieces
-from convert.checkpoint import Progress, Target, converted, placed
+from convert.checkpoint import Progress, Target, converted, fitted, placed, unquantised
 from convert.safetensors import DTYPES, INDEX_NAME, Tensor
 from convert.source import COMPANIONS, FORMAT, MANIFEST_NAME, Manifest, Source
 from convert.table import Assignment
@@ -30,6 +31,7 @@ from reroute_jax.config import ModelConfig
 from reroute_jax.errors import RerouteError
 from reroute_jax.mesh import arranged
 from reroute_jax.nn.params import named_parameters
+from reroute_jax.nn.quantised import with_quantised
 from reroute_jax.nn.sharding import on_mesh
 from reroute_jax.types import FLOATS
 
@@ -42,12 +44,13 @@ _LOCK_NAME = ".lock"
 Planned = Sequence[tuple[Assignment, Tensor]]
 
 
-def stored_params(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
+def stored_params(config: ModelConfig, quantise: str | None = None) -> dict[str, Any]:
     """Every parameter of the model, laid out over all devices of the host in the chunks that it is stored in."""
     devices = np.array(jax.local_devices(backend="cpu"))[None]
-    return named_parameters(
-        on_mesh(reroute_jax.abstract_params(config), arranged(devices, config.decoder.num_kv_heads))
-    )
+    module = reroute_jax.abstract_params(config)
+    if quantise is not None:
+        module = with_quantised(module, quantise)
+    return named_parameters(on_mesh(module, arranged(devices, config.decoder.num_kv_heads)))
 
 
 def save_converted(
@@ -67,9 +70,9 @@ def save_converted(
     """
     check_free(out)
     try:
-        with _making(out, _identity(source, planned, dtype)) as partial:
+        with _making(out, _identity(source, planned, target, dtype)) as partial:
             _save_pieces(partial, planned, target, dtype, progress)
-            manifest = _finish(partial, source, planned, dtype)
+            manifest = _finish(partial, source, planned, target, dtype)
             check_free(out)
             partial.rename(out)
     except RerouteError:
@@ -123,13 +126,14 @@ def _settle(partial: Path, identity: dict) -> None:
     file.write_text(json.dumps(identity))
 
 
-def _identity(source: Source, planned: Planned, dtype: str | None) -> dict:
+def _identity(source: Source, planned: Planned, target: Target, dtype: str | None) -> dict:
     """What must be the same for the pieces of a conversion to belong together."""
     files = {str(file): file.stat() for file in {tensor.file.resolve() for _, tensor in planned}}
     return {
         "format": FORMAT,
         "piece_bytes": PIECE_BYTES,
         "dtype": dtype,
+        "quantise": _kind(target),
         "config": source.config,
         "files": {name: [state.st_size, state.st_mtime_ns] for name, state in sorted(files.items())},
     }
@@ -138,16 +142,17 @@ def _identity(source: Source, planned: Planned, dtype: str | None) -> dict:
 def _save_pieces(partial: Path, planned: Planned, target: Target, dtype: str | None, progress: Progress) -> None:
     parts = list(enumerate(_pieces(planned, dtype)))
     done = pieces.finished(partial)
-    needed = sum(_nbytes(tensor, dtype) for number, part in parts if number not in done for _, tensor in part)
+    needed = sum(_stored_bytes(part, target, dtype) for number, part in parts if number not in done)
     free = shutil.disk_usage(partial).free
     if free < needed:
         raise RerouteError(f"{partial} needs {needed:,} bytes, the disk has {free:,}: free some or choose another")
     memory = _Budget(max(WORKERS * PIECE_BYTES, *(_nbytes(tensor, dtype) for _, tensor in planned)))
 
-    def chunked(tensor: Tensor, place: jax.ShapeDtypeStruct) -> jax.Array:
+    def chunked(tensor: Tensor, wanted: Any) -> Any:
+        place = unquantised(wanted)
         if tensor.nbytes > PIECE_BYTES:  # by its chunks, and never twice in memory
-            return placed(tensor, place, dtype)
-        return jax.device_put(converted(tensor, place.shape, dtype), place.sharding)
+            return fitted(placed(tensor, place, dtype), wanted)
+        return fitted(jax.device_put(converted(tensor, place.shape, dtype), place.sharding), wanted)
 
     def write(numbered: tuple[int, Planned]) -> int:
         number, part = numbered
@@ -174,9 +179,30 @@ def _pieces(planned: Planned, dtype: str | None) -> Iterator[Planned]:
     yield piece
 
 
+def _stored_bytes(planned: Planned, target: Target, dtype: str | None) -> int:
+    """Of int8, int4 (a byte each, too) and numbers in their dtype."""
+    total = 0
+    for assignment, tensor in planned:
+        numbers = target[assignment.path]
+        if not isinstance(numbers, jax.ShapeDtypeStruct):
+            total += numbers.qvalue.size
+            numbers = numbers.scale
+        total += numbers.size * _dtype(tensor, dtype).itemsize
+    return total
+
+
+def _kind(target: Target) -> str | None:
+    """That parameters are quantised to."""
+    return next((wanted.qtype for wanted in target.values() if not isinstance(wanted, jax.ShapeDtypeStruct)), None)
+
+
+def _dtype(tensor: Tensor, dtype: str | None) -> np.dtype:
+    return FLOATS[dtype] if dtype else DTYPES[tensor.dtype]
+
+
 def _nbytes(tensor: Tensor, dtype: str | None) -> int:
-    """As it is written."""
-    return math.prod(tensor.shape) * (FLOATS[dtype] if dtype else DTYPES[tensor.dtype]).itemsize
+    """Before it is quantised."""
+    return math.prod(tensor.shape) * _dtype(tensor, dtype).itemsize
 
 
 class _Budget:
@@ -198,7 +224,7 @@ class _Budget:
                 self._changed.notify_all()
 
 
-def _finish(partial: Path, source: Source, planned: Planned, dtype: str | None) -> Manifest:
+def _finish(partial: Path, source: Source, planned: Planned, target: Target, dtype: str | None) -> Manifest:
     """Everything beside the pieces, the manifest last."""
     for file in _companions(source.folder):
         shutil.copyfile(file, partial / file.name)
@@ -207,9 +233,10 @@ def _finish(partial: Path, source: Source, planned: Planned, dtype: str | None) 
         format=FORMAT,
         source=source.name,
         dtype=dtype,
+        quantise=_kind(target),
         tensors=len(planned),
         parameters=sum(math.prod(tensor.shape) for _, tensor in planned),
-        nbytes=sum(_nbytes(tensor, dtype) for _, tensor in planned),
+        nbytes=_stored_bytes(planned, target, dtype),
         files=pieces.file_sizes(partial),
     )
     for name in (_IDENTITY_NAME, _LOCK_NAME):

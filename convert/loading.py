@@ -19,6 +19,7 @@ from reroute_jax.mesh import open_mesh
 from reroute_jax.models import FAMILIES
 from reroute_jax.nn.mrope import COMPATS
 from reroute_jax.nn.params import named_parameters, with_parameters
+from reroute_jax.nn.quantised import TILES, with_quantised
 from reroute_jax.nn.sharding import on_mesh
 from reroute_jax.types import FLOATS
 
@@ -30,6 +31,7 @@ def load(
     vicuna_system: bool = False,
     pixel_limits: tuple[int, int] | None = None,
     mesh: str | Mesh | None = None,
+    quantise: str | None = None,
 ) -> Model:
     """Load a hub id, a Hugging Face folder (converted on the fly), a converted folder, or an embedded model.
 
@@ -39,7 +41,8 @@ def load(
     evaluation, which the checkpoint's chat template leaves out. pixel_limits: fewest and most pixels of an image of
     Qwen2.5-VL, instead of those of the checkpoint's image processor. mesh: devices to split the model over,
     "data=2,model=4" of this process, or a mesh with these axes; None takes the first device. Each device reads its own
-    part of the checkpoint.
+    part of the checkpoint. quantise: "int8" or "int4" for the decoder's weights, which `dtype` then is the dtype of
+    the scales and of everything else of; None keeps what is stored.
     Raises RerouteError for a checkpoint that is absent, damaged, of an unknown architecture, or does not fit its
     config.json, and for a mesh that the model does not fit on.
     """
@@ -56,6 +59,13 @@ def load(
     if pixel_limits is not None:
         config = with_pixel_limits(config, pixel_limits)
     empty = reroute_jax.abstract_params(config)
+    if quantise is not None:
+        one_of("quantise", quantise, tuple(TILES))
+    stored = None if source.manifest is None else source.manifest.quantise
+    if quantise and stored and quantise != stored:
+        raise RerouteError(f"{source.name} holds {stored} weights, not {quantise}: leave it out, or convert again")
+    if quantise or stored:
+        empty = with_quantised(empty, quantise or stored)
     if mesh is not None:
         empty = on_mesh(empty, open_mesh(mesh, config.decoder))
     params = load_params(source, named_parameters(empty), table_of(config), dtype)

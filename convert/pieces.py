@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import jax
 from orbax.checkpoint import v1 as ocp
@@ -20,7 +21,7 @@ FOLDER = "params"
 PARTS = 16
 
 
-def save(folder: Path, number: int, tree: Mapping[str, jax.Array]) -> None:
+def save(folder: Path, number: int, params: Mapping[str, Any]) -> None:
     """Write piece `number` of the converted folder."""
     # Compression of bfloat16 noise saves a quarter of the disk and costs a third of the time.
     context = ocp.Context()
@@ -28,7 +29,13 @@ def save(folder: Path, number: int, tree: Mapping[str, jax.Array]) -> None:
     context.array.saving.enable_write_sharding_file = False  # the host's devices mean nothing to a reader
     context.array.saving.use_replica_parallel = False  # it would cut copies into chunks of their own
     with _without_log("absl"), context:
-        ocp.save((folder / FOLDER / _name(number)).absolute(), dict(tree))
+        ocp.save((folder / FOLDER / _name(number)).absolute(), flat(params))
+
+
+def flat(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Arrays, or shapes, by the names that they are stored under; a quantised one's are `PATH.qvalue`, `PATH.scale`."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(dict(params))
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
 def finished(folder: Path) -> set[int]:

@@ -22,12 +22,14 @@ COMPANIONS = ("*.json", "*.model", "*.txt", "*.jinja")
 class Manifest:
     """What `reroute_jax.json` says.
 
-    `dtype` is None where every tensor kept the one it was stored in; `files` has the bytes of each file of `params/`.
+    `dtype` is None where every tensor kept the one it was stored in, `quantise` None where none is quantised; `files`
+    has the bytes of each file of `params/`.
     """
 
     format: int
     source: str
     dtype: str | None
+    quantise: str | None
     tensors: int
     parameters: int
     nbytes: int

@@ -25,6 +25,7 @@ from reroute_jax.nn.cache import ROOM, Cached, KVCache, StageCache, with_room
 from reroute_jax.nn.layers import DecoderLayer, RMSNorm, Rope, parameter, take_rows
 from reroute_jax.nn.positions import rope_tables
 from reroute_jax.nn.products import matmul
+from reroute_jax.nn.quantised import plain, rows_of
 from reroute_jax.nn.sharding import constrain
 from reroute_jax.routing.cuts import cut
 from reroute_jax.routing.ops import (
@@ -50,7 +51,7 @@ class Embedding(nnx.Module):
         self.table = parameter(rngs, shape, ("vocab", "embed"), dtype, config.hidden_size)
 
     def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        return constrain(self.table[ids], "rows")
+        return constrain(rows_of(self.table.get_value(), ids), "rows")
 
 
 class Head(nnx.Module):
@@ -69,7 +70,7 @@ class Decoder(nnx.Module):
 
     def logits(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows vocab"]:
         """fp32 logits of hidden states."""
-        kernel = self.embed.table[...] if self.head is None else self.head.kernel[...]
+        kernel = plain((self.embed.table if self.head is None else self.head.kernel).get_value())
         y = matmul(self.norm(x), kernel, jnp.float32)
         return constrain(y, "rows", *[None] * (y.ndim - 2), "vocab")
 

@@ -32,6 +32,7 @@ GROUPS = {
     "benchmarks.gpu": (RUN, OUTPUT),
     "benchmarks.load": (RUN, DATA, ROUTE, OUTPUT),
     "benchmarks.mesh": (RUN, ROUTE, OUTPUT),
+    "benchmarks.quantised": (RUN, DATA, ROUTE),
     "benchmarks.random_checkpoint": (RUN, OUTPUT),
     "benchmarks.vision_windows": (RUN, DATA),
 }

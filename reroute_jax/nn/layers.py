@@ -19,6 +19,7 @@ from reroute_jax.config import DecoderConfig
 from reroute_jax.nn.attention import attention, query_probabilities
 from reroute_jax.nn.cache import write_rows, write_slots
 from reroute_jax.nn.products import barrier_on_cpu, matmul
+from reroute_jax.nn.quantised import plain
 from reroute_jax.nn.sharding import constrain
 
 # For what equal layers run: traced for the first of them and each new shape, and no call in the program. A routed
@@ -62,7 +63,7 @@ class Linear(nnx.Module):
         self.axis = axes[1]
 
     def __call__(self, x: Float[Array, "*rows I"]) -> Float[Array, "*rows O"]:
-        y = matmul(x, self.kernel[...])
+        y = matmul(x, plain(self.kernel.get_value()))
         y = y if self.bias is None else y + self.bias
         return constrain(y, "rows", *[None] * (y.ndim - 2), self.axis)
 
@@ -77,7 +78,8 @@ class HeadProjection(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B N T H"]:
         heads, dim, width = self.kernel.shape
-        y = matmul(x, self.kernel.reshape(heads * dim, width)).reshape(*x.shape[:2], heads, dim).swapaxes(1, 2)
+        kernel = plain(self.kernel.get_value()).reshape(heads * dim, width)
+        y = matmul(x, kernel).reshape(*x.shape[:2], heads, dim).swapaxes(1, 2)
         return constrain(y if self.bias is None else y + self.bias[:, None], "rows", self.axis)
 
 
@@ -91,7 +93,7 @@ class OutputProjection(nnx.Module):
     def __call__(self, x: Float[Array, "B N T H"]) -> Float[Array, "B T D"]:
         width, heads, dim = self.kernel.shape
         rows = x.swapaxes(1, 2).reshape(x.shape[0], x.shape[2], heads * dim)
-        y = matmul(rows, self.kernel.reshape(width, heads * dim))
+        y = matmul(rows, plain(self.kernel.get_value()).reshape(width, heads * dim))
         return constrain(y if self.bias is None else y + self.bias, "rows")
 
 

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
-import jax
 from flax import nnx
 
 from reroute_jax.errors import RerouteError
 
 
-def named_parameters(module: nnx.Module) -> dict[str, jax.Array | jax.ShapeDtypeStruct]:
-    """Every parameter by its dotted path (abstract values for a module from `nnx.eval_shape`)."""
+def named_parameters(module: nnx.Module) -> dict[str, Any]:
+    """Every parameter by its dotted path (abstract values for a module from `nnx.eval_shape`); a quantised one is a
+    `qwix.QArray` of them."""
     return {_dotted(path): leaf.get_value() for path, leaf in nnx.to_flat_state(nnx.state(module))}
 
 
-def with_parameters(module: nnx.Module, values: Mapping[str, jax.Array]) -> nnx.Module:
+def with_parameters(module: nnx.Module, values: Mapping[str, Any]) -> nnx.Module:
     """A module of the same structure holding `values`. Raises RerouteError unless the names are the same."""
     graph, state = nnx.split(module)
     flat = nnx.to_flat_state(state)

@@ -64,9 +64,11 @@ def on_mesh(module: nnx.Module, mesh: Mesh | AbstractMesh) -> nnx.Module:
     """The parameters as shapes with their places."""
 
     def placed(leaf: nnx.Variable) -> nnx.Variable:
-        value = leaf.get_value()
-        place = NamedSharding(mesh, spec(value.shape, leaf.axes, mesh))
-        return leaf.replace(jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=place))
+        def one(value: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            place = NamedSharding(mesh, spec(value.shape, leaf.axes, mesh))
+            return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=place)
+
+        return leaf.replace(jax.tree.map(one, leaf.get_value()))  # the scales of a quantised weight like the weight
 
     graph, state = nnx.split(module)
     flat = [(path, placed(leaf)) for path, leaf in nnx.to_flat_state(state)]

@@ -12,7 +12,7 @@ from tests.tiny_qwen import tiny_qwen
 
 # Of eight devices that the CPU plays: this process has one.
 LOADING = """
-import json, sys
+import importlib.util, json, sys
 import numpy as np
 import jax
 import tensorstore
@@ -36,20 +36,32 @@ def counted(tensor, shape, index):
     return values
 
 checkpoint.read_part = counted
+def int8(mesh):
+    return named_parameters(reroute_jax.load(hf, quantise="int8", mesh=mesh).module)["decoder.layers.1.mlp.down.kernel"]
+
 alone = named_parameters(reroute_jax.load(hf).module)
+with_qwix = importlib.util.find_spec("qwix")
+one = int8(None) if with_qwix else None
 checkpoint.read = None  # nobody reads a whole tensor
 split = named_parameters(reroute_jax.load(hf, mesh="data=2,model=4").module)
+counts = {"read": sum(read), "largest": max(read)}
 before = orbax_reads()
 restored = named_parameters(reroute_jax.load(converted, mesh="data=2,model=4").module)
 own = {path: next(one.data.shape for one in value.addressable_shards if one.device == device)
        for path, value in split.items()}
 (piece,) = (checkpoint.Path(converted) / "params").iterdir()
 chunks = {path: value.storage_metadata.chunk_shape for path, value in ocp.metadata(piece).metadata.items()}
+small = None
+if with_qwix:
+    many = int8("data=2,model=4")
+    small = {"equal": np.array_equal(one.qvalue, many.qvalue) and np.array_equal(one.scale, many.scale),
+             "own": many.qvalue.addressable_shards[0].data.shape}
 print(json.dumps({
+    "quantised": small,
     "equal": all(np.array_equal(alone[path], value) and np.array_equal(alone[path], restored[path])
                  for path, value in split.items()),
     "same_places": all(value.sharding == restored[path].sharding for path, value in split.items()),
-    "read": sum(read), "largest": max(read), "bytes": sum(value.nbytes for value in alone.values()),
+    **counts, "bytes": sum(value.nbytes for value in alone.values()),
     "restored": orbax_reads() - before, "own": own, "chunks": chunks,
 }))
 """
@@ -100,3 +112,9 @@ def test_what_a_device_holds(told):
     assert own["decoder.embed.table"] == [40, 64]
     assert own["vision.layers.0.attn.qkv.kernel"] == [3, 1, 12, 48]
     assert own["decoder.norm.scale"] == [64]
+
+
+def test_weights_are_quantised_where_they_lie(told):
+    """The scales of a kernel that is split along them are those of the whole."""
+    pytest.importorskip("qwix")
+    assert told["quantised"] == {"equal": True, "own": [64, 32]}
