@@ -32,7 +32,7 @@ def quantised(weight: Array, kind: str) -> Any:
 
 def plain(weight: Any) -> Array:
     """The weight as floating-point numbers, quantised or not."""
-    return weight if isinstance(weight, Array) else _qwix().dequantize(weight)
+    return _qwix().dequantize(weight) if hasattr(weight, "qvalue") else weight
 
 
 def rows_of(table: Any, ids: Array) -> Array:
