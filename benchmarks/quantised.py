@@ -27,7 +27,7 @@ from reroute_jax.routing.plan import Schedule
 
 
 @dataclass(frozen=True)
-class Effect:
+class QuantisedSight:
     """logits: [B, vocab], of the last token. selected: per decision [B, k]. tokens: [B, new tokens], greedy."""
 
     nbytes: int
@@ -69,12 +69,12 @@ def quantised_model(model: Model, kind: str) -> Model:
     return replace(model, module=with_parameters(empty, params))
 
 
-def seen(model: Model, schedule: Schedule, given: Sample, new_tokens: int) -> Effect:
+def seen(model: Model, schedule: Schedule, given: Sample, new_tokens: int) -> QuantisedSight:
     prompts = {"input_ids": given.ids, "pixel_values": given.pixels, "image_grid_thw": given.thw}
     found = model.prefill(**prompts, schedule=schedule, trace=True)
     tokens = model.generate_ids(**prompts, schedule=schedule, max_new_tokens=new_tokens)
     nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(named_parameters(model.module)))
-    return Effect(nbytes, found.logits, list(found.trace.selected), tokens)
+    return QuantisedSight(nbytes, found.logits, list(found.trace.selected), tokens)
 
 
 def shared(one: np.ndarray, other: np.ndarray) -> float:
