@@ -94,7 +94,7 @@ SLOW |= {
     "layout",
 }
 SLOW |= {"nuwa-unit-weights", "feather", "fastv-previous", "last-layer", "nuwa-delete", "pdrop-delete", "downsample"}
-SLOW |= {"pdrop-renumber", "downsample-renumber", "downsample-blur", "visionzip", "feather-union", "ivc-release"}
+SLOW |= {"downsample-renumber", "downsample-blur", "visionzip", "feather-union"}
 SLOW |= {"swiftvlm", "layer-0"}
 # What decode sees of a route: the length of each stage's cache and the positions. Other routes differ in scores only.
 GENERATED = {"fastv-delete", "fastv-renumber", "pdrop-reroute", "pdrop-renumber", "pdrop-reroute-renumber", "layer-0"}
