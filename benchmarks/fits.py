@@ -11,7 +11,7 @@ import math
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from fractions import Fraction
 from itertools import product
 from pathlib import Path
@@ -25,6 +25,8 @@ from benchmarks.lines import line
 from evals.speed.checkpoint_shapes import SHAPES
 from reroute_jax.commandline.parsing import DATA, OUTPUT, ROUTE, RUN, Parser, budget, exit_code, positive
 from reroute_jax.config import DecoderConfig, ModelConfig
+from reroute_jax.errors import RerouteError
+from reroute_jax.mesh import check_split
 from reroute_jax.models import read_config
 from reroute_jax.nn.attention import LONG
 from reroute_jax.nn.cache import ROOM
@@ -86,7 +88,10 @@ def rooms(args: argparse.Namespace) -> Iterator[tuple[Shapes, Room]]:
     """Of everything that the arguments name and a mesh can split."""
     for model, devices in product(args.random, args.devices):
         config = read_config(SHAPES[model].config("bfloat16"))
-        if config.decoder.num_heads % devices or config.decoder.mlp_dim % devices:
+        try:
+            check_split(config.decoder, devices)
+        except RerouteError as reason:
+            print(f"note: {model} is left out: {reason}", file=sys.stderr)
             continue
         weights = weight_bytes(config, devices)
         sides = SIDES[:1] if isinstance(config.vision, ClipConfig) else SIDES
@@ -134,9 +139,10 @@ def table(found: dict[Shapes, Room]) -> str:
     columns = [f"{chip} {share}" for chip in chips for share in shares]
     lines = ["| model | devices | visual | weights GB | row MB, all | " + " | ".join(columns) + " |"]
     lines.append("|---" * (5 + len(columns)) + "|")
-    by = {tuple(asdict(one).values()): of for one, of in found.items()}
-    for model, devices, visual in dict.fromkeys((one.model, one.devices, one.visual) for one in found):
-        own = {(key[2], key[6]): of for key, of in by.items() if (key[0], key[1], key[3]) == (model, devices, visual)}
+    by_size: dict[tuple, dict[tuple, Room]] = {}
+    for one, of in found.items():
+        by_size.setdefault((one.model, one.devices, one.visual), {})[one.chip, one.budget] = of
+    for (model, devices, visual), own in by_size.items():
         first = next(iter(own.values()))
         cells = [model, str(devices), f"{visual:,}", f"{first.weight_bytes / 1e9:.1f}", f"{first.row_bytes / 1e6:,.0f}"]
         cells += [str(own[chip, share].rows) for chip in chips for share in shares]

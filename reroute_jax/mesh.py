@@ -37,7 +37,7 @@ def open_mesh(given: str | Mesh, decoder: DecoderConfig) -> Mesh:
     if not set(plain.axis_names) <= {DATA, MODEL}:
         raise RerouteError(f"a mesh with the axes {list(plain.axis_names)}, expected {DATA!r} and {MODEL!r}")
     data, model = (plain.shape.get(axis, 1) for axis in (DATA, MODEL))
-    _check(decoder, model)
+    check_split(decoder, model)
     devices = plain.devices if plain.axis_names[:1] == (DATA,) else np.moveaxis(plain.devices, 0, -1)
     return arranged(devices.reshape(data, model), decoder.num_kv_heads)
 
@@ -62,7 +62,9 @@ def plain_mesh(text: str, devices: Sequence[jax.Device]) -> Mesh:
     )
 
 
-def _check(decoder: DecoderConfig, model: int) -> None:
+def check_split(decoder: DecoderConfig, model: int) -> None:
+    """Raises RerouteError for a `model` axis that does not divide the decoder's heads and MLP, or that its KV heads
+    neither fill nor share evenly."""
     for name, size in (("heads", decoder.num_heads), ("MLP width", decoder.mlp_dim)):
         if size % model:
             raise RerouteError(f"{MODEL}={model} does not divide the decoder's {name} of {size}: give a size that does")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from flax import nnx
@@ -16,16 +16,20 @@ def named_parameters(module: nnx.Module) -> dict[str, Any]:
     return {_dotted(path): leaf.get_value() for path, leaf in nnx.to_flat_state(nnx.state(module))}
 
 
+def mapped(module: nnx.Module, function: Callable[[tuple, nnx.Variable], nnx.Variable]) -> nnx.Module:
+    """A module of the same structure with what `function` makes of each parameter and its path."""
+    graph, state = nnx.split(module)
+    made = [(path, function(path, leaf)) for path, leaf in nnx.to_flat_state(state)]
+    return nnx.merge(graph, nnx.from_flat_state(made))
+
+
 def with_parameters(module: nnx.Module, values: Mapping[str, Any]) -> nnx.Module:
     """A module of the same structure holding `values`. Raises RerouteError unless the names are the same."""
-    graph, state = nnx.split(module)
-    flat = nnx.to_flat_state(state)
-    names = {_dotted(path) for path, _ in flat}
+    names = set(named_parameters(module))
     if names != set(values):
         odd = sorted(names ^ set(values))
         raise RerouteError(f"parameters do not fit the model: {len(odd)} missing or surplus, first {odd[0]!r}")
-    filled = [(path, leaf.replace(values[_dotted(path)])) for path, leaf in flat]
-    return nnx.merge(graph, nnx.from_flat_state(filled))
+    return mapped(module, lambda path, leaf: leaf.replace(values[_dotted(path)]))
 
 
 def _dotted(path: tuple) -> str:

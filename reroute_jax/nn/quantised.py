@@ -17,6 +17,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from reroute_jax.errors import RerouteError
+from reroute_jax.nn.params import mapped
 
 # How many numbers of the last axis share a scale at most; None: all.
 TILES = {"int8": None, "int4": 32}
@@ -48,10 +49,7 @@ def with_quantised(module: nnx.Module, kind: str) -> nnx.Module:
             return leaf
         return leaf.replace(jax.eval_shape(partial(quantised, kind=kind), leaf.get_value()))
 
-    graph, state = nnx.split(module)
-    return nnx.merge(
-        graph, nnx.from_flat_state([(path, shapes(path, leaf)) for path, leaf in nnx.to_flat_state(state)])
-    )
+    return mapped(module, shapes)
 
 
 def _qwix() -> ModuleType:

@@ -15,6 +15,8 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array
 
+from reroute_jax.nn.params import mapped
+
 DATA, KV, GROUP = AXES = "data", "kv", "group"
 _MODEL = (KV, GROUP)
 # Of a dimension: the longest run of these axes that divides it. What none divides lies on every device.
@@ -63,16 +65,14 @@ def per_device(function: Callable[..., Array], first: Array, *others: Array | No
 def on_mesh(module: nnx.Module, mesh: Mesh | AbstractMesh) -> nnx.Module:
     """The parameters as shapes with their places."""
 
-    def placed(leaf: nnx.Variable) -> nnx.Variable:
+    def placed(_: tuple, leaf: nnx.Variable) -> nnx.Variable:
         def one(value: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
             place = NamedSharding(mesh, spec(value.shape, leaf.axes, mesh))
             return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=place)
 
         return leaf.replace(jax.tree.map(one, leaf.get_value()))  # the scales of a quantised weight like the weight
 
-    graph, state = nnx.split(module)
-    flat = [(path, placed(leaf)) for path, leaf in nnx.to_flat_state(state)]
-    return nnx.merge(graph, nnx.from_flat_state(flat))
+    return mapped(module, placed)
 
 
 def place_of(tree) -> Sharding | None:

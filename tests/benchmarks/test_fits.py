@@ -35,10 +35,10 @@ def test_all_tokens_and_a_third_on_one_chip_and_on_four():
 
 
 def test_kv_heads_that_devices_share_are_copied():
-    """Of Qwen2.5-VL-7B's four KV heads each of seven devices cannot hold a part, and each of 28 holds one."""
-    config = fits.read_config(fits.SHAPES["qwen2.5-vl-7b"].config("bfloat16"))
-    whole, one = (fits.row_bytes(config, 24, asked(), None, devices)[0] for devices in (1, 28))
-    assert whole == 4 * one
+    """Of Qwen2.5-VL-72B's eight KV heads each of eight devices holds one, and so does each of 16."""
+    config = fits.read_config(fits.SHAPES["qwen2.5-vl-72b"].config("bfloat16"))
+    whole, eight, sixteen = (fits.row_bytes(config, 24, asked(), None, devices)[0] for devices in (1, 8, 16))
+    assert whole == 8 * eight == 8 * sixteen
 
 
 def test_the_table_has_a_line_for_each_size():
