@@ -302,6 +302,21 @@ def test_a_killed_conversion_goes_on_where_it_was(hf, tmp_path, capsys, monkeypa
     assert_same(load(hf), load(out))
 
 
+def test_pieces_are_saved_one_at_a_time(hf, tmp_path, monkeypatch):
+    monkeypatch.setattr("convert.conversion.PIECE_BYTES", 20_000)
+    together, alone = [], threading.Lock()
+
+    def watched(folder, number, tree):
+        together.append(not alone.acquire(blocking=False))
+        time.sleep(0.02)
+        save(folder, number, tree)
+        alone.release()
+
+    monkeypatch.setattr("convert.pieces.save", watched)
+    assert cli.main([str(hf), str(tmp_path / "out")]) == 0
+    assert len(together) > 3 and not any(together)
+
+
 def test_two_conversions_to_one_folder(hf, tmp_path, capsys):
     (tmp_path / "out.partial").mkdir()
     with FileLock(tmp_path / "out.partial" / ".lock"):
