@@ -151,12 +151,12 @@ def outcome(alone: MeshAnswer, split: MeshAnswer, subject: Subject) -> MeshOutco
 def answered(subject: Subject, method: str, action: str, given: Sample) -> MeshAnswer:
     options = {} if method == "none" else {"budget": BUDGET}
     schedule = subject.plan(method, **options, **({"action": action} if action else {}))
-    module, batch = subject.model.module, given.batch(subject.model, schedule)
-    features = programs.encode(module, batch.images)
-    program, _ = programs.prefill.compile(module.decoder, batch.prompt, *features, batch.plan)
-    found = program(module.decoder, batch.prompt, *features)
+    weights, batch = subject.model.weights, given.batch(subject.model, schedule)
+    features = programs.encode(weights, batch.images)
+    program, _ = programs.prefill.compile(weights.decoder, batch.prompt, *features, batch.plan)
+    found = program(weights.decoder, batch.prompt, *features)
     logits, selected = np.asarray(found.logits), tuple(np.asarray(one.selected) for one in found.decisions)
-    segments = run_decode(module, batch, found, range(ROWS), Sampling(limit=NEW_TOKENS))
+    segments = run_decode(weights, batch, found, range(ROWS), Sampling(limit=NEW_TOKENS))
     tokens = np.concatenate([segment.tokens for segment in segments], axis=1)
     return MeshAnswer(logits, selected, tokens, program.as_text())
 

@@ -109,13 +109,13 @@ def _spent(work: Callable[[], object]) -> float:
 
 def flops(subject: Subject, schedule: Schedule) -> dict[str, Any]:
     """Of a prompt with one image, by XLA before optimisation, lowered for the CPU; nothing runs."""
-    module, given = subject.model.module, sample(subject, 1)
-    decoder, batch = module.decoder, given.batch(subject.model, schedule)
+    weights, given = subject.model.weights, sample(subject, 1)
+    decoder, batch = weights.decoder, given.batch(subject.model, schedule)
     length = 1 + subject.visual  # `sample` puts the image behind one token of text
     opening = Opening.of(batch.plan, subject.config.decoder.deepstack)
     undecided = Schedule.from_decisions((), (), schedule.num_layers, merge=schedule.merge)
     first = Sample(given.ids[:, :length], given.pixels, given.thw).batch(subject.model, undecided)
-    encode = programs.encode.jitted("cpu").lower(module, batch.images)
+    encode = programs.encode.jitted("cpu").lower(weights, batch.images)
     features, anchors = encode.out_info
     fresh = programs.prefill.jitted("cpu").lower(decoder, batch.prompt, features, anchors, batch.plan)
     prefix = programs.run_prefix.jitted("cpu").lower(decoder, first.prompt, features, anchors, opening)

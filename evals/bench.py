@@ -14,6 +14,7 @@ import resource
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from tqdm import tqdm
 
 from evals.harness.run_folder import write_json
 from evals.speed.bench_report import TimingRecord, figure, rows_of, table
-from evals.speed.programs import Answer, Programs, Steps, compile_programs, compile_tower
+from evals.speed.programs import Answer, Compiled, Programs, Steps, compile_programs, compile_tower
 from evals.speed.roofline import Machine, decode_bound, measure_machine, prefill_bound
 from evals.speed.subjects import Sample, Subject, add_subject_arguments, open_subject, sample
 from reroute_jax.commandline.devices import add_mesh_argument
@@ -76,10 +77,10 @@ def bench(args: argparse.Namespace, arguments: Sequence[str]) -> None:
     variants = plan_variants(subject, args)
     samples = {batch: sample(subject, batch) for batch in args.batch_sizes}
     if args.compile_only:
-        print(compile_table(_compile_all(subject, variants, samples, args.new_tokens)))
+        print(compile_table(_compile_all(subject, variants, samples, args)))
         return
     machine = measure_machine(subject.model.dtype)
-    programs = _compile_all(subject, variants, samples, args.new_tokens)
+    programs = _compile_all(subject, variants, samples, args)
     calls = {key: partial(made.run, made.prepare(samples[key[1]])) for key, made in programs.items()}
     calls |= _peers(subject, variants, samples, args) if args.peer else {}
     load_before = os.getloadavg()
@@ -179,15 +180,22 @@ def _cpu_model() -> str:
 
 
 def _compile_all(
-    subject: Subject, variants: Sequence[Variant], samples: dict[int, Sample], new_tokens: int
+    subject: Subject, variants: Sequence[Variant], samples: dict[int, Sample], args: argparse.Namespace
 ) -> dict[tuple[str, int], Programs]:
-    towers, programs = {}, {}
-    for variant, batch in tqdm([(variant, batch) for batch in samples for variant in variants], desc="compiling"):
-        schedule, merge = variant.schedule, (variant.schedule.merge, batch)
-        if merge not in towers:
-            towers[merge] = compile_tower(subject, schedule, samples[batch])
-        programs[variant.name, batch] = compile_programs(subject, schedule, samples[batch], towers[merge], new_tokens)
-    return programs
+    wanted = [(variant, batch) for batch in samples for variant in variants]
+    schedules = {(variant.schedule.merge, batch): variant.schedule for variant, batch in wanted}
+
+    def tower(batch: int, schedule: Schedule) -> Compiled:
+        return compile_tower(subject, schedule, samples[batch])
+
+    def made(variant: Variant, batch: int) -> Programs:
+        encode = towers[variant.schedule.merge, batch].result()
+        return compile_programs(subject, variant.schedule, samples[batch], encode, args.new_tokens)
+
+    with ThreadPoolExecutor(args.compile_threads) as pool:
+        towers = {key: pool.submit(tower, key[1], schedule) for key, schedule in schedules.items()}
+        making = {(variant.name, batch): pool.submit(made, variant, batch) for variant, batch in wanted}
+        return {key: one.result() for key, one in tqdm(making.items(), desc="compiling")}
 
 
 def _peers(
@@ -284,6 +292,13 @@ def _parser() -> Parser:
     run.add_argument("--new-tokens", type=new_tokens, default=16, help="of each answer (default: %(default)s)")
     run.add_argument("--repetitions", type=positive, default=10, help="counted rounds (default: %(default)s)")
     run.add_argument("--peer", choices=("torch",), help="also time PyTorch on the same weights")
+    run.add_argument(
+        "--compile-threads",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="programs that compile at a time; more than 1 make the seconds of each no longer its own (default: 1)",
+    )
     run.add_argument("--compile-only", action="store_true", help="of --random: compile, without weights, and stop")
     data.add_argument(
         "--batch-sizes", nargs="+", type=positive, default=[1], metavar="B", help="prompts at a time (default: 1)"

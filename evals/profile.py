@@ -133,11 +133,11 @@ def part_seconds(subject: Subject, schedule: Schedule, batch: int, repetitions: 
     model = subject.model
     given = sample(subject, batch).batch(model, schedule)
     inputs = jax.device_put(given.prompt)
-    features, anchors = programs.encode(model.module, given.images)
+    features, anchors = programs.encode(model.weights, given.images)
     program = lower_prefill(subject, given)(given.plan).compile()
 
     def call() -> None:
-        jax.block_until_ready(program(model.module.decoder, inputs, features, anchors))
+        jax.block_until_ready(program(model.weights.decoder, inputs, features, anchors))
 
     call()
     call()
@@ -151,8 +151,8 @@ def part_seconds(subject: Subject, schedule: Schedule, batch: int, repetitions: 
 def lower_prefill(subject: Subject, given: Batch) -> Callable[[RoutingPlan], Any]:
     """What lowers the engine's prefill of these inputs under any plan; nothing runs."""
     # Shapes in place of the weights, which would tie the program to the device that they are on.
-    decoder = jax.eval_shape(lambda module: module, subject.model.module.decoder)
-    features, anchors = programs.encode.jitted().eval_shape(subject.model.module, given.images)
+    decoder = jax.eval_shape(lambda weights: weights, subject.model.weights.decoder)
+    features, anchors = programs.encode.jitted().eval_shape(subject.model.weights, given.images)
     return lambda plan: programs.prefill.jitted().lower(decoder, given.prompt, features, anchors, plan)
 
 

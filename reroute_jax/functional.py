@@ -72,7 +72,7 @@ def apply(params: nnx.Module, prompt: Prompt, plan: RoutingPlan, images: Images 
     """
     prompt, images = jax.tree.map(jnp.asarray, (prompt, images))
     if images is None:
-        features, anchors = no_features(params, len(prompt.ids))
+        features, anchors = no_features(params.config.decoder, len(prompt.ids))
     else:
         features, anchors = image_features(params, images)
     walked = walk(params.decoder, prompt, features, anchors, plan)

@@ -32,7 +32,7 @@ class Chunk:
         sampling = Sampling(repetition_penalty=config.repetition_penalty, stop=config.eos_tokens, limit=max_new_tokens)
         batch, prefilled = self._prefilled(schedule)
         rows = [AnswerTokens(frozenset(sampling.stop)) for _ in self.questions]
-        for segment in run_decode(self.model.module, batch, prefilled, range(len(rows)), sampling):
+        for segment in run_decode(self.model.weights, batch, prefilled, range(len(rows)), sampling):
             for row, tokens, logprobs in zip(segment.rows, segment.tokens, segment.logprobs, strict=True):
                 rows[row].add(tokens, logprobs)
         return [self.model.tokenizer.decode(row.tokens, skip_special_tokens=True) for row in rows]
@@ -42,12 +42,12 @@ class Chunk:
             batch, started = self._started
             return batch, simulator.prefill(started, schedule)
         batch = self._batch(schedule, None)
-        return batch, run_prefill(self.model.module, batch)[1]
+        return batch, run_prefill(self.model.weights, batch)[1]
 
     @cached_property
     def _started(self) -> tuple[Batch, simulator.Started]:
         batch = self._batch(self.model.plan("none"), self.shape)
-        features, anchors = programs.encode(self.model.module, batch.images)
+        features, anchors = programs.encode(self.model.weights, batch.images)
         return batch, simulator.start(self.model.module.decoder, batch.prompt, features, anchors, (), 0)
 
     def _batch(self, schedule: Schedule, shape: BatchShape | None) -> Batch:

@@ -93,7 +93,7 @@ def _started(
     model: Model, layouts: Sequence[Layout], shape: BatchShape, unrouted: Schedule, answers, kept: Sequence[int]
 ) -> simulator.Started:
     batch = batch_of(layouts, model.files, unrouted, len(layouts), shape)
-    features, anchors = programs.encode(model.module, batch.images)
+    features, anchors = programs.encode(model.weights, batch.images)
     return simulator.start(model.module.decoder, batch.prompt, features, anchors, answers, ANSWER - 1, kept)
 
 

@@ -74,15 +74,15 @@ class Programs:
     def run(self, prepared: tuple) -> Answer:
         """Seconds of tower, prefill and decode, and tokens `[B, new]`."""
         images, prompt, seen, live = prepared
-        module = self.subject.model.module
+        weights = self.subject.model.weights
         marks = [time.perf_counter()]
-        features, anchors = jax.block_until_ready(self.tower.program(module, images))
+        features, anchors = jax.block_until_ready(self.tower.program(weights, images))
         marks.append(time.perf_counter())
-        out = jax.block_until_ready(self.prefill.program(module.decoder, prompt, features, anchors))
+        out = jax.block_until_ready(self.prefill.program(weights.decoder, prompt, features, anchors))
         marks.append(time.perf_counter())
         steps = np.int32(self.sampling.limit[0] - 1)
         state, first = self.begin.program(out.logits, out.cache, seen, live, self.sampling)
-        _, others = jax.block_until_ready(self.decode.program(module.decoder, state, self.sampling, steps))
+        _, others = jax.block_until_ready(self.decode.program(weights.decoder, state, self.sampling, steps))
         marks.append(time.perf_counter())
         tokens = np.concatenate([first.tokens, others.tokens], axis=1)[:, : steps + 1]
         return tuple(np.diff(marks).tolist()), tokens
@@ -90,7 +90,7 @@ class Programs:
 
 def compile_tower(subject: Subject, schedule: Schedule, given: Sample) -> Compiled:
     """The image encoder, the same for all schedules with the same merge."""
-    return _compile(programs.encode, subject.model.module, given.batch(subject.model, schedule).images)
+    return _compile(programs.encode, subject.model.weights, given.batch(subject.model, schedule).images)
 
 
 def compile_programs(subject: Subject, schedule: Schedule, given: Sample, tower: Compiled, new_tokens: int) -> Programs:
@@ -100,7 +100,7 @@ def compile_programs(subject: Subject, schedule: Schedule, given: Sample, tower:
     """
     if new_tokens > SEGMENT + 1:
         raise RerouteError(f"{new_tokens} new tokens are more than one segment of decoding, expected {SEGMENT + 1}")
-    batch, decoder = given.batch(subject.model, schedule), subject.model.module.decoder
+    batch, decoder = given.batch(subject.model, schedule), subject.model.weights.decoder
     sampling = row_sampling(Sampling(limit=new_tokens), [0] * len(batch.live))
     prefill = _compile(programs.prefill, decoder, batch.prompt, *tower.shapes, batch.plan)
     first = prefill.shapes.logits, prefill.shapes.cache, batch.seen, batch.live
@@ -116,24 +116,24 @@ def trace_programs(
     or runs. device: that they are for, which need not be in this machine (`jax.experimental.topologies`); of a model on
     a mesh, any of its devices.
     """
-    batch, module, platform = given.batch(subject.model, schedule), subject.model.module, device and device.platform
-    if mesh_of(module) is not None:
+    batch, weights, platform = given.batch(subject.model, schedule), subject.model.weights, device and device.platform
+    if mesh_of(weights) is not None:
         device = None  # the parameters say where everything is, the compiler lays out the rest
     else:
-        module = _on(device, module)
+        weights = _on(device, weights)
     sampling = _on(device, row_sampling(Sampling(), [0] * len(batch.live)))
 
     def trace(function: Callable, *arguments) -> jax.stages.Traced:
-        with on_mesh_of(module):
+        with on_mesh_of(weights):
             return function.jitted(platform).trace(*arguments)
 
-    encode = trace(programs.encode, module, _on(device, batch.images))
+    encode = trace(programs.encode, weights, _on(device, batch.images))
     features = _on(device, encode.out_info)
-    prefill = trace(programs.prefill, module.decoder, _on(device, batch.prompt), *features, batch.plan)
+    prefill = trace(programs.prefill, weights.decoder, _on(device, batch.prompt), *features, batch.plan)
     first = prefill.out_info.logits, prefill.out_info.cache, batch.seen, batch.live
     begin = trace(programs.begin, *_on(device, first), sampling)
     state, steps = _on(device, (begin.out_info[0], np.int32(0)))
-    decode = trace(programs.decode, module.decoder, state, sampling, steps)
+    decode = trace(programs.decode, weights.decoder, state, sampling, steps)
     return {"encode": encode, "prefill": prefill, "begin": begin, "decode": decode}
 
 

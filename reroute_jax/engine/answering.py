@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from flax import nnx
 
 from reroute_jax.decoder import Prefilled
 from reroute_jax.engine import programs
@@ -18,6 +17,7 @@ from reroute_jax.engine.groups import Group
 from reroute_jax.engine.running import Prefill, checked_segments, dtype_of, overflow, run_decode
 from reroute_jax.engine.sampling import Sampling
 from reroute_jax.engine.trace import Trace
+from reroute_jax.nn.weights import Weights
 from reroute_jax.routing.cost import kv_width
 from reroute_jax.routing.static_plan import RoutingPlan
 from reroute_jax.types import FLOATS
@@ -26,17 +26,17 @@ STREAM_STEPS = 4  # tokens between two looks at a stream
 
 
 def answer_group(
-    module: nnx.Module, tokenizer: Any, group: Group, sampling: Sampling, prefill: Prefill, trace: bool
+    weights: Weights, tokenizer: Any, group: Group, sampling: Sampling, prefill: Prefill, trace: bool
 ) -> list[Answer]:
     """In the order of the group. A question whose numbers overflow has an `error`."""
-    batch, dtype = group.batch, dtype_of(module)
-    anchors, prefilled = prefill(module, batch)
+    batch, dtype = group.batch, dtype_of(weights)
+    anchors, prefilled = prefill(weights, batch)
     images = [image for layout in group.layouts for image in layout.question.images]
-    merged = partial(programs.members, module, batch.images)
-    traces = Trace.of(batch, prefilled, anchors, module.config, dtype, lambda: images, merged) if trace else None
+    merged = partial(programs.members, weights, batch.images)
+    traces = Trace.of(batch, prefilled, anchors, weights.config, dtype, lambda: images, merged) if trace else None
     # Decoding takes the cache.
     ran = Ran.of(prefilled)
-    rows, finite = _chosen(module, group, prefilled, sampling)
+    rows, finite = _chosen(weights, group, prefilled, sampling)
     stages, answers = np.asarray(prefilled.finite), []
     for row, (number, chosen) in enumerate(zip(group.numbers, rows, strict=True)):
         problem = overflow(batch.plan, stages[:, row], finite[row], dtype, f"question {number}")
@@ -50,30 +50,30 @@ def answer_group(
                 finish_reason="stop" if chosen.stopped else "length",
                 logprobs=tuple(chosen.logprobs),
                 trace=None if traces is None else traces.of_row(row),
-                usage=usage_of(module, group.layouts[row], batch.plan, ran, row, len(chosen.tokens) + chosen.stopped),
+                usage=usage_of(weights, group.layouts[row], batch.plan, ran, row, len(chosen.tokens) + chosen.stopped),
             )
         )
     return answers
 
 
-def stream_tokens(module: nnx.Module, batch: Batch, sampling: Sampling, prefill: Prefill) -> Iterator[int]:
+def stream_tokens(weights: Weights, batch: Batch, sampling: Sampling, prefill: Prefill) -> Iterator[int]:
     """The answer of a batch of one row as it comes, without the id that ends it. Raises RerouteError where numbers
     overflow."""
     chosen = AnswerTokens(frozenset(sampling.stop))
-    for segment in checked_segments(module, batch, sampling, prefill, STREAM_STEPS):
+    for segment in checked_segments(weights, batch, sampling, prefill, STREAM_STEPS):
         shown = len(chosen.tokens)
         chosen.add(segment.tokens[0], segment.logprobs[0])
         yield from chosen.tokens[shown:]
 
 
 def _chosen(
-    module: nnx.Module, group: Group, prefilled: Prefilled, sampling: Sampling
+    weights: Weights, group: Group, prefilled: Prefilled, sampling: Sampling
 ) -> tuple[list[AnswerTokens], np.ndarray]:
     """What each question chose, and of each row whether all its logits were finite."""
     rows = [AnswerTokens(frozenset(sampling.stop)) for _ in group.numbers]
     finite = np.ones(len(group.batch.live), bool)
     numbers = (*group.numbers, *[0] * (len(finite) - len(rows)))
-    for segment in run_decode(module, group.batch, prefilled, numbers, sampling):
+    for segment in run_decode(weights, group.batch, prefilled, numbers, sampling):
         finite[segment.rows] &= segment.finite
         for row, tokens, logprobs in zip(segment.rows, segment.tokens, segment.logprobs, strict=True):
             if row < len(rows):
@@ -97,9 +97,9 @@ class Ran:
         )
 
 
-def usage_of(module: nnx.Module, layout: Layout, plan: RoutingPlan, ran: Ran, row: int, new_tokens: int) -> Usage:
+def usage_of(weights: Weights, layout: Layout, plan: RoutingPlan, ran: Ran, row: int, new_tokens: int) -> Usage:
     """Of a question in `row` of a batch under `plan`, the id that ended its answer among the new tokens."""
-    decoder = module.config.decoder
+    decoder = weights.config.decoder
     running, layers = iter(ran.running), []
     fixed = layout.visual - int(layout.routed.sum())
     for stage in plan.stages:
@@ -108,6 +108,6 @@ def usage_of(module: nnx.Module, layout: Layout, plan: RoutingPlan, ran: Ran, ro
     cached = sum(count * int(length[row]) for count, length in ran.cached)
     # The last token is chosen and not fed.
     tokens = cached + len(layers) * (new_tokens - 1)
-    each = 2 * kv_width(decoder) * FLOATS[dtype_of(module)].itemsize
+    each = 2 * kv_width(decoder) * FLOATS[dtype_of(weights)].itemsize
     visual = sum(rows * cols for rows, cols in layout.question.grids)
     return Usage(len(layout.question.ids), visual, tuple(layers), new_tokens, tokens * each)

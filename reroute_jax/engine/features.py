@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from reroute_jax.config import DecoderConfig
 from reroute_jax.engine.batching import Images
 from reroute_jax.models import FAMILIES
 from reroute_jax.nn.sharding import constrain
@@ -23,6 +24,6 @@ def image_features(module: nnx.Module, images: Images) -> tuple[Float[Array, "B 
     return features.reshape(rows, -1, width), of_row.reshape(rows, -1)
 
 
-def no_features(module: nnx.Module, rows: int) -> tuple[Float[Array, "B 1 D"], Int[Array, "B 1"]]:
+def no_features(config: DecoderConfig, rows: int) -> tuple[Float[Array, "B 1 D"], Int[Array, "B 1"]]:
     """For rows none of which has an image: one feature that nobody reads."""
-    return jnp.zeros((rows, 1, module.config.decoder.hidden_size)), jnp.zeros((rows, 1), jnp.int32)
+    return jnp.zeros((rows, 1, config.hidden_size)), jnp.zeros((rows, 1), jnp.int32)

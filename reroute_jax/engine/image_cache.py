@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
-from flax import nnx
 from jaxtyping import Int
 
 from reroute_jax.buckets import TEXT_BUCKETS, bucket
@@ -21,6 +20,7 @@ from reroute_jax.engine.running import run_prefill
 from reroute_jax.engine.side_files import SideFiles
 from reroute_jax.errors import RerouteError
 from reroute_jax.nn.sharding import mesh_of
+from reroute_jax.nn.weights import Weights
 from reroute_jax.prefix import Opening, PrefixStates
 from reroute_jax.routing.plan import Schedule
 from reroute_jax.routing.stages import Stage
@@ -42,12 +42,12 @@ class ImageCache:
     Raises RerouteError for a model on a mesh, and for a limit that is no whole number from 1 on.
     """
 
-    def __init__(self, module: nnx.Module, max_bytes: int) -> None:
+    def __init__(self, weights: Weights, max_bytes: int) -> None:
         if not isinstance(max_bytes, int) or max_bytes < 1:
             raise RerouteError(f"an image cache of {max_bytes!r} bytes, expected a whole number of at least 1")
-        if mesh_of(module) is not None:
+        if mesh_of(weights) is not None:
             raise RerouteError("an image cache is for a model on one device: load it without a mesh, or leave it out")
-        self.module, self.max_bytes = module, max_bytes
+        self.weights, self.max_bytes = weights, max_bytes
         self._kept: OrderedDict[Hashable, Prefix] = OrderedDict()
         self.clear()
 
@@ -84,19 +84,19 @@ class CachedPrefill:
     files: SideFiles
     text: int | None = None
 
-    def __call__(self, module: nnx.Module, batch: Batch) -> tuple[np.ndarray, Prefilled]:
+    def __call__(self, weights: Weights, batch: Batch) -> tuple[np.ndarray, Prefilled]:
         """The batch need not hold its images' pixels. Raises RerouteError where nothing stands behind an image, and for
         a plan whose prefixes see what stands behind them."""
         if not any(layout.question.grids for layout in batch.layouts):
-            return run_prefill(module, batch)
-        opening = Opening.of(batch.plan, module.config.decoder.deepstack)
+            return run_prefill(weights, batch)
+        opening = Opening.of(batch.plan, weights.config.decoder.deepstack)
         starts = np.zeros(len(batch.live), np.int32)
         index = np.full(batch.prompt.ids.shape, -1, np.int32)
         prefixes: dict[int, PrefixStates] = {}
         for row, layout in enumerate(batch.layouts):
             if layout.question.grids:
                 starts[row] = length = prefix_length(layout)
-                prefix = self._prefix(module, layout, length, opening, batch.schedule)
+                prefix = self._prefix(weights, layout, length, opening, batch.schedule)
                 prefixes[row], index[row, :length] = prefix.states, prefix.index[:length]
         # Of any other row everything stands behind a prefix of no length, whose states nobody reads.
         anyones = next(iter(prefixes.values()))
@@ -105,10 +105,10 @@ class CachedPrefill:
         if self.text is None:
             longest = max(len(layout.ids) - int(start) for layout, start in zip(batch.layouts, starts, strict=False))
             size = min(size, bucket(longest, TEXT_BUCKETS, "a question, in text tokens,"))
-        prefilled = programs.prefill_behind(module.decoder, batch.prompt, states, starts, index, batch.plan, size)
+        prefilled = programs.prefill_behind(weights.decoder, batch.prompt, states, starts, index, batch.plan, size)
         return _by_feature(batch.prompt.feature, index), prefilled
 
-    def _prefix(self, module: nnx.Module, layout: Layout, length: int, opening: Opening, schedule: Schedule) -> Prefix:
+    def _prefix(self, weights: Weights, layout: Layout, length: int, opening: Opening, schedule: Schedule) -> Prefix:
         text = self.text or bucket(int((~layout.routed[:length]).sum()), TEXT_BUCKETS, "a prompt, in text tokens,")
         first = replace(
             layout,
@@ -122,15 +122,15 @@ class CachedPrefill:
         question = layout.question
         seen = _images_digest(question), question.grids, first.ids.tobytes()
         key = (*seen, first.shape.slots, schedule.merge, opening)
-        return self.cache.prefix(key, partial(self._run, module, first, opening, schedule))
+        return self.cache.prefix(key, partial(self._run, weights, first, opening, schedule))
 
-    def _run(self, module: nnx.Module, first: Layout, opening: Opening, schedule: Schedule) -> Prefix:
+    def _run(self, weights: Weights, first: Layout, opening: Opening, schedule: Schedule) -> Prefix:
         undecided = Schedule(
             (Stage(0, schedule.num_layers),), position_mode=schedule.position_mode, merge=schedule.merge
         )
         batch = batch_of([first], self.files, undecided, size=1)
-        features, anchors = programs.encode(module, batch.images)
-        states = programs.run_prefix(module.decoder, batch.prompt, features, anchors, opening)
+        features, anchors = programs.encode(weights, batch.images)
+        states = programs.run_prefix(weights.decoder, batch.prompt, features, anchors, opening)
         feature = batch.prompt.feature[0]
         return Prefix(states, np.where(feature < 0, -1, np.asarray(anchors)[0, feature]))
 

@@ -34,6 +34,7 @@ from reroute_jax.engine.warmup import compile_ahead
 from reroute_jax.errors import RerouteError, one_of
 from reroute_jax.models.family import Family
 from reroute_jax.nn.sharding import mesh_of, row_shards
+from reroute_jax.nn.weights import Weights
 from reroute_jax.routing import methods
 from reroute_jax.routing.cost import Account, account
 from reroute_jax.routing.found import FOUND, found_schedule
@@ -53,11 +54,16 @@ class PrefillResult:
 
 @dataclass(frozen=True)
 class Model:
-    """A loaded checkpoint. `module` holds the parameters; nothing here changes after loading."""
+    """A loaded checkpoint. `module` holds the parameters, which change no more: programs take them once."""
 
     config: ModelConfig
     module: nnx.Module
     folder: Path
+
+    @cached_property
+    def weights(self) -> Weights:
+        """The parameters as the compiled programs take them."""
+        return Weights.of(self.module)
 
     @cached_property
     def files(self) -> SideFiles:
@@ -83,12 +89,12 @@ class Model:
     @property
     def dtype(self) -> str:
         """Of the parameters, the activations and the KV cache."""
-        return dtype_of(self.module)
+        return dtype_of(self.weights)
 
     @property
     def mesh(self) -> Mesh | None:
         """That the parameters lie on, with the axes of `nn.sharding`; None on a single device."""
-        return mesh_of(self.module)
+        return mesh_of(self.weights)
 
     @property
     def reference_grid(self) -> Grid:
@@ -149,7 +155,7 @@ class Model:
         """Run prompts through the decoder; arguments as of `inputs`, whose errors it raises, and RerouteError where
         numbers overflow."""
         batch = self.inputs(schedule=schedule, **given)
-        anchors, found = run_prefill(self.module, batch)
+        anchors, found = run_prefill(self.weights, batch)
         logits = np.asarray(found.logits)
         check_finite(batch, found, np.isfinite(logits).all(axis=1), self.dtype)
         if not trace:
@@ -158,7 +164,7 @@ class Model:
         def images() -> list[np.ndarray]:
             return images_given(batch, given.get("pixel_values"), self.files)
 
-        merged = partial(programs.members, self.module, batch.images)
+        merged = partial(programs.members, self.weights, batch.images)
         return PrefillResult(logits, Trace.of(batch, found, anchors, self.config, self.dtype, images, merged))
 
     def generate_ids(
@@ -177,7 +183,7 @@ class Model:
         Prompts as of `inputs`."""
         stop = () if eos_token_id is None else tuple(np.atleast_1d(eos_token_id).tolist())
         sampling = Sampling(temperature, top_p, repetition_penalty, stop, max_new_tokens, seed)
-        return answered_ids(self.module, self.inputs(schedule=schedule, **given), sampling, self.config.pad_token)
+        return answered_ids(self.weights, self.inputs(schedule=schedule, **given), sampling, self.config.pad_token)
 
     # --- Questions ----------------------------------------------------------------------------------------------------
 
@@ -231,7 +237,7 @@ class Model:
                 if isinstance(group, Failed):
                     answers[group.number] = Answer(error=group.error)
                     continue
-                found = answer_group(self.module, self.tokenizer, group, sampling, prefill, trace)
+                found = answer_group(self.weights, self.tokenizer, group, sampling, prefill, trace)
                 for number, one in zip(group.numbers, found, strict=True):
                     answers[number] = one if logprobs else replace(one, logprobs=None)
         if on_error == "raise":
@@ -261,7 +267,7 @@ class Model:
         schedule = schedule or self._unrouted
         layout = lay_out(self.question(item, text_special_tokens=text_special_tokens), self.config, schedule)
         batch = batch_of([layout], self.files, schedule, size=1, encodes=image_cache is None)
-        return pieces(self.tokenizer, stream_tokens(self.module, batch, sampling, self._prefill(image_cache)))
+        return pieces(self.tokenizer, stream_tokens(self.weights, batch, sampling, self._prefill(image_cache)))
 
     def image_cache(self, max_bytes: int) -> ImageCache:
         """For `answer` and `stream`: what all layers before the first decision leave of an image, and of the text in
@@ -270,7 +276,7 @@ class Model:
 
         Raises RerouteError for a model on a mesh.
         """
-        return ImageCache(self.module, max_bytes)
+        return ImageCache(self.weights, max_bytes)
 
     def warm_up(
         self,
@@ -291,13 +297,13 @@ class Model:
         sampling = self._sampling(max_new_tokens, None, temperature, 1.0, 0)
         how = schedule or self._unrouted, batch_size, token_budget
         for batches in batches_of_shapes(items, self.files, *how, self._row_shards):
-            compile_ahead(self.module, batches, sampling)
+            compile_ahead(self.weights, batches, sampling)
 
     # --- Defaults -----------------------------------------------------------------------------------------------------
 
     @cached_property
     def _row_shards(self) -> int:
-        return row_shards(self.module)
+        return row_shards(self.weights)
 
     @property
     def _unrouted(self) -> Schedule:
@@ -306,7 +312,7 @@ class Model:
     def _prefill(self, cache: ImageCache | None) -> Prefill:
         if cache is None:
             return run_prefill
-        if cache.module is not self.module:
+        if cache.weights is not self.weights:
             raise RerouteError("the image cache is another model's: make one with this model's `image_cache`")
         return CachedPrefill(cache, self.files)
 

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
-from flax import nnx
 from jaxtyping import Int
 
 from reroute_jax.decoder import Prefilled
@@ -16,53 +15,54 @@ from reroute_jax.engine.features import no_features
 from reroute_jax.engine.sampling import Sampling, row_sampling
 from reroute_jax.engine.segments import Segment, decode_segments
 from reroute_jax.errors import RerouteError
+from reroute_jax.nn.weights import Weights
 from reroute_jax.routing.static_plan import RoutingPlan
 from reroute_jax.types import AnyArray
 
 # What `run_prefill` does, or another way to the same.
-Prefill = Callable[[nnx.Module, Batch], tuple[AnyArray, Prefilled]]
+Prefill = Callable[[Weights, Batch], tuple[AnyArray, Prefilled]]
 
 
-def dtype_of(module: nnx.Module) -> str:
+def dtype_of(weights: Weights) -> str:
     """Of the parameters, the activations and the KV cache."""
-    return module.decoder.embed.table.dtype.name
+    return weights.module.decoder.embed.table.dtype.name
 
 
-def run_prefill(module: nnx.Module, batch: Batch) -> tuple[jax.Array, Prefilled]:
+def run_prefill(weights: Weights, batch: Batch) -> tuple[jax.Array, Prefilled]:
     """The prefill, and the index of each image feature among its row's original visual tokens."""
     if batch.images is None:
-        features, anchors = no_features(module, len(batch.live))
+        features, anchors = no_features(weights.config.decoder, len(batch.live))
     else:
-        features, anchors = programs.encode(module, batch.images)
-    return anchors, programs.prefill(module.decoder, batch.prompt, features, anchors, batch.plan)
+        features, anchors = programs.encode(weights, batch.images)
+    return anchors, programs.prefill(weights.decoder, batch.prompt, features, anchors, batch.plan)
 
 
 def run_decode(
-    module: nnx.Module, batch: Batch, prefilled: Prefilled, numbers: Sequence[int], sampling: Sampling, *steps: int
+    weights: Weights, batch: Batch, prefilled: Prefilled, numbers: Sequence[int], sampling: Sampling, *steps: int
 ) -> Iterator[Segment]:
     """The segments of a prefilled batch. numbers: of its questions in the call. steps: as of `decode_segments`."""
     rows = row_sampling(sampling, numbers)
-    return decode_segments(module.decoder, prefilled, batch.seen, batch.live, rows, *steps)
+    return decode_segments(weights.decoder, prefilled, batch.seen, batch.live, rows, *steps)
 
 
 def checked_segments(
-    module: nnx.Module, batch: Batch, sampling: Sampling, prefill: Prefill = run_prefill, *steps: int
+    weights: Weights, batch: Batch, sampling: Sampling, prefill: Prefill = run_prefill, *steps: int
 ) -> Iterator[Segment]:
     """Prefill and segments of a batch all of whose rows are live. Raises RerouteError where numbers overflow."""
-    _, prefilled = prefill(module, batch)
-    for segment in run_decode(module, batch, prefilled, range(len(batch.live)), sampling, *steps):
+    _, prefilled = prefill(weights, batch)
+    for segment in run_decode(weights, batch, prefilled, range(len(batch.live)), sampling, *steps):
         finite = np.ones(len(batch.live), bool)
         finite[segment.rows] = segment.finite
         if not finite.all():
-            check_finite(batch, prefilled, finite, dtype_of(module))
+            check_finite(batch, prefilled, finite, dtype_of(weights))
         yield segment
 
 
-def answered_ids(module: nnx.Module, batch: Batch, sampling: Sampling, pad: int) -> Int[np.ndarray, "B limit"]:
+def answered_ids(weights: Weights, batch: Batch, sampling: Sampling, pad: int) -> Int[np.ndarray, "B limit"]:
     """What each row of a batch of live rows answers, its stop id included, padded behind. Raises as
     `checked_segments`."""
     padded, count = np.full((len(batch.live), sampling.limit), pad, np.int32), np.zeros(len(batch.live), int)
-    for segment in checked_segments(module, batch, sampling):
+    for segment in checked_segments(weights, batch, sampling):
         for row, tokens in zip(segment.rows, segment.tokens, strict=True):
             tokens = tokens[tokens >= 0]
             padded[row, count[row] : count[row] + len(tokens)] = tokens

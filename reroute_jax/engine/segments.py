@@ -9,12 +9,13 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Int
 
-from reroute_jax.decoder import Decoder, Prefilled
+from reroute_jax.decoder import Prefilled
 from reroute_jax.engine import programs
 from reroute_jax.engine.generation import SEGMENT
 from reroute_jax.engine.sampling import RowSampling
 from reroute_jax.nn.cache import ROOM
 from reroute_jax.nn.sharding import row_shards
+from reroute_jax.nn.weights import Weights
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Segment:
 
 
 def decode_segments(
-    decoder: Decoder,
+    decoder: Weights,
     prefilled: Prefilled,
     seen: np.ndarray,
     live: np.ndarray,

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from reroute_jax.engine import programs
 from reroute_jax.engine.batching import Batch
@@ -14,20 +13,21 @@ from reroute_jax.engine.features import no_features
 from reroute_jax.engine.sampling import Sampling, row_sampling
 from reroute_jax.nn.cache import ROOM
 from reroute_jax.nn.sharding import row_shards
+from reroute_jax.nn.weights import Weights
 
 
-def compile_ahead(module: nnx.Module, batches: Sequence[Batch], sampling: Sampling) -> None:
+def compile_ahead(weights: Weights, batches: Sequence[Batch], sampling: Sampling) -> None:
     """Compile all programs of batches of one shape and of these numbers of rows, for answers of up to `sampling.limit`
     tokens. batches: of every number that a batch may shrink to, ascending."""
-    states, of_rows, shards = {}, {}, row_shards(module)
+    states, of_rows, shards = {}, {}, row_shards(weights)
     for batch in batches:
         rows = len(batch.live)
         of_rows[rows] = row_sampling(sampling, [0] * rows)
-        features, anchors = _features(module, batch)
-        prefilled = programs.prefill.ahead(module.decoder, batch.prompt, features, anchors, batch.plan)
+        features, anchors = _features(weights, batch)
+        prefilled = programs.prefill.ahead(weights.decoder, batch.prompt, features, anchors, batch.plan)
         first = prefilled.logits, prefilled.cache, batch.seen, batch.live, of_rows[rows]
         states[rows], _ = programs.begin.ahead(*first)
-    _compile_decode(module, states, of_rows)
+    _compile_decode(weights, states, of_rows)
     room = ROOM
     while room < sampling.limit - 1:
         grown = {}
@@ -36,15 +36,15 @@ def compile_ahead(module: nnx.Module, batches: Sequence[Batch], sampling: Sampli
             for larger in (other for other in states if other >= rows):
                 grown[rows], of_rows[rows] = programs.keep_rows.ahead(states[larger], of_rows[larger], kept, room)
         states, room = grown, 2 * room
-        _compile_decode(module, states, of_rows)
+        _compile_decode(weights, states, of_rows)
 
 
-def _features(module: nnx.Module, batch: Batch):
+def _features(weights: Weights, batch: Batch):
     if batch.images is None:
-        return no_features(module, len(batch.live))
-    return programs.encode.ahead(module, batch.images)
+        return no_features(weights.config.decoder, len(batch.live))
+    return programs.encode.ahead(weights, batch.images)
 
 
-def _compile_decode(module: nnx.Module, states: dict, of_rows: dict) -> None:
+def _compile_decode(weights: Weights, states: dict, of_rows: dict) -> None:
     for rows, state in states.items():
-        programs.decode.ahead(module.decoder, state, of_rows[rows], jax.ShapeDtypeStruct((), jnp.int32))
+        programs.decode.ahead(weights.decoder, state, of_rows[rows], jax.ShapeDtypeStruct((), jnp.int32))

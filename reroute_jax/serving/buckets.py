@@ -112,7 +112,7 @@ def make_pool(model: Model, kind: Kind, limits: Limits, cache: ImageCache | None
     size = PoolSize(limits.slots, rows, max(ROOM, limits.new_tokens))
     # In every pool prefixes have room for as much text, so that they fit wherever they are found.
     cached = None if cache is None else CachedPrefill(cache, model.files, limits.text[-1])
-    return Pool(model.module, model.files, kind.schedule, kind.example, kind.shape, size, cached)
+    return Pool(model.weights, model.files, kind.schedule, kind.example, kind.shape, size, cached)
 
 
 def _example(model: Model, images: int, size: Size) -> Question:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 
 import jax
 import numpy as np
-from flax import nnx
 
 from reroute_jax.decoder import Prefilled
 from reroute_jax.engine.answering import Ran, usage_of
@@ -19,6 +18,7 @@ from reroute_jax.engine.running import dtype_of, overflow, run_prefill
 from reroute_jax.engine.sampling import RowSampling, Sampling, row_sampling
 from reroute_jax.engine.side_files import SideFiles
 from reroute_jax.errors import RerouteError
+from reroute_jax.nn.weights import Weights
 from reroute_jax.routing.cost import kv_width
 from reroute_jax.routing.plan import Schedule
 from reroute_jax.serving import slots
@@ -56,7 +56,7 @@ class Pool:
 
     def __init__(
         self,
-        module: nnx.Module,
+        weights: Weights,
         files: SideFiles,
         schedule: Schedule,
         example: Layout,
@@ -65,7 +65,7 @@ class Pool:
         cached: CachedPrefill | None = None,
     ) -> None:
         self.cached = cached
-        self.module, self.files, self.schedule, self.shape, self.size = module, files, schedule, shape, size
+        self.weights, self.files, self.schedule, self.shape, self.size = weights, files, schedule, shape, size
         self.rows: list[Row | None] = [None] * size.slots
         self.sampling = _stacked([row_sampling(Sampling(stop=files.config.eos_tokens), [0])] * size.slots)
         self.example = example
@@ -109,10 +109,10 @@ class Pool:
         ran, stages = Ran.of(prefilled), np.asarray(prefilled.finite)
         tokens, logprobs, done, finite = jax.device_get(told)
         for row, (slot, request) in enumerate(zip(taken, requests, strict=True)):
-            usage = usage_of(self.module, request.layout, batch.plan, ran, row, new_tokens=1)
+            usage = usage_of(self.weights, request.layout, batch.plan, ran, row, new_tokens=1)
             self.rows[slot] = Row(request, usage, AnswerTokens(frozenset(request.sampling.stop)))
             _put(self.sampling, slot, own[row])
-            problem = overflow(batch.plan, stages[:, row], finite[row], dtype_of(self.module), "this question")
+            problem = overflow(batch.plan, stages[:, row], finite[row], dtype_of(self.weights), "this question")
             self._hear(slot, tokens[row], logprobs[row], done[row], problem)
 
     def advance(self) -> None:
@@ -123,7 +123,7 @@ class Pool:
         tokens, logprobs, done, finite = jax.device_get(told)
         stages = np.ones(len(self.plan.stages), bool)
         for row in np.flatnonzero(running):
-            problem = overflow(self.plan, stages, finite[row], dtype_of(self.module), "this question")
+            problem = overflow(self.plan, stages, finite[row], dtype_of(self.weights), "this question")
             self._hear(int(taking[row]), tokens[row], logprobs[row], done[row], problem)
 
     def leave_cancelled(self) -> None:
@@ -156,7 +156,7 @@ class Pool:
         return batch_of(layouts, self.files, self.schedule, len(layouts), self.shape, encodes=self.cached is None)
 
     def _prefill(self, batch: Batch) -> Prefilled:
-        return (self.cached or run_prefill)(self.module, batch)[1]
+        return (self.cached or run_prefill)(self.weights, batch)[1]
 
     def _taking_part(self, running: int) -> np.ndarray:
         """Slots that decode together, ascending: those in use, and others up to a number of the ladder."""
@@ -166,7 +166,7 @@ class Pool:
     def _decode(self, taking: np.ndarray, running: np.ndarray) -> slots.Told:
         sampling = jax.tree.map(lambda column: column[taking], self.sampling)
         steps = np.int32(SEGMENT_STEPS)
-        self.state, told = slots.advance(self.module.decoder, self.state, sampling, taking, running, steps)
+        self.state, told = slots.advance(self.weights.decoder, self.state, sampling, taking, running, steps)
         return told
 
     def _hear(
@@ -189,8 +189,8 @@ class Pool:
     @property
     def _token_bytes(self) -> int:
         """Of the keys and values of one token."""
-        decoder = self.module.config.decoder
-        return 2 * decoder.num_layers * kv_width(decoder) * FLOATS[dtype_of(self.module)].itemsize
+        decoder = self.weights.config.decoder
+        return 2 * decoder.num_layers * kv_width(decoder) * FLOATS[dtype_of(self.weights)].itemsize
 
 
 def _ladder(most: int) -> list[int]:

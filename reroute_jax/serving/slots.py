@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from reroute_jax.decoder import Decoder
 from reroute_jax.engine import generation
 from reroute_jax.engine.compilation import compiled
 from reroute_jax.engine.generation import DecodeState
 from reroute_jax.engine.sampling import RowSampling
 from reroute_jax.nn.cache import ROOM, KVCache, grown
+from reroute_jax.nn.weights import Weights
 from reroute_jax.types import AnyArray
 
 log = logging.getLogger("reroute_jax")
@@ -67,7 +67,7 @@ def admit(
 
 @compiled(donate_argnames="pool")
 def advance(
-    decoder: Decoder,
+    decoder: Weights,
     pool: DecodeState,
     sampling: RowSampling,
     slots: Int[AnyArray, " U"],
@@ -80,6 +80,6 @@ def advance(
     whole = len(slots) == len(pool.token)
     state = pool if whole else jax.tree.map(lambda held: held.at[slots].get(**_SLOTS), pool)
     state = replace(state, done=state.done | ~running)
-    state, chosen = generation.decode(decoder, state, sampling, steps)
+    state, chosen = generation.decode(decoder.module, state, sampling, steps)
     after = state if whole else jax.tree.map(lambda held, new: held.at[slots].set(new, **_SLOTS), pool, state)
     return after, (chosen.tokens, chosen.logprobs, state.done, state.finite)

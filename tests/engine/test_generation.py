@@ -47,7 +47,7 @@ def test_a_long_answer_crosses_segments_and_room_unchanged(action):
         np.testing.assert_array_equal(tokens, found[: len(tokens)])
     layout = lay_out(Question(given()["input_ids"][0], ((6, 6),)), model.config, schedule)
     batch = make_batch([layout], model.config, schedule, pixels=given()["pixel_values"])
-    _, prefilled = run_prefill(model.module, batch)
+    _, prefilled = run_prefill(model.weights, batch)
     logits, cache, stepwise = prefilled.logits, grown(prefilled.cache, limit), []
     step = jax.jit(lambda token, cache: decode_step(model.module.decoder, token, cache, jnp.ones(1, bool)))
     for _ in range(limit):
@@ -104,9 +104,9 @@ def test_rows_that_are_done_leave_the_batch_where_it_grows():
     batch = make_batch(layouts, model.config, unrouted(model), pixels=pixels)
     sampling = row_sampling(Sampling(limit=limit), [0, 1, 2, 3])
     sampling.limit[:3] = (2, 5, 9)
-    _, prefilled = run_prefill(model.module, batch)
+    _, prefilled = run_prefill(model.weights, batch)
     tokens, sizes = [[] for _ in ids], []
-    for one in segments.decode_segments(model.module.decoder, prefilled, batch.seen, batch.live, sampling):
+    for one in segments.decode_segments(model.weights.decoder, prefilled, batch.seen, batch.live, sampling):
         sizes.append(len(one.rows))
         for row, chosen in zip(one.rows, one.tokens, strict=True):
             tokens[row] += chosen[chosen >= 0].tolist()
@@ -125,10 +125,10 @@ def test_filler_rows_are_done_from_the_start():
     layout = lay_out(Question(random_ids(60), ((6, 6),)), model.config, schedule)
     batch = make_batch([layout], model.config, schedule, size=4, pixels=random_pixels(1))
     assert batch.live.tolist() == [True, False, False, False]
-    _, prefilled = run_prefill(model.module, batch)
+    _, prefilled = run_prefill(model.weights, batch)
     found = list(
         segments.decode_segments(
-            model.module.decoder, prefilled, batch.seen, batch.live, row_sampling(Sampling(limit=6), [0] * 4)
+            model.weights.decoder, prefilled, batch.seen, batch.live, row_sampling(Sampling(limit=6), [0] * 4)
         )
     )
     assert [one.done.tolist() for one in found] == [[False, True, True, True], [True] * 4]
@@ -143,7 +143,7 @@ def test_each_row_writes_at_its_own_slot_and_a_done_row_stands_still():
     rows = [random_ids(60), random_ids(50, seed=1)]
     layouts = [lay_out(Question(row, ((6, 6),)), model.config, schedule) for row in rows]
     batch = make_batch(layouts, model.config, schedule, pixels=random_pixels(2))
-    _, prefilled = run_prefill(model.module, batch)
+    _, prefilled = run_prefill(model.weights, batch)
     before = prefilled.cache.stages[0]
     token = jnp.array([5, 6], jnp.int32)
     _, cache = jax.jit(decode_step)(decoder, token, prefilled.cache, jnp.array([True, False]))

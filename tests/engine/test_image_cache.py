@@ -81,7 +81,7 @@ def prefix(numbers: int) -> Prefix:
 
 
 def test_the_least_recently_used_leave():
-    cache, made = ImageCache(smallest().module, max_bytes=40), []
+    cache, made = ImageCache(smallest().weights, max_bytes=40), []
 
     def ask(name, numbers=4):
         return cache.prefix(name, lambda: made.append(name) or prefix(numbers))

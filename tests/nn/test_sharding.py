@@ -55,9 +55,9 @@ def test_what_a_device_holds_of_a_large_model(name, gigabytes):
 def test_large_models_end_to_end_without_memory(name, layers, action):
     subject = Subject(name, *random_model(SHAPES[name], "bfloat16", shapes_only=True), (24, 24), 64)
     schedule = subject.plan("pdrop", budget=192, action=action)
-    module, batch = subject.model.module, sample(subject, 1).batch(subject.model, schedule)
-    features = programs.encode.jitted().eval_shape(module, batch.images)
-    found = programs.prefill.jitted().eval_shape(module.decoder, batch.prompt, *features, batch.plan)
+    weights, batch = subject.model.weights, sample(subject, 1).batch(subject.model, schedule)
+    features = programs.encode.jitted().eval_shape(weights, batch.images)
+    found = programs.prefill.jitted().eval_shape(weights.decoder, batch.prompt, *features, batch.plan)
     assert found.logits.shape == (1, 152064)
     keys = [keys.shape for stage in found.cache.stages for keys in stage.keys]
     assert len(keys) == layers and {(shape[1], shape[3]) for shape in keys} == {(8, 128)}

@@ -36,7 +36,7 @@ def given_rows() -> dict:
 
 def started(model: Model, prompts: dict, answers=(), slots: int = 0, kept=(0,)) -> simulator.Started:
     batch = model.inputs(**prompts)
-    features, anchors = programs.encode(model.module, batch.images)
+    features, anchors = programs.encode(model.weights, batch.images)
     return simulator.start(model.module.decoder, batch.prompt, features, anchors, answers, slots, kept)
 
 
@@ -64,7 +64,7 @@ def check(model: Model, prompts: dict, schedule: Schedule) -> None:
 def decoded(model: Model, prompts: dict, schedule: Schedule) -> list[list[int]]:
     batch, prefilled = model.inputs(**prompts), simulator.prefill(started(model, prompts), schedule)
     rows = row_sampling(Sampling(limit=NEW), range(len(batch.live)))
-    segments = decode_segments(model.module.decoder, prefilled, batch.seen, batch.live, rows)
+    segments = decode_segments(model.weights.decoder, prefilled, batch.seen, batch.live, rows)
     return np.concatenate([segment.tokens for segment in segments], axis=1)[:, :NEW].tolist()
 
 
