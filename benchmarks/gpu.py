@@ -51,7 +51,7 @@ class Scale:
 FULL = Scale(
     models={"llava-1.5-7b": (), "qwen2.5-vl-7b": ()},
     dtype="bfloat16",
-    bench=("--batch-sizes", "1", "8", "32"),
+    bench=("--batch-sizes", "1", "8", "32", "--compile-threads", "8"),
     attention=("--shape", "7b"),
     profile=("--batch-size", "8"),
     environment={},
