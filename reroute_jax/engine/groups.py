@@ -113,8 +113,10 @@ def batches_of_shapes(
     batch_size: int,
     token_budget: int | None,
     shards: int = 1,
+    encodes: bool = True,
 ) -> Iterator[list[Batch]]:
-    """For each shape that the items have, a batch of every number of rows that one is filled up to, ascending."""
+    """For each shape that the items have, a batch of every number of rows that one is filled up to, ascending. encodes:
+    as of `make_batch`."""
     layouts: dict[BatchShape, Layout] = {}
     for item in items:
         layout = lay_out(question_of(item, files), files.config, schedule)
@@ -122,7 +124,7 @@ def batches_of_shapes(
     for shape, layout in layouts.items():
         most = most_rows(shape, batch_size, token_budget)
         sizes = sorted({padded_rows(rows, most, shards) for rows in range(1, most + 1)})
-        yield [batch_of([layout] * size, files, schedule, size) for size in sizes]
+        yield [batch_of([layout] * size, files, schedule, size, encodes=encodes) for size in sizes]
 
 
 def most_rows(shape: BatchShape, batch_size: int, token_budget: int | None) -> int:

@@ -16,7 +16,7 @@ from reroute_jax.decoder import Prefilled
 from reroute_jax.engine import programs
 from reroute_jax.engine.batching import Batch, Layout, Question
 from reroute_jax.engine.groups import batch_of
-from reroute_jax.engine.running import run_prefill
+from reroute_jax.engine.running import prefill_ahead, run_prefill
 from reroute_jax.engine.side_files import SideFiles
 from reroute_jax.errors import RerouteError
 from reroute_jax.nn.sharding import mesh_of
@@ -87,29 +87,48 @@ class CachedPrefill:
     def __call__(self, weights: Weights, batch: Batch) -> tuple[np.ndarray, Prefilled]:
         """The batch need not hold its images' pixels. Raises RerouteError where nothing stands behind an image, and for
         a plan whose prefixes see what stands behind them."""
-        if not any(layout.question.grids for layout in batch.layouts):
+        firsts = self._firsts(batch)
+        if not firsts:
             return run_prefill(weights, batch)
-        opening = Opening.of(batch.plan, weights.config.decoder.deepstack)
+        opening = _opening(weights, batch)
         starts = np.zeros(len(batch.live), np.int32)
         index = np.full(batch.prompt.ids.shape, -1, np.int32)
         prefixes: dict[int, PrefixStates] = {}
-        for row, layout in enumerate(batch.layouts):
-            if layout.question.grids:
-                starts[row] = length = prefix_length(layout)
-                prefix = self._prefix(weights, layout, length, opening, batch.schedule)
-                prefixes[row], index[row, :length] = prefix.states, prefix.index[:length]
+        for row, first in firsts.items():
+            starts[row] = length = len(first.ids)
+            prefix = self._prefix(weights, first, opening, batch.schedule)
+            prefixes[row], index[row, :length] = prefix.states, prefix.index[:length]
         # Of any other row everything stands behind a prefix of no length, whose states nobody reads.
         anyones = next(iter(prefixes.values()))
         states = tuple(prefixes.get(row, anyones) for row in range(len(starts)))
-        size = batch.prompt.text_slots
-        if self.text is None:
-            longest = max(len(layout.ids) - int(start) for layout, start in zip(batch.layouts, starts, strict=False))
-            size = min(size, bucket(longest, TEXT_BUCKETS, "a question, in text tokens,"))
+        longest = max(len(layout.ids) - int(start) for layout, start in zip(batch.layouts, starts, strict=False))
+        size = batch.prompt.text_slots if self.text else _text_bucket(longest)
         prefilled = programs.prefill_behind(weights.decoder, batch.prompt, states, starts, index, batch.plan, size)
         return _by_feature(batch.prompt.feature, index), prefilled
 
-    def _prefix(self, weights: Weights, layout: Layout, length: int, opening: Opening, schedule: Schedule) -> Prefix:
-        text = self.text or bucket(int((~layout.routed[:length]).sum()), TEXT_BUCKETS, "a prompt, in text tokens,")
+    def ahead(self, weights: Weights, batch: Batch) -> Prefilled:
+        """Compile what a call runs of batches like this one, with as much text in front of their last images and any
+        behind them. Returns the shapes of its results. Raises as a call does."""
+        firsts = list(self._firsts(batch).values())
+        if not firsts:
+            return prefill_ahead(weights, batch)
+        opening = _opening(weights, batch)
+        alone = self._prefix_batch(firsts[0], batch.schedule)
+        features, anchors = programs.encode.ahead(weights, alone.images)
+        states = programs.run_prefix.ahead(weights.decoder, alone.prompt, features, anchors, opening)
+        text, rows = batch.prompt.text_slots, len(batch.live)
+        starts, index = np.zeros(rows, np.int32), np.zeros(batch.prompt.ids.shape, np.int32)
+        given = weights.decoder, batch.prompt, (states,) * rows, starts, index, batch.plan
+        for size in [text] if self.text else _sizes_behind(text, _text_tokens(firsts[0])):
+            prefilled = programs.prefill_behind.ahead(*given, size)
+        return prefilled
+
+    def _firsts(self, batch: Batch) -> dict[int, Layout]:
+        """By row, what prompts with images may have in common with others: all up to the last image."""
+        return {row: self._first(layout) for row, layout in enumerate(batch.layouts) if layout.question.grids}
+
+    def _first(self, layout: Layout) -> Layout:
+        length = prefix_length(layout)
         first = replace(
             layout,
             ids=layout.ids[:length],
@@ -117,22 +136,47 @@ class CachedPrefill:
             image=layout.image[:length],
             within=layout.within[:length],
             routed=layout.routed[:length],
-            shape=replace(layout.shape, text=text),
         )
-        question = layout.question
+        return replace(first, shape=replace(layout.shape, text=self.text or _text_bucket(_text_tokens(first))))
+
+    def _prefix(self, weights: Weights, first: Layout, opening: Opening, schedule: Schedule) -> Prefix:
+        question = first.question
         seen = _images_digest(question), question.grids, first.ids.tobytes()
         key = (*seen, first.shape.slots, schedule.merge, opening)
         return self.cache.prefix(key, partial(self._run, weights, first, opening, schedule))
 
     def _run(self, weights: Weights, first: Layout, opening: Opening, schedule: Schedule) -> Prefix:
-        undecided = Schedule(
-            (Stage(0, schedule.num_layers),), position_mode=schedule.position_mode, merge=schedule.merge
-        )
-        batch = batch_of([first], self.files, undecided, size=1)
+        batch = self._prefix_batch(first, schedule)
         features, anchors = programs.encode(weights, batch.images)
         states = programs.run_prefix(weights.decoder, batch.prompt, features, anchors, opening)
         feature = batch.prompt.feature[0]
         return Prefix(states, np.where(feature < 0, -1, np.asarray(anchors)[0, feature]))
+
+    def _prefix_batch(self, first: Layout, schedule: Schedule) -> Batch:
+        undecided = Schedule(
+            (Stage(0, schedule.num_layers),), position_mode=schedule.position_mode, merge=schedule.merge
+        )
+        return batch_of([first], self.files, undecided, size=1)
+
+
+def _opening(weights: Weights, batch: Batch) -> Opening:
+    return Opening.of(batch.plan, weights.config.decoder.deepstack)
+
+
+def _text_tokens(first: Layout) -> int:
+    return int((~first.routed).sum())
+
+
+def _text_bucket(tokens: int) -> int:
+    return bucket(tokens, TEXT_BUCKETS, "a prompt, in text tokens,")
+
+
+def _sizes_behind(text: int, before: int) -> list[int]:
+    """Buckets for what stands behind images, in prompts whose text takes a bucket of `text`, `before` tokens of it in
+    front of them."""
+    fewest = max((step for step in TEXT_BUCKETS if step < text), default=0) + 1
+    smallest, largest = _text_bucket(max(1, fewest - before)), _text_bucket(text - before)
+    return [step for step in TEXT_BUCKETS if smallest <= step <= largest]
 
 
 def prefix_length(layout: Layout) -> int:

@@ -25,7 +25,7 @@ from reroute_jax.engine.groups import Failed, batch_of, batches_of_shapes, group
 from reroute_jax.engine.image_cache import CachedPrefill, ImageCache
 from reroute_jax.engine.pipeline import ahead
 from reroute_jax.engine.questions import question_of
-from reroute_jax.engine.running import Prefill, answered_ids, check_finite, dtype_of, run_prefill
+from reroute_jax.engine.running import Prefill, answered_ids, check_finite, dtype_of, prefill_ahead, run_prefill
 from reroute_jax.engine.sampling import Sampling
 from reroute_jax.engine.side_files import SideFiles
 from reroute_jax.engine.text import pieces
@@ -287,17 +287,21 @@ class Model:
         token_budget: int | None = None,
         max_new_tokens: int = 64,
         temperature: float | int = 0.0,
+        image_cache: ImageCache | None = None,
     ) -> None:
         """Compile what `answer` will need for items like these, with answers of up to `max_new_tokens`: their shapes,
         at every number of rows that a batch is filled up to. Nothing is answered; give examples and not everything.
-        temperature: any above 0 where answers are drawn, which other programs do.
+        temperature: any above 0 where answers are drawn, which other programs do. image_cache: where `answer` gets one,
+        whose programs are others. They depend on how much text stands in front of a prompt's last image, too: items
+        with as much of it as these are foreseen, and batches in which it takes one bucket.
 
         Raises what `answer` does.
         """
         sampling = self._sampling(max_new_tokens, None, temperature, 1.0, 0)
-        how = schedule or self._unrouted, batch_size, token_budget
-        for batches in batches_of_shapes(items, self.files, *how, self._row_shards):
-            compile_ahead(self.weights, batches, sampling)
+        how = schedule or self._unrouted, batch_size, token_budget, self._row_shards, image_cache is None
+        prefill = prefill_ahead if image_cache is None else self._cached_prefill(image_cache).ahead
+        for batches in batches_of_shapes(items, self.files, *how):
+            compile_ahead(self.weights, batches, sampling, prefill)
 
     # --- Defaults -----------------------------------------------------------------------------------------------------
 
@@ -310,8 +314,9 @@ class Model:
         return Schedule.from_decisions((), (), self.config.num_layers)
 
     def _prefill(self, cache: ImageCache | None) -> Prefill:
-        if cache is None:
-            return run_prefill
+        return run_prefill if cache is None else self._cached_prefill(cache)
+
+    def _cached_prefill(self, cache: ImageCache) -> CachedPrefill:
         if cache.weights is not self.weights:
             raise RerouteError("the image cache is another model's: make one with this model's `image_cache`")
         return CachedPrefill(cache, self.files)

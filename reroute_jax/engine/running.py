@@ -19,8 +19,9 @@ from reroute_jax.nn.weights import Weights
 from reroute_jax.routing.static_plan import RoutingPlan
 from reroute_jax.types import AnyArray
 
-# What `run_prefill` does, or another way to the same.
+# What `run_prefill` does, or another way to the same; and what compiles one ahead, as `prefill_ahead`.
 Prefill = Callable[[Weights, Batch], tuple[AnyArray, Prefilled]]
+PrefillAhead = Callable[[Weights, Batch], Prefilled]
 
 
 def dtype_of(weights: Weights) -> str:
@@ -35,6 +36,15 @@ def run_prefill(weights: Weights, batch: Batch) -> tuple[jax.Array, Prefilled]:
     else:
         features, anchors = programs.encode(weights, batch.images)
     return anchors, programs.prefill(weights.decoder, batch.prompt, features, anchors, batch.plan)
+
+
+def prefill_ahead(weights: Weights, batch: Batch) -> Prefilled:
+    """Compile what `run_prefill` runs of batches like this one. Returns the shapes of its results."""
+    if batch.images is None:
+        features, anchors = no_features(weights.config.decoder, len(batch.live))
+    else:
+        features, anchors = programs.encode.ahead(weights, batch.images)
+    return programs.prefill.ahead(weights.decoder, batch.prompt, features, anchors, batch.plan)
 
 
 def run_decode(

@@ -9,22 +9,21 @@ import jax.numpy as jnp
 
 from reroute_jax.engine import programs
 from reroute_jax.engine.batching import Batch
-from reroute_jax.engine.features import no_features
+from reroute_jax.engine.running import PrefillAhead
 from reroute_jax.engine.sampling import Sampling, row_sampling
 from reroute_jax.nn.cache import ROOM
 from reroute_jax.nn.sharding import row_shards
 from reroute_jax.nn.weights import Weights
 
 
-def compile_ahead(weights: Weights, batches: Sequence[Batch], sampling: Sampling) -> None:
+def compile_ahead(weights: Weights, batches: Sequence[Batch], sampling: Sampling, prefill: PrefillAhead) -> None:
     """Compile all programs of batches of one shape and of these numbers of rows, for answers of up to `sampling.limit`
     tokens. batches: of every number that a batch may shrink to, ascending."""
     states, of_rows, shards = {}, {}, row_shards(weights)
     for batch in batches:
         rows = len(batch.live)
         of_rows[rows] = row_sampling(sampling, [0] * rows)
-        features, anchors = _features(weights, batch)
-        prefilled = programs.prefill.ahead(weights.decoder, batch.prompt, features, anchors, batch.plan)
+        prefilled = prefill(weights, batch)
         first = prefilled.logits, prefilled.cache, batch.seen, batch.live, of_rows[rows]
         states[rows], _ = programs.begin.ahead(*first)
     _compile_decode(weights, states, of_rows)
@@ -37,12 +36,6 @@ def compile_ahead(weights: Weights, batches: Sequence[Batch], sampling: Sampling
                 grown[rows], of_rows[rows] = programs.keep_rows.ahead(states[larger], of_rows[larger], kept, room)
         states, room = grown, 2 * room
         _compile_decode(weights, states, of_rows)
-
-
-def _features(weights: Weights, batch: Batch):
-    if batch.images is None:
-        return no_features(weights.config.decoder, len(batch.live))
-    return programs.encode.ahead(weights, batch.images)
 
 
 def _compile_decode(weights: Weights, states: dict, of_rows: dict) -> None:

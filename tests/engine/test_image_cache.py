@@ -11,9 +11,11 @@ from PIL import Image
 
 from reroute_jax.engine import programs
 from reroute_jax.engine.batching import Question, lay_out
+from reroute_jax.engine.compilation import compilations
 from reroute_jax.engine.image_cache import ImageCache, Prefix, prefix_length
 from reroute_jax.errors import RerouteError
 from reroute_jax.prefix import Opening, PrefixStates
+from reroute_jax.routing.plan import Schedule
 from tests.checkpoints import qwen3_pair, qwen_pair, small, smallest
 from tests.marks import cases
 
@@ -73,6 +75,24 @@ def test_answers_from_kept_images_are_those_of_a_fresh_run(route, monkeypatch):
 def check(fresh, kept):
     assert kept.token_ids == fresh.token_ids and kept.usage == fresh.usage
     np.testing.assert_allclose(kept.logprobs, fresh.logprobs, atol=1e-4, rtol=1e-5)
+
+
+def test_warm_up_compiles_what_answers_from_a_cache_need(unchecked_annotations):
+    """Of a first question and of later ones, alone and two at a time. The text of both takes a bucket of 32, but what
+    stands behind the image one of 16 or of 32."""
+    model = smallest()
+    schedule = Schedule.from_decisions((1,), (0.4,), 2)  # nobody else's
+    short, long = ((FIRST, " ".join(["cup"] * words)) for words in (12, 20))
+    cache = model.image_cache(2**30)
+    options = {"schedule": schedule, "max_new_tokens": 2, "batch_size": 2, "image_cache": cache}
+    with compilations() as compiled:
+        model.warm_up([long], **options)
+    assert sum("prefill behind" in one for one in compiled) == 4
+    assert (len(cache), cache.hits, cache.misses) == (0, 0, 0)
+    with compilations() as compiled:
+        for items in ([short], [long], [long, short], [(SECOND, long[1]), (picture(2), short[1])]):
+            model.answer(items, **options)
+    assert compiled == [] and (cache.hits, cache.misses) == (3, 3)
 
 
 def prefix(numbers: int) -> Prefix:
