@@ -122,7 +122,7 @@ def flops(subject: Subject, schedule: Schedule) -> dict[str, Any]:
     starts, index = np.array([length], np.int32), np.zeros(batch.prompt.ids.shape, np.int32)
     size = bucket(subject.text - 1, TEXT_BUCKETS, "the text")
     behind = programs.prefill_behind.jitted("cpu").lower(
-        decoder, batch.prompt, (prefix.out_info,), starts, index, batch.plan, size
+        decoder, batch.prompt, prefix.out_info, starts, index, batch.plan, size
     )
     tower, prompt, shared, later = (one.cost_analysis()["flops"] / 1e12 for one in (encode, fresh, prefix, behind))
     costs = {"tower": tower, "fresh": tower + prompt, "first": tower + shared + later, "later": later}

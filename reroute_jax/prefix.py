@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import itemgetter
 
 import jax
 import jax.numpy as jnp
@@ -91,19 +92,21 @@ class PrefixStates:
 
 def run_prefix(
     decoder: Decoder, prompt: Prompt, features: Float[Array, "B F E"], anchors: Int[Array, "B F"], opening: Opening
-) -> PrefixStates:
-    """Of prompts that are prefixes of others, up to their last image. features, anchors: as of `decoder.walk`."""
+) -> tuple[PrefixStates, ...]:
+    """Of prompts that are prefixes of others, up to their last image; of each row by itself. features, anchors: as of
+    `decoder.walk`."""
     with jax.named_scope("embedding"):
         rows = prompt_rows(decoder, prompt, features, anchors, opening.renumbers_input)
     layers, deepstack = StagePlan(0, opening.layers, None, None, None), partial(add_deepstack, prompt.feature, features)
     rows, last, (keys, values) = run_layers(decoder, layers, rows, None, None, deepstack)
-    return PrefixStates(
+    states = PrefixStates(
         keys,
         values,
         hidden=rows.hidden if opening.decides else None,
         last=(last.hidden, last.output) if opening.reads_last else None,
         features=take_rows(features, prompt.feature) if opening.adds_features else None,
     )
+    return tuple(jax.tree.map(itemgetter(slice(row, row + 1)), states) for row in range(len(prompt.ids)))
 
 
 def prefill_behind(

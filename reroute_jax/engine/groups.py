@@ -123,7 +123,7 @@ def batches_of_shapes(
         layouts.setdefault(layout.shape, layout)
     for shape, layout in layouts.items():
         most = most_rows(shape, batch_size, token_budget)
-        sizes = sorted({padded_rows(rows, most, shards) for rows in range(1, most + 1)})
+        sizes = padded_sizes(most, shards)
         yield [batch_of([layout] * size, files, schedule, size, encodes=encodes) for size in sizes]
 
 
@@ -146,6 +146,11 @@ def padded_rows(rows: int, most: int, shards: int = 1) -> int:
     sizes are compiled, or its part of `most`."""
     own, limit = -(-rows // shards), -(-most // shards)
     return shards * min(limit, 1 << (own - 1).bit_length())
+
+
+def padded_sizes(most: int, shards: int = 1) -> list[int]:
+    """All that `padded_rows` gives for up to `most` rows, ascending."""
+    return sorted({padded_rows(rows, most, shards) for rows in range(1, most + 1)})
 
 
 def similar(

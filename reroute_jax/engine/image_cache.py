@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 from jaxtyping import Int
@@ -15,7 +14,8 @@ from reroute_jax.buckets import TEXT_BUCKETS, bucket
 from reroute_jax.decoder import Prefilled
 from reroute_jax.engine import programs
 from reroute_jax.engine.batching import Batch, Layout, Question
-from reroute_jax.engine.groups import batch_of
+from reroute_jax.engine.groups import batch_of, padded_rows
+from reroute_jax.engine.pipeline import full_groups
 from reroute_jax.engine.running import prefill_ahead, run_prefill
 from reroute_jax.engine.side_files import SideFiles
 from reroute_jax.errors import RerouteError
@@ -58,19 +58,24 @@ class ImageCache:
     def __len__(self) -> int:
         return len(self._kept)
 
-    def prefix(self, key: Hashable, run: Callable[[], Prefix]) -> Prefix:
-        """The one that is kept by this name; `run` makes it where there is none."""
-        if key in self._kept:
-            self.hits += 1
+    def prefixes(
+        self, keys: Sequence[Hashable], run: Callable[[Sequence[Hashable]], Mapping[Hashable, Prefix]]
+    ) -> list[Prefix]:
+        """Those that are kept by these names; `run` makes the others, each once however often it is asked for."""
+        found = {key: self._kept[key] for key in keys if key in self._kept}
+        new = [key for key in dict.fromkeys(keys) if key not in found]
+        made = run(new) if new else {}
+        self.misses += len(new)
+        self.hits += len(keys) - len(new)
+        self.nbytes += sum(prefix.states.nbytes for prefix in made.values())
+        found.update(made)
+        for key in keys:
+            self._kept[key] = found[key]
             self._kept.move_to_end(key)
-            return self._kept[key]
-        self.misses += 1
-        made = self._kept[key] = run()
-        self.nbytes += made.states.nbytes
         while self.nbytes > self.max_bytes:
             _, oldest = self._kept.popitem(last=False)
             self.nbytes -= oldest.states.nbytes
-        return made
+        return [found[key] for key in keys]
 
 
 @dataclass(frozen=True)
@@ -90,17 +95,15 @@ class CachedPrefill:
         firsts = self._firsts(batch)
         if not firsts:
             return run_prefill(weights, batch)
-        opening = _opening(weights, batch)
+        prefixes = dict(zip(firsts, self._prefixes(weights, batch, list(firsts.values())), strict=True))
         starts = np.zeros(len(batch.live), np.int32)
         index = np.full(batch.prompt.ids.shape, -1, np.int32)
-        prefixes: dict[int, PrefixStates] = {}
         for row, first in firsts.items():
             starts[row] = length = len(first.ids)
-            prefix = self._prefix(weights, first, opening, batch.schedule)
-            prefixes[row], index[row, :length] = prefix.states, prefix.index[:length]
+            index[row, :length] = prefixes[row].index[:length]
         # Of any other row everything stands behind a prefix of no length, whose states nobody reads.
         anyones = next(iter(prefixes.values()))
-        states = tuple(prefixes.get(row, anyones) for row in range(len(starts)))
+        states = tuple(prefixes.get(row, anyones).states for row in range(len(starts)))
         longest = max(len(layout.ids) - int(start) for layout, start in zip(batch.layouts, starts, strict=False))
         size = batch.prompt.text_slots if self.text else _text_bucket(longest)
         prefilled = programs.prefill_behind(weights.decoder, batch.prompt, states, starts, index, batch.plan, size)
@@ -109,19 +112,25 @@ class CachedPrefill:
     def ahead(self, weights: Weights, batch: Batch) -> Prefilled:
         """Compile what a call runs of batches like this one, with as much text in front of their last images and any
         behind them. Returns the shapes of its results. Raises as a call does."""
-        firsts = list(self._firsts(batch).values())
+        firsts = self._firsts(batch)
         if not firsts:
             return prefill_ahead(weights, batch)
-        opening = _opening(weights, batch)
-        alone = self._prefix_batch(firsts[0], batch.schedule)
-        features, anchors = programs.encode.ahead(weights, alone.images)
-        states = programs.run_prefix.ahead(weights.decoder, alone.prompt, features, anchors, opening)
-        text, rows = batch.prompt.text_slots, len(batch.live)
-        starts, index = np.zeros(rows, np.int32), np.zeros(batch.prompt.ids.shape, np.int32)
-        given = weights.decoder, batch.prompt, (states,) * rows, starts, index, batch.plan
-        for size in [text] if self.text else _sizes_behind(text, _text_tokens(firsts[0])):
+        states = self.prefixes_ahead(weights, batch)
+        text, starts, index = batch.prompt.text_slots, np.zeros(len(states), np.int32), np.zeros_like(batch.prompt.ids)
+        given = weights.decoder, batch.prompt, states, starts, index, batch.plan
+        for size in [text] if self.text else _sizes_behind(text, _text_tokens(next(iter(firsts.values())))):
             prefilled = programs.prefill_behind.ahead(*given, size)
         return prefilled
+
+    def prefixes_ahead(self, weights: Weights, batch: Batch) -> tuple[PrefixStates, ...]:
+        """Compile what runs new prefixes like those of this batch, as many as it has rows. Returns the shapes of its
+        results. Raises as a call does."""
+        firsts = self._firsts(batch)
+        if not firsts:
+            return ()
+        together = self._prefix_batch(list(firsts.values()), batch.schedule, len(batch.live))
+        features, anchors = programs.encode.ahead(weights, together.images)
+        return programs.run_prefix.ahead(weights.decoder, together.prompt, features, anchors, _opening(weights, batch))
 
     def _firsts(self, batch: Batch) -> dict[int, Layout]:
         """By row, what prompts with images may have in common with others: all up to the last image."""
@@ -139,24 +148,41 @@ class CachedPrefill:
         )
         return replace(first, shape=replace(layout.shape, text=self.text or _text_bucket(_text_tokens(first))))
 
-    def _prefix(self, weights: Weights, first: Layout, opening: Opening, schedule: Schedule) -> Prefix:
-        question = first.question
-        seen = _images_digest(question), question.grids, first.ids.tobytes()
-        key = (*seen, first.shape.slots, schedule.merge, opening)
-        return self.cache.prefix(key, partial(self._run, weights, first, opening, schedule))
+    def _prefixes(self, weights: Weights, batch: Batch, firsts: Sequence[Layout]) -> list[Prefix]:
+        """Those that are new run together where their shapes are equal, in numbers that a batch of as many rows may be
+        filled up to."""
+        opening, schedule = _opening(weights, batch), batch.schedule
 
-    def _run(self, weights: Weights, first: Layout, opening: Opening, schedule: Schedule) -> Prefix:
-        batch = self._prefix_batch(first, schedule)
-        features, anchors = programs.encode(weights, batch.images)
-        states = programs.run_prefix(weights.decoder, batch.prompt, features, anchors, opening)
-        feature = batch.prompt.feature[0]
-        return Prefix(states, np.where(feature < 0, -1, np.asarray(anchors)[0, feature]))
+        def key_of(first: Layout) -> Hashable:
+            question = first.question
+            seen = _images_digest(question), question.grids, first.ids.tobytes()
+            return *seen, first.shape.slots, schedule.merge, opening
 
-    def _prefix_batch(self, first: Layout, schedule: Schedule) -> Batch:
+        keys, rows = [key_of(first) for first in firsts], len(batch.live)
+        by_key = dict(zip(keys, firsts, strict=True))
+
+        def run(new: Sequence[Hashable]) -> dict[Hashable, Prefix]:
+            made = {}
+            for _, alike in full_groups(new, lambda key: by_key[key].shape, lambda shape: rows):
+                together = self._prefix_batch([by_key[key] for key in alike], schedule, padded_rows(len(alike), rows))
+                made.update(zip(alike, _run(weights, together, opening), strict=False))
+            return made
+
+        return self.cache.prefixes(keys, run)
+
+    def _prefix_batch(self, firsts: Sequence[Layout], schedule: Schedule, size: int) -> Batch:
         undecided = Schedule(
             (Stage(0, schedule.num_layers),), position_mode=schedule.position_mode, merge=schedule.merge
         )
-        return batch_of([first], self.files, undecided, size=1)
+        return batch_of(firsts, self.files, undecided, size)
+
+
+def _run(weights: Weights, batch: Batch, opening: Opening) -> list[Prefix]:
+    """Of every row of a batch of prefixes."""
+    features, anchors = programs.encode(weights, batch.images)
+    states = programs.run_prefix(weights.decoder, batch.prompt, features, anchors, opening)
+    rows = zip(states, batch.prompt.feature, np.asarray(anchors), strict=True)
+    return [Prefix(of_row, np.where(feature < 0, -1, anchor[feature])) for of_row, feature, anchor in rows]
 
 
 def _opening(weights: Weights, batch: Batch) -> Opening:

@@ -41,7 +41,7 @@ def prefill(decoder: Weights, prompt, features, anchors, plan) -> Prefilled:
 
 
 @compiled(static_argnames="opening")
-def run_prefix(decoder: Weights, prompt, features, anchors, opening) -> prefix.PrefixStates:
+def run_prefix(decoder: Weights, prompt, features, anchors, opening) -> tuple[prefix.PrefixStates, ...]:
     log.info("compiling the first %d layers for ids %s up to the last image", opening.layers, prompt.ids.shape)
     return prefix.run_prefix(decoder.module, prompt, features, anchors, opening)
 

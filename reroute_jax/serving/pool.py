@@ -12,7 +12,7 @@ from reroute_jax.decoder import Prefilled
 from reroute_jax.engine.answering import Ran, usage_of
 from reroute_jax.engine.answers import AnswerTokens, Usage
 from reroute_jax.engine.batching import Batch, BatchShape, Layout
-from reroute_jax.engine.groups import batch_of
+from reroute_jax.engine.groups import batch_of, padded_sizes
 from reroute_jax.engine.image_cache import CachedPrefill
 from reroute_jax.engine.running import dtype_of, overflow, run_prefill
 from reroute_jax.engine.sampling import RowSampling, Sampling, row_sampling
@@ -51,7 +51,8 @@ class Pool:
     given, takes what questions have in common up to their image from a cache.
 
     Whatever it will run is compiled when it is made. So there are few sizes: one row enters, or as many as a prefill
-    holds; and slots decode together in numbers of `_ladder`.
+    holds; images that are new to a cache run together in numbers of `padded_sizes`, and slots decode together in those
+    of `_ladder`.
     """
 
     def __init__(
@@ -148,6 +149,8 @@ class Pool:
         ends_at_once = Sampling(stop=self.files.config.eos_tokens, limit=1)
         for rows in {1, self.size.prefill}:
             self.enter([Request(self.example, ends_at_once, 0, lambda news: None)] * rows)
+        for rows in padded_sizes(self.size.prefill) if self.cached else ():
+            self.cached.prefixes_ahead(self.weights, self._batch([self.example] * rows))
         for count in _ladder(self.size.slots):
             taking = self._taking_part(count)
             self._decode(taking, np.zeros(len(taking), bool))

@@ -95,6 +95,25 @@ def test_warm_up_compiles_what_answers_from_a_cache_need(unchecked_annotations):
     assert compiled == [] and (cache.hits, cache.misses) == (3, 3)
 
 
+def test_the_new_images_of_a_batch_run_together(monkeypatch):
+    """Three of four rows, filled up; then two, beside two that are known."""
+    model, sizes, run = smallest(), [], programs.run_prefix
+
+    def spy(decoder, prompt, *given):
+        sizes.append(len(prompt.ids))
+        return run(decoder, prompt, *given)
+
+    monkeypatch.setattr(programs, "run_prefix", spy)
+    how = {"schedule": model.plan("fastv", budget="3/4", first_decision=1), "max_new_tokens": 3, "batch_size": 4}
+    cache = model.image_cache(2**30)
+    seeds, text = (0, 3, 4, 0, 5, 3, 6, 4), ("where is the red cup ?", "is it a dog ?")
+    items = [(picture(seed), text[number % 2]) for number, seed in enumerate(seeds)]
+    wanted = [answer.token_ids for answer in model.answer(items, **how)]
+    assert [answer.token_ids for answer in model.answer(items, image_cache=cache, **how)] == wanted
+    assert sizes == [4, 2] and (len(cache), cache.hits, cache.misses) == (5, 3, 5)
+    assert len(set(wanted)) > 2
+
+
 def prefix(numbers: int) -> Prefix:
     hidden = jnp.zeros((1, numbers, 1))
     return Prefix(PrefixStates((), (), hidden, None, None), np.zeros(numbers, int))
@@ -103,8 +122,12 @@ def prefix(numbers: int) -> Prefix:
 def test_the_least_recently_used_leave():
     cache, made = ImageCache(smallest().weights, max_bytes=40), []
 
-    def ask(name, numbers=4):
-        return cache.prefix(name, lambda: made.append(name) or prefix(numbers))
+    def run(names, numbers):
+        made.extend(names)
+        return {name: prefix(numbers) for name in names}
+
+    def ask(*names, numbers=4):
+        return cache.prefixes(names, lambda new: run(new, numbers))[0]
 
     first = ask("a")
     ask("b")
@@ -114,18 +137,22 @@ def test_the_least_recently_used_leave():
     ask("a")
     ask("b")
     assert made == ["a", "b", "c", "b"] and (cache.hits, cache.misses) == (2, 4)
-    assert len(ask("large", 11).index) == 11 and (len(cache), cache.nbytes) == (0, 0)
-    ask("a")
+    assert len(ask("large", numbers=11).index) == 11 and (len(cache), cache.nbytes) == (0, 0)
     cache.clear()
     assert (len(cache), cache.nbytes, cache.hits, cache.misses) == (0, 0, 0, 0)
+    ask("d", "e", "d")
+    assert made[-2:] == ["d", "e"] and (len(cache), cache.nbytes, cache.hits, cache.misses) == (2, 32, 1, 2)
+    ask("f", "e", "g")  # more than there is room for: those that were asked for last stay
+    ask("e", "g")
+    assert made[-2:] == ["f", "g"] and (len(cache), cache.nbytes, cache.hits, cache.misses) == (2, 32, 4, 4)
 
 
 def test_what_an_image_is_kept_by(monkeypatch):
     """Its pixels, the text in front of it, and what of the plan matters before the first decision."""
     model, keys = small(), []
 
-    def no_prefix(cache, key, run):
-        keys.append(key)
+    def no_prefix(cache, asked, run):
+        keys.extend(asked)
         raise RerouteError("enough")
 
     def key(item, **options):
@@ -133,7 +160,7 @@ def test_what_an_image_is_kept_by(monkeypatch):
             model.answer([item], schedule=model.plan(**options), image_cache=model.image_cache(1))
         return keys[-1]
 
-    monkeypatch.setattr(ImageCache, "prefix", no_prefix)
+    monkeypatch.setattr(ImageCache, "prefixes", no_prefix)
     routed = {"method": "pdrop", "budget": "1/2"}
     known = key((FIRST, "where ?"), **routed)
     assert key((picture(0), "how many cups are in this image and where are they ?"), **routed) == known

@@ -228,7 +228,7 @@ def test_what_is_too_large_has_no_place(pools, plans, item, said):
         pools.place(smallest().question(item), plans["all"])
 
 
-def test_a_pool_with_an_image_cache_answers_the_same_and_compiles_nothing_later(plans):
+def test_a_pool_with_an_image_cache_answers_the_same_and_compiles_nothing_later(plans, unchecked_annotations):
     """Alone and two at a time, of images that are new and of one that is not."""
     model, limits = smallest(), replace(LIMITS, token_budget=104, image_cache=2**20)
     cache = model.image_cache(limits.image_cache)
@@ -243,8 +243,10 @@ def test_a_pool_with_an_image_cache_answers_the_same_and_compiles_nothing_later(
         assert first.tokens == wanted[0]
         others = [Asked(engine, pools, item, plans["routed"], limit=4) for item in items[1:]]
         assert [one.tokens for one in others] == wanted[1:]
-    assert compiled == [] and (cache.hits, cache.misses) == (2, 2)
-    engine.close()
+        engine.close()
+        together = [pools.place(model.question((picture(seed), "where ?")), plans["routed"])[1] for seed in (2, 3)]
+        pools.all[0].enter([Request(layout, Sampling(limit=1), 0, lambda news: None) for layout in together])
+    assert compiled == [] and (cache.hits, cache.misses) == (2, 4)
 
 
 def test_a_kind_is_a_plan_a_number_of_images_and_a_bucket(plans):
