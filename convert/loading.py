@@ -17,6 +17,7 @@ from reroute_jax.engine.model import Model
 from reroute_jax.errors import RerouteError, one_of
 from reroute_jax.mesh import open_mesh
 from reroute_jax.models import FAMILIES
+from reroute_jax.nn.cache import KINDS
 from reroute_jax.nn.mrope import COMPATS
 from reroute_jax.nn.params import named_parameters, with_parameters
 from reroute_jax.nn.quantised import TILES, with_quantised
@@ -32,6 +33,7 @@ def load(
     pixel_limits: tuple[int, int] | None = None,
     mesh: str | Mesh | None = None,
     quantise: str | None = None,
+    kv_cache: str | None = None,
 ) -> Model:
     """Load a hub id, a Hugging Face folder (converted on the fly), a converted folder, or an embedded model.
 
@@ -42,7 +44,8 @@ def load(
     Qwen2.5-VL, instead of those of the checkpoint's image processor. mesh: devices to split the model over,
     "data=2,model=4" of this process, or a mesh with these axes; None takes the first device. Each device reads its own
     part of the checkpoint. quantise: "int8" or "int4" for the decoder's weights, which `dtype` then is the dtype of
-    the scales and of everything else of; None keeps what is stored.
+    the scales and of everything else of; None keeps what is stored. kv_cache: "int8" for the keys and values that
+    tokens of an answer read; None keeps them in `dtype`.
     Raises RerouteError for a checkpoint that is absent, damaged, of an unknown architecture, or does not fit its
     config.json, and for a mesh that the model does not fit on.
     """
@@ -58,6 +61,8 @@ def load(
         config = _with_option(config, "vicuna_system", True)
     if pixel_limits is not None:
         config = with_pixel_limits(config, pixel_limits)
+    if kv_cache is not None:
+        config = with_kv_cache(config, kv_cache)
     empty = reroute_jax.abstract_params(config)
     if quantise is not None:
         one_of("quantise", quantise, tuple(TILES))
@@ -82,6 +87,12 @@ def with_pixel_limits(config: ModelConfig, limits: tuple[int, int]) -> ModelConf
             f"pixel_limits are {limits!r}, expected two whole numbers (fewest, most), the second at least {smallest}"
         )
     return replace(config, pixel_limits=tuple(limits))
+
+
+def with_kv_cache(config: ModelConfig, kind: str) -> ModelConfig:
+    """Raises RerouteError for a kind that is not of `cache.KINDS`."""
+    one_of("kv_cache", kind, KINDS)
+    return replace(config, decoder=replace(config.decoder, kv_cache=kind))
 
 
 def _with_option(config: ModelConfig, name: str, value: object) -> ModelConfig:

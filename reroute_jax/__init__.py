@@ -40,10 +40,11 @@ def load(
     pixel_limits: tuple[int, int] | None = None,
     mesh: str | Mesh | None = None,
     quantise: str | None = None,
+    kv_cache: str | None = None,
 ) -> Model:
     """Load a hub id, a Hugging Face folder (converted on the fly), a converted folder or an embedded model; see
     `convert.loading.load`."""
     # Imported here: `convert` needs this package's configuration, and loading needs `convert`.
     from convert.loading import load as load_model
 
-    return load_model(path, dtype, mrope_compat, vicuna_system, pixel_limits, mesh, quantise)
+    return load_model(path, dtype, mrope_compat, vicuna_system, pixel_limits, mesh, quantise, kv_cache)

@@ -23,6 +23,7 @@ class DecoderConfig:
     token has one position. rope_interleaved: whether neighbouring pairs turn with different ones (`positions.py`).
     qk_norm: whether each head's queries and keys are normalised before they are rotated. deepstack: of how many layers,
     the first ones, the output gets further image features added at visual tokens (DeepStack, arXiv 2406.04334).
+    kv_cache: a dtype that the KV cache has of its own, of `cache.KINDS`; the loader sets it, no checkpoint names one.
     """
 
     vocab_size: int
@@ -40,6 +41,7 @@ class DecoderConfig:
     rope_interleaved: bool = False
     qk_norm: bool = False
     deepstack: int = 0
+    kv_cache: str | None = None
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,9 @@ from reroute_jax.engine.groups import Group
 from reroute_jax.engine.running import Prefill, checked_segments, dtype_of, overflow, run_decode
 from reroute_jax.engine.sampling import Sampling
 from reroute_jax.engine.trace import Trace
+from reroute_jax.nn.cache import token_bytes
 from reroute_jax.nn.weights import Weights
-from reroute_jax.routing.cost import kv_width
 from reroute_jax.routing.static_plan import RoutingPlan
-from reroute_jax.types import FLOATS
 
 STREAM_STEPS = 4  # tokens between two looks at a stream
 
@@ -99,7 +98,6 @@ class Ran:
 
 def usage_of(weights: Weights, layout: Layout, plan: RoutingPlan, ran: Ran, row: int, new_tokens: int) -> Usage:
     """Of a question in `row` of a batch under `plan`, the id that ended its answer among the new tokens."""
-    decoder = weights.config.decoder
     running, layers = iter(ran.running), []
     fixed = layout.visual - int(layout.routed.sum())
     for stage in plan.stages:
@@ -108,6 +106,6 @@ def usage_of(weights: Weights, layout: Layout, plan: RoutingPlan, ran: Ran, row:
     cached = sum(count * int(length[row]) for count, length in ran.cached)
     # The last token is chosen and not fed.
     tokens = cached + len(layers) * (new_tokens - 1)
-    each = 2 * kv_width(decoder) * FLOATS[dtype_of(weights)].itemsize
+    each = token_bytes(weights.config.decoder, dtype_of(weights))
     visual = sum(rows * cols for rows, cols in layout.question.grids)
     return Usage(len(layout.question.ids), visual, tuple(layers), new_tokens, tokens * each)

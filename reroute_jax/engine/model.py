@@ -88,7 +88,7 @@ class Model:
 
     @property
     def dtype(self) -> str:
-        """Of the parameters, the activations and the KV cache."""
+        """Of the parameters, the activations, and a KV cache without a dtype of its own."""
         return dtype_of(self.weights)
 
     @property

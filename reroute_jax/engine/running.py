@@ -25,7 +25,7 @@ PrefillAhead = Callable[[Weights, Batch], Prefilled]
 
 
 def dtype_of(weights: Weights) -> str:
-    """Of the parameters, the activations and the KV cache."""
+    """Of the parameters, the activations, and a KV cache without a dtype of its own."""
     return weights.module.decoder.embed.table.dtype.name
 
 

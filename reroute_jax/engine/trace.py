@@ -16,9 +16,9 @@ from reroute_jax.errors import RerouteError
 from reroute_jax.figure.card import Figure, Routed, routed_figure
 from reroute_jax.figure.maps import View
 from reroute_jax.figure.tokens import StageTokens, stage_tokens
-from reroute_jax.routing.cost import kv_width
+from reroute_jax.nn.cache import token_bytes
 from reroute_jax.routing.plan import Schedule
-from reroute_jax.types import FLOATS, Grid
+from reroute_jax.types import Grid
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Trace:
     def routed(self, row: int = 0) -> Routed:
         """A row's stages with what they cost, for a picture."""
         label, tokens = self.seen.schedule.label, self.kv_tokens[row].tolist()
-        each = 2 * kv_width(self.seen.config.decoder) * FLOATS[self.seen.dtype].itemsize
+        each = token_bytes(self.seen.config.decoder, self.seen.dtype)
         return Routed(label, tuple(self.stages(row)), tuple(tokens), each * sum(tokens))
 
     def show(self, row: int = 0) -> Figure:

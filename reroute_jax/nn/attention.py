@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from reroute_jax.nn.cache import Int8Rows, KVRows
 from reroute_jax.nn.precision import precision
 from reroute_jax.nn.sharding import per_device
 
@@ -46,6 +47,13 @@ def attention(
     if mask is not None:
         return per_device(_blocked, q, k, v, mask)
     return per_device(partial(_unmasked, causal=causal), q, k, v, lengths)
+
+
+def cached_attention(
+    q: Float[Array, "B N 1 H"], k: KVRows, v: KVRows, visible: Bool[Array, "B S"]
+) -> Float[Array, "B N 1 H"]:
+    """`attention` of one token a row over what a cache holds of it."""
+    return per_device(_attend_int8 if isinstance(k, Int8Rows) else _attend, q, k, v, visible[:, None])
 
 
 def _unmasked(q, k, v, lengths: Int[Array, " B"] | None, *, causal: bool) -> Float[Array, "B N T H"]:
@@ -127,14 +135,31 @@ def _query_blocks(x: Array, axis: int) -> Array:
 
 
 def _attend(q, k, v, mask: Bool[Array, "#B #T S"] | None) -> Float[Array, "B N T H"]:
-    """Normalised behind the product with the values, as flash attention does: H numbers a row to divide instead of
-    S."""
-    logits = _masked_logits(q, k, mask)
+    return _weighted(q, _masked_logits(q, k, mask), v)
+
+
+def _attend_int8(q, k: Int8Rows, v: Int8Rows, mask: Bool[Array, "#B #T S"]) -> Float[Array, "B N T H"]:
+    """Products see the 8-bit numbers, which every dtype of a model holds exactly: a key has one scale, and so has a
+    value, so that they multiply logits and weights instead."""
+    logits = _masked_logits(q, k.numbers.astype(q.dtype), mask, k.scales)
+    return _weighted(q, logits, v.numbers.astype(q.dtype), v.scales)
+
+
+def _weighted(
+    q, logits: Float[Array, "B K R S"], v, scales: Float[Array, "B K S"] | None = None
+) -> Float[Array, "B N T H"]:
+    """The mean of `v * scales` by the softmax of the logits. Normalised behind the product with the values, as flash
+    attention does: H numbers a row to divide instead of S."""
     weights = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
+    total = weights.sum(axis=-1, keepdims=True)
+    if scales is not None:
+        # As shares of the largest: small weights times small scales would be too small for fp16.
+        largest = scales.max(axis=-1)[..., None, None]
+        weights, total = weights * (scales[:, :, None] / largest), total / largest
     seen = jnp.einsum(
         "BKRS,BKSH->BKRH", weights.astype(v.dtype), v, preferred_element_type=jnp.float32, precision=precision(v)
     )
-    return (seen / weights.sum(axis=-1, keepdims=True)).astype(v.dtype).reshape(q.shape)
+    return (seen / total).astype(v.dtype).reshape(q.shape)
 
 
 def query_probabilities(
@@ -169,12 +194,17 @@ def _received(q, k, lengths: Int[Array, " B"]) -> Float[Array, "B N T"]:
     return jnp.where(real[:, None], total, 0)
 
 
-def _masked_logits(q, k, mask: Bool[Array, "#B #T S"] | None) -> Float[Array, "B K R S"]:
+def _masked_logits(
+    q, k, mask: Bool[Array, "#B #T S"] | None, scales: Float[Array, "B K S"] | None = None
+) -> Float[Array, "B K R S"]:
+    """scales: of the keys, where they have any."""
     batch, heads, slots, dim = q.shape
     group = heads // k.shape[1]
     rows = q.reshape(batch, k.shape[1], group * slots, dim)
     product = {"preferred_element_type": jnp.float32, "precision": precision(q, k)}
     logits = jnp.einsum("BKRH,BKSH->BKRS", rows, k, **product) * dim**-0.5
+    if scales is not None:
+        logits = logits * scales[:, :, None]
     if mask is None:
         return logits
     of_heads = mask if mask.shape[1] == 1 else jnp.tile(mask, (1, group, 1))

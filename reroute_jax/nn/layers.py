@@ -16,8 +16,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from reroute_jax.config import DecoderConfig
-from reroute_jax.nn.attention import attention, query_probabilities
-from reroute_jax.nn.cache import write_rows, write_slots
+from reroute_jax.nn.attention import attention, cached_attention, query_probabilities
+from reroute_jax.nn.cache import KVRows, write_rows, write_slots
 from reroute_jax.nn.products import barrier_on_cpu, matmul
 from reroute_jax.nn.quantised import plain
 from reroute_jax.nn.sharding import constrain
@@ -172,11 +172,11 @@ class DecoderLayer(nnx.Module):
         self,
         x: Float[Array, "B 1 D"],
         rope: Rope,
-        keys: Float[Array, "B K S H"],
-        values: Float[Array, "B K S H"],
+        keys: KVRows,
+        values: KVRows,
         slots: Int[Array, " B"],
         visible: Bool[Array, "B S"],
-    ) -> tuple[Float[Array, "B 1 D"], Float[Array, "B K S H"], Float[Array, "B K S H"]]:
+    ) -> tuple[Float[Array, "B 1 D"], KVRows, KVRows]:
         """Run one token a row, writing its key and value at the row's slot of the cache; `visible` includes it."""
         with jax.named_scope("attention"):
             normed = self.attn_norm(x)
@@ -187,7 +187,7 @@ class DecoderLayer(nnx.Module):
             # Without the barrier XLA's CPU backend writes twice, for the product and for the result, and copies the
             # whole cache to do so.
             keys, values = barrier_on_cpu((keys, values))
-            x = x + self.attn.o(attention(q, keys, values, visible[:, None]))
+            x = x + self.attn.o(cached_attention(q, keys, values, visible))
         return self._mlp_residual(x), keys, values
 
     @traced_once

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 from flax import nnx
@@ -48,14 +49,15 @@ def constrain(x: Array, *axes: str | None) -> Array:
     return x if mesh is None else jax.lax.with_sharding_constraint(x, spec(x.shape, axes, mesh))
 
 
-def per_device(function: Callable[..., Array], first: Array, *others: Array | None) -> Array:
+def per_device(function: Callable[..., Any], first: Any, *others: Any) -> Any:
     """`function` where a device sees its own part of the arguments alone: of the rows of all of them, `[B, ...]`, and
-    of the heads of those with four dimensions, `[B, heads, ...]`. The result is laid out as `first`."""
+    of the heads of those with four dimensions, `[B, heads, ...]`. The result is laid out as `first`.
+    An argument of several arrays has the shape of one of them, and all are split alike; None is none."""
     mesh = _current_mesh()
     if mesh is None:
         return function(first, *others)
 
-    def place(x: Array | None) -> PartitionSpec | None:
+    def place(x: Any) -> PartitionSpec | None:
         return None if x is None else spec(x.shape, ("rows", "heads") if x.ndim == 4 else ("rows",), mesh)
 
     specs = tuple(map(place, (first, *others)))

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import jax.numpy as jnp
-
 from reroute_jax.config import DecoderConfig
+from reroute_jax.nn.cache import token_bytes
 from reroute_jax.routing.plan import Schedule
 from reroute_jax.routing.repair import REPAIRS
 from reroute_jax.routing.scores import SCORES, Score
@@ -88,7 +87,7 @@ def account(
 ) -> Account:
     """Cost of a row with `text` text tokens and one image of `visual` tokens on a (rows, cols) grid.
 
-    dtype: of the cache. tower: for the cost of a merge. Raises RerouteError if the schedule is for another depth.
+    dtype: the model's. tower: for the cost of a merge. Raises RerouteError if the schedule is for another depth.
     """
     schedule.check_depth(config.num_layers)
     entering = schedule.merged_count(visual, grid)
@@ -109,7 +108,7 @@ def account(
         ),
         kv_visual=sum(cached),
         kv_tokens=kv_tokens,
-        kv_bytes=2 * kv_tokens * kv_width(config) * jnp.dtype(dtype).itemsize,
+        kv_bytes=kv_tokens * token_bytes(config, dtype),
         merging=None if tower is None else merge_macs(schedule, tower, grid),
     )
 

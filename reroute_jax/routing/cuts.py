@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from jaxtyping import Array, Int
 
-from reroute_jax.nn.cache import ROOM, StageCache, with_room
+from reroute_jax.nn.cache import ROOM, KVRows, StageCache, with_room
 from reroute_jax.routing.ops import compact_slots, gather_keys
 
 
@@ -37,7 +37,7 @@ def _cut_stage(stage: StageCache, own: Int[Array, "B S"], held: Int[Array, "B C"
     stays = (own[:, :, None] == held[:, None]).any(axis=2) & (own >= 0)
     index = compact_slots(stays, held.shape[1])
 
-    def cut_one(x: Array) -> Array:
+    def cut_one(x: KVRows) -> KVRows:
         return with_room(gather_keys(x, index), ROOM)
 
     keys, values = (tuple(map(cut_one, arrays)) for arrays in (stage.keys, stage.values))

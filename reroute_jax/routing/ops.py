@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from reroute_jax.nn.cache import KVRows
 from reroute_jax.nn.layers import Rope, take_rows
 from reroute_jax.nn.sharding import per_device
 
@@ -119,8 +120,9 @@ def gather(rows: Rows, slots: Int[Array, "B C"]) -> Rows:
     )
 
 
-def gather_keys(keys: Float[Array, "B K T H"], slots: Int[Array, "B C"]) -> Float[Array, "B K C H"]:
-    return jax.vmap(lambda row, index: row.at[:, index].get(mode="fill", fill_value=0))(keys, slots)
+def gather_keys(keys: KVRows, slots: Int[Array, "B C"]) -> KVRows:
+    take = jax.vmap(lambda row, index: row.at[:, index].get(mode="fill", fill_value=0))
+    return jax.tree.map(lambda part: take(part, slots), keys)
 
 
 def put_rows(old: Array, slots: Int[Array, "B C"], new: Array) -> Array:

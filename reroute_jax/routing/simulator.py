@@ -355,6 +355,8 @@ def _decided(started: Started, schedule: Schedule, number: int, rows: Rows) -> D
 
 def _check(config: DecoderConfig, schedule: Schedule) -> None:
     schedule.check_depth(config.num_layers)
+    if config.kv_cache is not None:
+        raise RerouteError("forced tokens read no KV cache: load the model without kv_cache to simulate schedules")
     if unlike := obstacles(schedule):
         raise RerouteError(f"a schedule with {unlike[0]} cannot be simulated: run it with the model's `answer`")
 

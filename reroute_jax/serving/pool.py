@@ -18,12 +18,11 @@ from reroute_jax.engine.running import dtype_of, overflow, run_prefill
 from reroute_jax.engine.sampling import RowSampling, Sampling, row_sampling
 from reroute_jax.engine.side_files import SideFiles
 from reroute_jax.errors import RerouteError
+from reroute_jax.nn.cache import token_bytes
 from reroute_jax.nn.weights import Weights
-from reroute_jax.routing.cost import kv_width
 from reroute_jax.routing.plan import Schedule
 from reroute_jax.serving import slots
 from reroute_jax.serving.requests import News, Request
-from reroute_jax.types import FLOATS
 
 SEGMENT_STEPS = 8  # tokens between two looks at who joins, who leaves and who reads along
 
@@ -193,7 +192,7 @@ class Pool:
     def _token_bytes(self) -> int:
         """Of the keys and values of one token."""
         decoder = self.weights.config.decoder
-        return 2 * decoder.num_layers * kv_width(decoder) * FLOATS[dtype_of(self.weights)].itemsize
+        return decoder.num_layers * token_bytes(decoder, dtype_of(self.weights))
 
 
 def _ladder(most: int) -> list[int]:

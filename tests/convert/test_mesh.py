@@ -19,6 +19,7 @@ import tensorstore
 from orbax.checkpoint import v1 as ocp
 import reroute_jax
 from convert import __main__ as convert, checkpoint
+from reroute_jax.engine.running import run_prefill
 from reroute_jax.nn.params import named_parameters
 
 def orbax_reads():
@@ -39,9 +40,16 @@ checkpoint.read_part = counted
 def int8(mesh):
     return named_parameters(reroute_jax.load(hf, quantise="int8", mesh=mesh).module)["decoder.layers.1.mlp.down.kernel"]
 
+def int8_cache(mesh):
+    model, ids = reroute_jax.load(hf, kv_cache="int8", mesh=mesh), np.random.default_rng(0).integers(10, 150, (4, 12))
+    stage = run_prefill(model.weights, model.inputs(input_ids=ids))[1].cache.stages[0]
+    own = [part.addressable_shards[0].data.shape for part in jax.tree.leaves(stage.keys[0])]
+    return model.generate_ids(input_ids=ids, max_new_tokens=5).tolist(), own
+
 alone = named_parameters(reroute_jax.load(hf).module)
 with_qwix = importlib.util.find_spec("qwix")
 one = int8(None) if with_qwix else None
+tokens, _ = int8_cache(None)
 checkpoint.read = None  # nobody reads a whole tensor
 split = named_parameters(reroute_jax.load(hf, mesh="data=2,model=4").module)
 counts = {"read": sum(read), "largest": max(read)}
@@ -56,8 +64,10 @@ if with_qwix:
     many = int8("data=2,model=4")
     small = {"equal": np.array_equal(one.qvalue, many.qvalue) and np.array_equal(one.scale, many.scale),
              "own": many.qvalue.addressable_shards[0].data.shape}
+tokens_on_mesh, own_cache = int8_cache("data=2,model=4")
 print(json.dumps({
     "quantised": small,
+    "int8_cache": {"equal": tokens == tokens_on_mesh, "own": own_cache},
     "equal": all(np.array_equal(alone[path], value) and np.array_equal(alone[path], restored[path])
                  for path, value in split.items()),
     "same_places": all(value.sharding == restored[path].sharding for path, value in split.items()),
@@ -118,3 +128,8 @@ def test_weights_are_quantised_where_they_lie(told):
     """The scales of a kernel that is split along them are those of the whole."""
     pytest.importorskip("qwix")
     assert told["quantised"] == {"equal": True, "own": [64, 32]}
+
+
+def test_an_int8_cache_lies_with_its_heads(told):
+    """Of four rows two, and of two KV heads one, with its scales, at 16 slots and room for 32 more."""
+    assert told["int8_cache"] == {"equal": True, "own": [[2, 1, 48, 8], [2, 1, 48]]}

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import reroute_jax
 from reroute_jax.engine import programs
 from reroute_jax.engine.batching import Question, lay_out
 from reroute_jax.engine.compilation import compilations
@@ -19,7 +20,12 @@ from reroute_jax.routing.plan import Schedule
 from tests.checkpoints import qwen3_pair, qwen_pair, small, smallest
 from tests.marks import cases
 
-MODELS = {"llava": small, "qwen": lambda: qwen_pair()[1], "qwen3": lambda: qwen3_pair()[1]}
+
+def int8_cache():
+    return reroute_jax.load(small().folder, "float32", kv_cache="int8")
+
+
+MODELS = {"llava": small, "qwen": lambda: qwen_pair()[1], "qwen3": lambda: qwen3_pair()[1], "int8": int8_cache}
 # The states of each: of all layers; hidden states too; the last layer's; DeepStack's features, of layers that come.
 ROUTES = {
     "llava-none": {"method": "none"},
@@ -29,6 +35,7 @@ ROUTES = {
     "qwen-layout": {"method": "layout"},
     "qwen-delete": {"method": "pdrop", "action": "delete"},
     "qwen3-deepstack": {"method": "pdrop", "action": "reroute"},
+    "int8-delete": {"method": "pdrop", "action": "delete"},
 }
 FAST = {"llava-reroute"}
 

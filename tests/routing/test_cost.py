@@ -138,6 +138,8 @@ def test_bytes_follow_the_dtype_and_the_key_heads():
     }
     assert llava == {"float32": 2 * 32 * 580 * 4096 * 4, "float16": 2 * 32 * 580 * 4096 * 2}
     assert account(full(28), QWEN_7B, text=4, **IMAGE).kv_bytes == 2 * 28 * 580 * 512 * 2
+    of_8_bits = replace(QWEN_7B, kv_cache="int8")
+    assert account(full(28), of_8_bits, text=4, **IMAGE).kv_bytes == 2 * 28 * 580 * 4 * (128 + 4)
 
 
 # Section 20 at 576 tokens of LLaVA-1.5-7B, whose tower is 1024 wide.
