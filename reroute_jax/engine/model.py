@@ -24,7 +24,7 @@ from reroute_jax.engine.given import batch_given, images_given
 from reroute_jax.engine.groups import Failed, batch_of, batches_of_shapes, groups
 from reroute_jax.engine.image_cache import CachedPrefill, ImageCache
 from reroute_jax.engine.pipeline import ahead
-from reroute_jax.engine.questions import question_of
+from reroute_jax.engine.questions import FittedImage, fitted_image, question_of
 from reroute_jax.engine.running import Prefill, answered_ids, check_finite, dtype_of, prefill_ahead, run_prefill
 from reroute_jax.engine.sampling import Sampling
 from reroute_jax.engine.side_files import SideFiles
@@ -191,6 +191,14 @@ class Model:
         """Ids of the prompt of a question behind images of these grids, image tokens expanded."""
         return self.chat_layout.question_ids(text, grids)
 
+    def image(self, source) -> FittedImage:
+        """An image for items of `answer`, opened and resized once, for any number of questions. source: what
+        `images.open_image` takes.
+
+        Raises RerouteError for an image that cannot be read, and for a size that the model does not take.
+        """
+        return fitted_image(source, self.files)
+
     def question(self, item, *, text_special_tokens: bool = True) -> Question:
         """An item of `answer`, ready to be asked under any schedule, any number of times.
 
@@ -218,14 +226,14 @@ class Model:
     ) -> list[Answer]:
         """Answers in order. An item is an (image, question) pair, a chat `[(role, content), ...]`, or a `question`.
 
-        An image is what `images.open_image` takes, a list of those, or None; a content is a string, or a list of
-        strings and images. Prompts that take the same programs are answered together, up to `batch_size` of them and,
-        where it is given, up to `token_budget` slots at the decoder's input, padding included; their images are read
-        and resized on another thread while earlier ones run. What a question is answered does not depend on the others.
-        repetition_penalty: None takes the checkpoint's. text_special_tokens: False keeps text that reads like a special
-        token plain. on_error: "raise" an AnswerError for questions that cannot be answered, when all others are, or
-        "return" an Answer with its `error`. image_cache: for images that are asked about again, as of `image_cache`.
-        Raises RerouteError for numbers that mean nothing, and what `CachedPrefill` does.
+        An image is what `images.open_image` takes, or one of `image`, a list of those, or None; a content is a string,
+        or a list of strings and images. Prompts that take the same programs are answered together, up to `batch_size`
+        of them and, where it is given, up to `token_budget` slots at the decoder's input, padding included; their
+        images are read and resized on another thread while earlier ones run. What a question is answered does not
+        depend on the others. repetition_penalty: None takes the checkpoint's. text_special_tokens: False keeps text
+        that reads like a special token plain. on_error: "raise" an AnswerError for questions that cannot be answered,
+        when all others are, or "return" an Answer with its `error`. image_cache: for images that are asked about again,
+        as of `image_cache`. Raises RerouteError for numbers that mean nothing, and what `CachedPrefill` does.
         """
         one_of("on_error", on_error, ("raise", "return"))
         sampling = self._sampling(max_new_tokens, repetition_penalty, temperature, top_p, seed)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
 
 from reroute_jax.engine.batching import Question
 from reroute_jax.engine.chat import Turn, split_messages
@@ -10,6 +14,27 @@ from reroute_jax.engine.given import check_ids
 from reroute_jax.engine.images import open_image
 from reroute_jax.engine.side_files import SideFiles
 from reroute_jax.errors import RerouteError
+from reroute_jax.types import Grid
+
+
+@dataclass(frozen=True)
+class FittedImage:
+    """An image opened and in the model's size, for any number of questions. grid: (rows, columns) of its visual tokens.
+    pixels: as the family's `fit` gives them."""
+
+    grid: Grid
+    pixels: UInt8[np.ndarray, "height width 3"]
+
+
+def fitted_image(source: Any, files: SideFiles) -> FittedImage:
+    """Of what `images.open_image` takes; one that is fitted already stays as it is.
+
+    Raises RerouteError for an image that cannot be read, and for a size that the model does not take.
+    """
+    if isinstance(source, FittedImage):
+        return source
+    opened = open_image(source)
+    return FittedImage(files.visual_grid(opened), files.family.fit(opened, files.image_processor))
 
 
 def question_of(item: Any, files: SideFiles, *, text_special_tokens: bool = True) -> Question:
@@ -21,11 +46,11 @@ def question_of(item: Any, files: SideFiles, *, text_special_tokens: bool = True
     if isinstance(item, Question):
         return item
     turns, images = split_messages(item) if isinstance(item, list) else _one_turn(item)
-    opened = [open_image(image) for image in images]
-    grids = tuple(files.visual_grid(image) for image in opened)
+    fitted = [fitted_image(image, files) for image in images]
+    grids = tuple(image.grid for image in fitted)
     ids = files.chat_layout.prompt_ids(turns, grids, text_special_tokens=text_special_tokens)
     check_ids(ids, files.config, "the prompt")
-    return Question(ids, grids, tuple(files.family.fit(image, files.image_processor) for image in opened))
+    return Question(ids, grids, tuple(image.pixels for image in fitted))
 
 
 def _one_turn(item: Any) -> tuple[list[Turn], list[Any]]:

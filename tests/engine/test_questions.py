@@ -9,6 +9,7 @@ from PIL import Image
 from reroute_jax.engine.batching import lay_out
 from reroute_jax.engine.groups import batch_of
 from reroute_jax.engine.images import open_image
+from reroute_jax.errors import RerouteError
 from reroute_jax.routing.plan import Schedule
 from tests.checkpoints import qwen_pair, small
 
@@ -30,6 +31,22 @@ def test_a_question_holds_three_bytes_a_pixel_of_the_models_size(family, size, t
     assert len(pickle.dumps(question)) <= 3 * width * height + 8 * len(question.ids) + 1000
     buffers = [image if image.base is None else image.base for image in question.images]
     assert all(memoryview(buffer).nbytes == 3 * width * height for buffer in buffers)
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_an_image_that_was_fitted_before_is_neither_opened_nor_resized_again(family, tmp_path):
+    model, path = MODELS[family](), tmp_path / "photo.png"
+    photo(150, 90).save(path)
+    wanted = model.question((path, "what is this ?"))
+    fitted = model.image(path)
+    path.unlink()
+    for item in ((fitted, "what is this ?"), [("user", [fitted, "what is this ?"])]):
+        found = model.question(item)
+        assert found.grids == wanted.grids and found.images[0] is fitted.pixels
+        np.testing.assert_array_equal(found.ids, wanted.ids)
+        np.testing.assert_array_equal(found.images[0], wanted.images[0])
+    with pytest.raises(RerouteError, match="does not exist"):
+        model.image(path)
 
 
 @pytest.mark.parametrize("family", MODELS)
