@@ -172,8 +172,8 @@ def _parser() -> Parser:
         type=whole,
         default=0,
         metavar="MB",
-        help="MiB of device memory for images that are asked about again: what runs before the first decision is kept, "
-        "and later questions begin behind it (default: %(default)s, none)",
+        help="MiB of device memory, and as much of the host's, for images that are asked about again: what runs before "
+        "the first decision is kept, and later questions begin behind it (default: %(default)s, none)",
     )
     run.add_argument("--compilation-cache", type=Path, metavar="DIR", help="keep compiled programs there")
     served.add_argument("--host", default="127.0.0.1", help="to listen on, 0.0.0.0 for all (default: %(default)s)")

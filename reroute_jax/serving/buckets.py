@@ -24,7 +24,7 @@ class Limits:
     """slots: answers side by side, of each plan and bucket. token_budget: slots at the decoder's input that are
     prefilled at a time. text: buckets for the text tokens of a prompt, ascending. images: of a prompt, at most.
     image_sizes: examples of images, for families that see each in its own size. new_tokens: of an answer, at most.
-    image_cache: bytes of device memory for images that are asked about again, 0 for none."""
+    image_cache: bytes of device memory, and of the host's, for images that are asked about again, 0 for none."""
 
     slots: int
     token_budget: int

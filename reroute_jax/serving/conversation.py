@@ -16,6 +16,7 @@ from reroute_jax.serving.buckets import Pools
 from reroute_jax.serving.chat_request import ChatRequest, Served, read_chat_request
 from reroute_jax.serving.chat_response import Choice, Delta, ResponseHead
 from reroute_jax.serving.engine import Engine, Stopping
+from reroute_jax.serving.known_images import KnownImages
 from reroute_jax.serving.metrics import Metrics
 from reroute_jax.serving.pictures import with_images
 from reroute_jax.serving.pool import Pool
@@ -26,7 +27,7 @@ from reroute_jax.serving.requests import News, Request
 @dataclass(frozen=True)
 class Desk:
     """All that it takes to answer. hosts: that are asked for images. most_bytes: of a body and of an image's file.
-    workers: that open images and tokenise, so that the event loop does not wait for them."""
+    images: of files. workers: that open them and tokenise, so that the event loop does not wait for them."""
 
     pools: Pools
     engine: Engine
@@ -35,6 +36,7 @@ class Desk:
     workers: ThreadPoolExecutor
     hosts: frozenset[str]
     most_bytes: int
+    images: KnownImages
 
     @property
     def tokenizer(self) -> Any:
@@ -51,7 +53,7 @@ class Prepared:
 def prepare(desk: Desk, body: bytes) -> Prepared:
     """Everything that can be wrong with a request is found here. Raises RerouteError for it."""
     chat = read_chat_request(body, desk.served)
-    messages = with_images(chat.messages, desk.hosts, desk.most_bytes)
+    messages = with_images(chat.messages, desk.hosts, desk.most_bytes, desk.images)
     question = desk.pools.model.question(messages, text_special_tokens=False)
     pool, layout = desk.pools.place(question, chat.plan.schedule)
     return Prepared(replace(chat, messages=[]), pool, layout)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import io
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from http.client import HTTPException
 from urllib.parse import urlsplit
 
 from PIL import Image, UnidentifiedImageError
 
 from reroute_jax.engine.images import data_url_bytes, open_image
+from reroute_jax.engine.questions import FittedImage
 from reroute_jax.errors import RerouteError
 from reroute_jax.serving.chat_request import ImageUrl
 
@@ -21,37 +22,45 @@ FETCH_SECONDS = 10
 
 
 def with_images(
-    messages: Sequence[tuple[str, str | list[str | ImageUrl]]], hosts: frozenset[str], most_bytes: int
-) -> list[tuple[str, str | list[str | Image.Image]]]:
-    """The messages with their images opened. hosts: that are asked for images. most_bytes: of a file.
+    messages: Sequence[tuple[str, str | list[str | ImageUrl]]],
+    hosts: frozenset[str],
+    most_bytes: int,
+    image_of: Callable[[bytes, str], FittedImage],
+) -> list[tuple[str, str | list[str | FittedImage]]]:
+    """The messages with their images. hosts: that are asked for images. most_bytes: of a file. image_of: makes one of a
+    file, under the name that it has in errors.
 
     Raises RerouteError, naming the image by its number.
     """
-    opened, number = [], 0
+    found, number = [], 0
     for role, content in messages:
         if isinstance(content, list):
             parts = []
             for part in content:
                 if isinstance(part, ImageUrl):
                     number += 1
-                    part = picture(part.url, f"image {number}", hosts, most_bytes)
+                    name = f"image {number}"
+                    part = image_of(image_file(part.url, name, hosts, most_bytes), name)
                 parts.append(part)
             content = parts
-        opened.append((role, content))
-    return opened
+        found.append((role, content))
+    return found
 
 
-def picture(url: str, name: str, hosts: frozenset[str], most_bytes: int) -> Image.Image:
-    """The image of a data URL, or of http(s) from one of `hosts`. name: for messages."""
+def image_file(url: str, name: str, hosts: frozenset[str], most_bytes: int) -> bytes:
+    """Of a data URL, or of http(s) from one of `hosts`. name: for messages. Raises RerouteError."""
     kind = url[:8].lower()
     if kind.startswith("data:"):
-        encoded = data_url_bytes(url, name)
-    elif kind.startswith(("http://", "https://")):
-        encoded = _fetched(url, name, hosts, most_bytes)
-    else:
-        raise RerouteError(f"{name} has no URL that is taken, expected data:image/...;base64,...")
+        return data_url_bytes(url, name)
+    if kind.startswith(("http://", "https://")):
+        return _fetched(url, name, hosts, most_bytes)
+    raise RerouteError(f"{name} has no URL that is taken, expected data:image/...;base64,...")
+
+
+def decoded(file: bytes, name: str) -> Image.Image:
+    """The image in a file, as of `open_image`. name: for messages. Raises RerouteError."""
     try:
-        image = Image.open(io.BytesIO(encoded), formats=FORMATS)
+        image = Image.open(io.BytesIO(file), formats=FORMATS)
     except UnidentifiedImageError:
         raise RerouteError(f"{name} cannot be decoded, expected {', '.join(FORMATS[:-1])} or {FORMATS[-1]}") from None
     except Exception as problem:  # plugins raise anything on a broken file

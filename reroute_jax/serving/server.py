@@ -21,6 +21,7 @@ from reroute_jax.serving.buckets import Limits, Pools, kinds, make_pool
 from reroute_jax.serving.chat_request import Served
 from reroute_jax.serving.conversation import Desk
 from reroute_jax.serving.engine import Engine
+from reroute_jax.serving.known_images import KnownImages
 from reroute_jax.serving.metrics import Metrics
 from reroute_jax.serving.plans import Plan
 
@@ -67,6 +68,7 @@ def serve(model: Model, plans: Sequence[Plan], options: Options, listener: socke
                 workers,
                 options.hosts,
                 options.most_bytes,
+                KnownImages(model.image, options.limits.image_cache),
             )
             _allow_connections()
             _Server(Service(desk, options.api_key, int(time.time()))).run([listener])
