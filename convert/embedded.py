@@ -11,7 +11,7 @@ from pathlib import Path
 from reroute_jax.errors import RerouteError
 
 CHECKPOINTS = Path(__file__).parents[1] / "evals" / "scenes" / "checkpoints"
-EMBEDDED = ("scenes-llava", "scenes-llava-bypass", "scenes-qwen")
+EMBEDDED = ("scenes-llava", "scenes-llava-bypass", "scenes-qwen", "scenes-qwen3")
 CAVEATS = {
     "scenes-llava-bypass": "the last third of this checkpoint's training bypassed random visual tokens, which is close "
     "to rerouting: its numbers are no evidence for a training-free claim",

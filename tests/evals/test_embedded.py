@@ -1,6 +1,6 @@
 """The embedded checkpoints: what transformers makes of them, and what we do."""
 
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import jax
@@ -14,25 +14,30 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaProcessor,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen3VLForConditionalGeneration,
 )
 
 import evals
 import reroute_jax
 from evals.harness import prompts
-from evals.harness.boxes import iou, parse_box
+from evals.harness.boxes import iou, normalise_box, parse_box
 from evals.harness.data import rec_docs, rec_source
 from evals.scenes.data import TRAINING_QUESTIONS
 from evals.scenes.training.losses import targets
 from evals.scenes.training.packing import pack
 from evals.scenes.training.towers import pixels
+from reroute_jax.models import FAMILIES
 from reroute_jax.models.family import expand_image_tokens
-from reroute_jax.vision import clip, qwen2_5
+from reroute_jax.vision import clip, qwen2_5, qwen3
 from tests.marks import cases
 
 CHECKPOINTS = Path(evals.__file__).parent / "scenes" / "checkpoints"
 LLAVAS = ("scenes-llava", "scenes-llava-bypass")
-NAMES = (*LLAVAS, "scenes-qwen")
-STYLE = {"llava": "full", "qwen2_5_vl": "nuwa"}
+QWENS = {
+    "scenes-qwen": (Qwen2_5_VLForConditionalGeneration, qwen2_5.QwenImages),
+    "scenes-qwen3": (Qwen3VLForConditionalGeneration, qwen3.Qwen3Images),
+}
+NAMES = (*LLAVAS, *QWENS)
 
 
 @cache
@@ -49,17 +54,15 @@ def questions(family: str, count: int = 48):
 def answers_of(name: str) -> list[str]:
     """To all questions, in the words that the family is asked in."""
     model, family = model_of(name), model_of(name).config.family
-    asked = [(doc.image, prompts.rec(doc.text, STYLE[family])) for doc in questions(family)]
+    style = FAMILIES[family].evaluation.rec_style
+    asked = [(doc.image, prompts.rec(doc.text, style)) for doc in questions(family)]
     return model.generate(asked, max_new_tokens=8)
 
 
-def hits(docs, answers) -> list[bool]:
-    """Whether each answer, fractions of the image or pixels, names at least half of the right box."""
-    boxes = [parse_box(text) for text in answers]
-    shares = [
-        [value / side for value, side in zip(box, doc.size * 2, strict=True)] if max(box) > 1 else box
-        for doc, box in zip(docs, boxes, strict=True)
-    ]
+def hits(docs, answers, family: str) -> list[bool]:
+    """Whether each answer names at least half of the right box."""
+    spoken = FAMILIES[family].evaluation.coord_format
+    shares = [normalise_box(parse_box(text), spoken, doc.size) for text, doc in zip(answers, docs, strict=True)]
     return [iou(box, doc.truth) >= 0.5 for box, doc in zip(shares, docs, strict=True)]
 
 
@@ -82,21 +85,20 @@ def test_transformers_reads_it_unchanged_and_answers_the_same(name):
         assert processor.decode(tokens, skip_special_tokens=True) == answer
 
 
-@pytest.mark.slow
-def test_transformers_reads_qwen_unchanged_and_answers_the_same():
+@pytest.mark.parametrize("name", cases(QWENS, {"scenes-qwen"}))
+def test_transformers_reads_qwen_unchanged_and_answers_the_same(name):
     """Through the checkpoint's own tokenizer, chat template and image processor, which leaves every size as it is."""
-    folder = CHECKPOINTS / "scenes-qwen"
-    theirs, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-        folder, output_loading_info=True, dtype=torch.float32
-    )
+    folder, (architecture, _) = CHECKPOINTS / name, QWENS[name]
+    theirs, info = architecture.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
     assert not any(info.values()), info
     tokenizer, processor = (
         AutoTokenizer.from_pretrained(folder),
         AutoImageProcessor.from_pretrained(folder, backend="pil"),
     )
-    ours = model_of("scenes-qwen")
-    for doc, answer in list(zip(questions("qwen2_5_vl"), answers_of("scenes-qwen"), strict=True))[:3]:
-        image, question = doc.image, prompts.rec(doc.text, "nuwa")
+    ours = model_of(name)
+    family, penalty = ours.family, ours.config.repetition_penalty
+    for doc, answer in list(zip(questions(family.name), answers_of(name), strict=True))[:3]:
+        image, question = doc.image, prompts.rec(doc.text, family.evaluation.rec_style)
         content = [{"type": "image"}, {"type": "text", "text": question}]
         text = tokenizer.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
@@ -113,14 +115,15 @@ def test_transformers_reads_qwen_unchanged_and_answers_the_same():
         }
         inputs["mm_token_type_ids"] = inputs["mm_token_type_ids"].int()
         with torch.no_grad():
-            tokens = theirs.generate(**inputs, max_new_tokens=8, do_sample=False, repetition_penalty=1.05)
+            tokens = theirs.generate(**inputs, max_new_tokens=8, do_sample=False, repetition_penalty=penalty)
         assert tokenizer.decode(tokens[0, len(ids) :], skip_special_tokens=True) == answer
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_it_is_trained(name):
     """Far above chance on 48 validation questions: a broken conversion or prompt would not be."""
-    assert np.mean(hits(questions(model_of(name).config.family), answers_of(name))) > 0.6
+    family = model_of(name).config.family
+    assert np.mean(hits(questions(family), answers_of(name), family)) > 0.6
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -134,9 +137,9 @@ def class_metric(module, images):
     return clip.ClipImages(module.vision, module.projector, images, layers).metric()
 
 
-@jax.jit
-def received_metric(tower, images):
-    return qwen2_5.QwenImages(tower, images).metric()
+@partial(jax.jit, static_argnums=0)
+def received_metric(read, tower, images):
+    return read(tower, images).metric()
 
 
 @cache
@@ -155,9 +158,11 @@ def test_class_attention_falls_on_objects(name):
     assert metric[on].mean() > 1.5 * metric[~on].mean()
 
 
-def test_received_attention_falls_on_objects():
-    """Nuwa ranks Qwen2.5-VL's tokens by what they receive in the last block, over 50 scenes."""
-    packed, first = scenes("qwen2_5_vl"), targets("qwen2_5_vl").first_image
-    metric = np.asarray(received_metric(model_of("scenes-qwen").module.vision, packed.images))
+@pytest.mark.parametrize("name", QWENS)
+def test_received_attention_falls_on_objects(name):
+    """Nuwa ranks the Qwen families' tokens by what they receive in the last block, over 50 scenes."""
+    model, (_, read) = model_of(name), QWENS[name]
+    packed, first = scenes(model.config.family), targets(model.config.family).first_image
+    metric = np.asarray(received_metric(read, model.module.vision, packed.images))
     on, real = packed.patch_thing >= 0, packed.prefix.runs[:, first : first + metric.shape[1]]
     assert metric[on].mean() > 1.5 * metric[real & ~on].mean()

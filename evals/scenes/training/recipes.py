@@ -10,7 +10,7 @@ from optax.contrib import MuonDimensionNumbers, muon
 
 from evals.scenes.data import TRAINING_QUESTIONS
 
-STEPS = {"llava": (1400, 3900), "qwen2_5_vl": (1000, 1400), "qwen3_vl": (400, 1800)}  # vision, and what ends in a model
+STEPS = {"llava": (1400, 3900), "qwen2_5_vl": (1000, 1400), "qwen3_vl": (400, 3000)}  # vision, and what ends in a model
 # Learning rates after the vision phase, relative to the rest: LLaVA's tower, projector and dense heads; the mergers,
 # and Qwen3-VL's tower.
 STILL, MERGER_RATE = 0.08, 0.3
