@@ -174,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> Parser:
     parser = Parser(
-        "benchmarks.deepstack", __doc__.splitlines()[0], ("", "--budgets 1/3,2/9,1/9", "--limit 200 --out runs")
+        "benchmarks.deepstack", __doc__.splitlines()[0], ("", "--budgets 1/3,2/9", "--limit 200 --out runs")
     )
     run, data, output = (parser.group(title) for title in (RUN, DATA, OUTPUT))
     run.add_argument("--model", default=EMBEDDED[-1], help="a Qwen3-VL (default: %(default)s)")

@@ -21,7 +21,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from reroute_jax.config import DecoderConfig
-from reroute_jax.nn.cache import ROOM, Cached, KVCache, StageCache
+from reroute_jax.nn.cache import Cached, KVCache, StageCache
 from reroute_jax.nn.layers import DecoderLayer, RMSNorm, Rope, parameter, take_rows
 from reroute_jax.nn.positions import rope_tables
 from reroute_jax.nn.products import matmul
@@ -224,7 +224,7 @@ def decide(
         finite.append(jnp.isfinite(take_rows(active.hidden, active.last[:, None])).all(axis=(1, 2)))
         compacted = plan.position_mode == "renumber" and stage.cap is not None
         next_position = active.last + 1 if compacted else prompt.next_position
-        stages.append(StageCache.of(cached, decoder.config.kv_cache, ROOM, active.last + 1, next_position))
+        stages.append(StageCache.of(cached, decoder.config.kv_cache, active.last + 1, next_position))
         ran.append(active.slot)
         moved = hidden_change(last.hidden, last.output) if tracked else None
         with jax.named_scope("scatter"):

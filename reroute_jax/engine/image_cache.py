@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -16,6 +15,7 @@ from reroute_jax.engine import programs
 from reroute_jax.engine.batching import Batch, Layout, Question
 from reroute_jax.engine.groups import batch_of, padded_rows
 from reroute_jax.engine.pipeline import full_groups
+from reroute_jax.engine.recent import Recent
 from reroute_jax.engine.running import prefill_ahead, run_prefill
 from reroute_jax.engine.side_files import SideFiles
 from reroute_jax.errors import RerouteError
@@ -48,12 +48,15 @@ class ImageCache:
         if mesh_of(weights) is not None:
             raise RerouteError("an image cache is for a model on one device: load it without a mesh, or leave it out")
         self.weights, self.max_bytes = weights, max_bytes
-        self._kept: OrderedDict[Hashable, Prefix] = OrderedDict()
         self.clear()
 
     def clear(self) -> None:
-        self._kept.clear()
-        self.nbytes = self.hits = self.misses = 0
+        self._kept = Recent(self.max_bytes, lambda prefix: prefix.states.nbytes)
+        self.hits = self.misses = 0
+
+    @property
+    def nbytes(self) -> int:
+        return self._kept.nbytes
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -62,19 +65,14 @@ class ImageCache:
         self, keys: Sequence[Hashable], run: Callable[[Sequence[Hashable]], Mapping[Hashable, Prefix]]
     ) -> list[Prefix]:
         """Those that are kept by these names; `run` makes the others, each once however often it is asked for."""
-        found = {key: self._kept[key] for key in keys if key in self._kept}
-        new = [key for key in dict.fromkeys(keys) if key not in found]
-        made = run(new) if new else {}
+        found = {key: self._kept.get(key) for key in dict.fromkeys(keys)}
+        new = [key for key, prefix in found.items() if prefix is None]
+        if new:
+            found.update(run(new))
         self.misses += len(new)
         self.hits += len(keys) - len(new)
-        self.nbytes += sum(prefix.states.nbytes for prefix in made.values())
-        found.update(made)
         for key in keys:
-            self._kept[key] = found[key]
-            self._kept.move_to_end(key)
-        while self.nbytes > self.max_bytes:
-            _, oldest = self._kept.popitem(last=False)
-            self.nbytes -= oldest.states.nbytes
+            self._kept.keep(key, found[key])
         return [found[key] for key in keys]
 
 

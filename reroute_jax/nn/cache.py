@@ -68,10 +68,10 @@ class StageCache:
 
     @classmethod
     def of(
-        cls, cached: Cached, kind: str | None, room: int, length: Int[Array, " B"], next_position: Int[Array, " B"]
+        cls, cached: Cached, kind: str | None, length: Int[Array, " B"], next_position: Int[Array, " B"]
     ) -> StageCache:
-        """What layers left of a prompt, and `room` more slots. kind: of KINDS; None keeps the dtype."""
-        held = (tuple(with_room(rows if kind is None else int8_rows(rows), room) for rows in part) for part in cached)
+        """What layers left of a prompt, and ROOM more slots. kind: of KINDS; None keeps the dtype."""
+        held = (tuple(with_room(rows if kind is None else int8_rows(rows), ROOM) for rows in part) for part in cached)
         return cls(*held, length=length, next_position=next_position)
 
     @property

@@ -60,7 +60,7 @@ def test_attention_reads_what_the_numbers_stand_for(dtype, off, size):
 
 def cache_of(kind, exact):
     length = jnp.array([S, 4])
-    return KVCache((StageCache.of(((exact,), (exact,)), kind, ROOM, length, length),))
+    return KVCache((StageCache.of(((exact,), (exact,)), kind, length, length),))
 
 
 def test_room_growth_writing_and_gathering_leave_the_rows_as_they_are():
