@@ -9,35 +9,22 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
 from statistics import median
-from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
-from convert.embedded import EMBEDDED, locate
+from convert.embedded import EMBEDDED
 from evals.harness.cli import add_compat_argument, load_model
 from evals.harness.data import SCENES
-from evals.harness.identity import checkpoint_identity, versions
 from evals.harness.report import table as text_table
-from evals.searching.calibration import Calibration, ask, calibrate, kept_layers, task_means
-from evals.searching.candidates import (
-    CONSTRAINTS,
-    FROM_LAYER_0,
-    HAND_SET,
-    Budget,
-    Candidate,
-    Space,
-    planned,
-    spending,
-    within,
-)
-from evals.searching.search import OBJECTIVES, Effort, Ledger, Search, gate
+from evals.searching.calibration import Calibration, ask, calibrate, kept_layers
+from evals.searching.candidates import CONSTRAINTS, HAND_SET, Budget, Space, planned, spending, starting, within
+from evals.searching.outcome import HEADER, outcome, row, visual_of
+from evals.searching.search import OBJECTIVES, Effort, Ledger, Search
 from evals.table import WITH_SCENES
 from reroute_jax.commandline.devices import add_mesh_argument
 from reroute_jax.commandline.parsing import (
@@ -56,8 +43,6 @@ from reroute_jax.engine.compilation import keep_programs
 from reroute_jax.engine.model import Model
 from reroute_jax.errors import RerouteError
 from reroute_jax.routing.budget import parsed_budget, share_of
-from reroute_jax.routing.cost import visual_per_layer
-from reroute_jax.routing.plan import Schedule
 from reroute_jax.types import FLOATS
 
 GIGA = 10**9
@@ -97,7 +82,8 @@ def _parser() -> Parser:
         "--minutes",
         type=positive_number,
         default=10,
-        help="of a search, for each budget, at most (default: %(default)s)",
+        help="after which a search starts no more rounds of a budget: with --seeds 3 and two budgets six times as many "
+        "at most, beside asking the prompts before and comparing on fresh ones after (default: %(default)s)",
     )
     run.add_argument(
         "--memory",
@@ -174,31 +160,24 @@ def _run(args: argparse.Namespace) -> None:
         raise RerouteError(f"there is no folder {args.out.parent} for --out: make it")
     model = load_model(args.model, args.dtype, args.mrope_compat, mesh=args.mesh)
     calibration, fresh = _prompts(args, model)
-    text = round(median(len(one.question.ids) - _visual(one.question) for one in calibration.asked))
+    text = round(median(len(one.question.ids) - visual_of(one.question) for one in calibration.asked))
     rows, cols = model.reference_grid
     space = Space(model.config.num_layers, rows * cols)
     spent = spending(model, space, args.constraint, text)
     budgets = {share: Budget(share, spent) for share in args.budget}
     by_hand = {share: within(planned(model, HAND_SET, share).values(), space, budgets[share]) for share in budgets}
-    starts = {
-        share: [*by_hand[share], *within(planned(model, FROM_LAYER_0, share).values(), space, budgets[share])]
-        for share in budgets
-    }
-    for share, found in by_hand.items():
-        if not found:
-            raise RerouteError(f"no schedule that is set by hand fits {share} of the {args.constraint}: raise --budget")
+    starts = {share: starting(model, space, budgets[share], by_hand[share]) for share in budgets}
+    for share in (share for share, found in by_hand.items() if not found):
+        print(f"{share}: no schedule that is set by hand fits, so that what is found is compared with none", flush=True)
     ledger, fresh = (Ledger(space, prompts, args.objective) for prompts in (calibration, fresh))
     for searches in _searched(args, ledger, budgets, starts):
-        outcomes = {
-            share: _outcome(args, model, ledger, fresh, searches, budgets[share], by_hand[share], text)
-            for share in budgets
-        }
-    print(text_table(HEADER, [_row(share, about) for share, about in outcomes.items()]))
+        outcomes = {}
+        for share, budget in budgets.items():
+            schedule, about = outcome(args, model, ledger, fresh, searches, budget, by_hand[share], text)
+            schedule.to_file(_file(args, share), about)
+            outcomes[share] = about
+    print(text_table(HEADER, [row(share, about) for share, about in outcomes.items()]))
     print(f"\nFor --schedule: {', '.join(str(_file(args, share)) for share in budgets)}")
-
-
-def _visual(question) -> int:
-    return sum(rows * cols for rows, cols in question.grids)
 
 
 def _prompts(args: argparse.Namespace, model: Model) -> tuple[Calibration, Calibration]:
@@ -239,6 +218,12 @@ def _searched(args: argparse.Namespace, ledger: Ledger, budgets, starts) -> Iter
     """Searches with one seed after the other: all so far, after each. Ctrl-C ends the last one, and what was found
     counts where every budget has something."""
     effort, searches = Effort(args.rounds, 60 * args.minutes), []
+    visits = args.seeds * len(budgets)
+    print(
+        f"seeds: {args.seeds}, budgets: {len(budgets)}, rounds of each: {args.rounds}; none starts after "
+        f"{args.minutes:g} minutes of each, so some {visits * args.minutes:g} minutes at most",
+        flush=True,
+    )
     with tqdm(total=args.seeds * len(budgets) * args.rounds, unit="round") as bar:
 
         def told(share: Fraction, best: float) -> None:
@@ -259,114 +244,11 @@ def _searched(args: argparse.Namespace, ledger: Ledger, budgets, starts) -> Iter
             yield searches
 
 
-HEADER = ("budget", "schedule", "spent", "tokens/layer", "calibration", "fresh", "by hand", "difference (95%)", "kept")
-
-
-def _row(share: Fraction, about: Mapping[str, Any]) -> list[str]:
-    fresh = about["fresh"]
-    interval = "{value:+.4f} ({low:+.4f} to {high:+.4f})".format(**fresh["found_minus_hand_set"])
-    numbers = (about["objective"]["calibration"], fresh["found"], fresh["hand_set"])
-    return [
-        str(share),
-        about["searches"][about["best_search"]]["schedule"],
-        f"{about['cost']['spent']:.4f}",
-        f"{about['cost']['average_visual_tokens']:.2f}",
-        *(f"{number:.4f}" for number in numbers),
-        interval,
-        about["kept"],
-    ]
-
-
-def _outcome(
-    args: argparse.Namespace,
-    model: Model,
-    ledger: Ledger,
-    fresh: Ledger,
-    searches: Sequence[Search],
-    budget: Budget,
-    by_hand: Sequence[Candidate],
-    text: int,
-) -> dict[str, Any]:
-    """Decide on fresh prompts, write the schedule's file, and say what it tells beside the schedule."""
-    share = budget.share
-    found = [search for search in searches if share in search.pool]
-    best = min(found, key=lambda search: ledger.decide(search.pool[share][0]))
-    candidate, hand_set = best.pool[share][0], min(by_hand, key=ledger.decide)
-    values = {one: fresh.divergences(one) for one in (candidate, hand_set)}
-    prompts = fresh.calibration.asked
-    interval = gate(values[candidate], values[hand_set], [one.cluster for one in prompts], args.seed)
-    won = interval.high is not None and interval.high < 0
-    kept, said = (candidate, "found") if won else (hand_set, "hand-set")
-    schedule = ledger.space.schedule(kept, f"{said} {share}")
-    about = {
-        "kept": said,
-        "budget": str(share),
-        "constraint": args.constraint,
-        "objective": {
-            "over": args.objective,
-            "calibration": ledger.decide(candidate),
-            "calibration_hand_set": ledger.decide(hand_set),
-        },
-        "fresh": {
-            "found": fresh.decide(candidate),
-            "hand_set": fresh.decide(hand_set),
-            "found_minus_hand_set": asdict(interval),
-            "tasks": task_means(values[candidate], fresh.calibration.tasks),
-        },
-        "hand_set": str(hand_set),
-        "searches": [_told(search, share, ledger, fresh) for search in found],
-        "best_search": found.index(best),
-        "tried": len(ledger.screens),
-        "rounds": args.rounds,
-        "minutes": args.minutes,
-        "cost": _cost(model, schedule, ledger, text) | {"spent": float(budget.spent(kept))},
-        "model": args.model,
-        "dtype": str(model.dtype),
-        **checkpoint_identity(Path(locate(args.model)).expanduser(), model.folder),
-        "tasks": list(args.tasks),
-        "data": args.data,
-        "split": args.split,
-        "prompts": {"calibration": len(ledger.calibration.asked), "fresh": len(prompts)},
-        "versions": versions(),
-    }
-    schedule.to_file(_file(args, share), about)
-    return about
-
-
 def _file(args: argparse.Namespace, share: Fraction) -> Path:
     """--out, or of several budgets FILE_1-9.json."""
     if len(args.budget) == 1:
         return args.out
     return args.out.with_name(f"{args.out.stem}_{share.numerator}-{share.denominator}{args.out.suffix}")
-
-
-def _told(search: Search, share: Fraction, ledger: Ledger, fresh: Ledger) -> dict[str, Any]:
-    best = search.pool[share][0]
-    return {
-        "seed": search.seed,
-        "schedule": str(best),
-        **asdict(best),
-        "calibration": ledger.decide(best),
-        "fresh": fresh.decide(best),
-        "tried": len(search.tried),
-        "stopped": search.stopped[share],
-    }
-
-
-def _cost(model: Model, schedule: Schedule, ledger: Ledger, text: int) -> dict[str, Any]:
-    """Of the reference image with `text` tokens beside it, and what calibration's images really ran."""
-    one = model.cost(schedule, text=text)
-    sizes = [_visual(asked.question) for asked in ledger.calibration.asked]
-    layers = [sum(visual_per_layer(schedule, size)) / model.config.num_layers for size in sizes]
-    return {
-        "text_tokens": text,
-        "average_visual_tokens": one.average,
-        "average_on_calibration": float(np.mean(layers)),
-        "share_on_calibration": float(np.sum(layers) / np.sum(sizes)),
-        "prefill_macs": one.prompt.swiglu,
-        "scoring_macs": one.prompt.scoring,
-        "kv_bytes": one.kv_bytes,
-    }
 
 
 if __name__ == "__main__":

@@ -224,7 +224,7 @@ MOVES = (_shift, _scale, _add, _drop, _move, _flip, _flip_all)
 
 # --- Where a search starts --------------------------------------------------------------------------------------------
 
-# What people set by hand, and the same from layer 0 on.
+# What people set by hand.
 HAND_SET = {
     "fastv delete": {"method": "fastv", "action": "delete"},
     "fastv reroute": {"method": "fastv", "action": "reroute"},
@@ -234,10 +234,27 @@ HAND_SET = {
     "every reroute": {"method": "fastv", "action": "reroute", "decisions": "every"},
     "every:2 reroute": {"method": "fastv", "action": "reroute", "decisions": "every:2"},
 }
-FROM_LAYER_0 = {
-    f"{name} from layer 0": {**HAND_SET[name], "first_decision": 0}
-    for name in ("fastv delete", "fastv reroute", "pdrop delete", "pdrop reroute", "every reroute")
-}
+# And nobody sets at layer 0.
+MOVED = ("fastv delete", "fastv reroute", "pdrop delete", "pdrop reroute", "every reroute")
+LEAST = Candidate((0,), (1,), ("delete",))
+
+
+def starting(model: Model, space: Space, budget: Budget, by_hand: Sequence[Candidate]) -> list[Candidate]:
+    """Where a search starts: what is set by hand, and the same shapes from layer 0 on. Where nothing that is set by
+    hand fits the budget, because all layers before a first decision run all tokens, from layer 1 on as well.
+
+    Raises RerouteError for a budget that not even one token in every layer fits.
+    """
+    if not budget.holds(LEAST):
+        raise RerouteError(
+            f"one visual token in every layer spends {float(budget.spent(LEAST)):.3g} of what all tokens spend, more "
+            f"than the budget of {budget.share}: raise --budget"
+        )
+    found = list(by_hand)
+    for first in (0,) if by_hand else (0, 1):
+        routes = {name: {**HAND_SET[name], "first_decision": first} for name in MOVED}
+        found += within(planned(model, routes, budget.share).values(), space, budget)
+    return found
 
 
 def planned(model: Model, routes: dict[str, dict[str, str]], share: Fraction) -> dict[str, Schedule]:

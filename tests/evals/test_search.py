@@ -67,6 +67,26 @@ def test_a_schedule_that_does_not_win_on_fresh_prompts_is_not_kept(stand_ins, tm
     assert [stage.lo for stage in Schedule.from_file(out).decisions] == layers
 
 
+def test_where_nothing_set_by_hand_fits_what_was_found_is_kept_and_said(stand_ins, tmp_path, capsys):
+    """All tokens in the layer before a first decision at layer 1 are already more than 1/16 of twelve layers."""
+    stand_ins(Prompts(), Prompts())
+    out = tmp_path / "found.json"
+    assert search.main(["--budget", "1/16", "--rounds", "2", "--out", str(out)]) == 0
+    found = told(out)
+    assert (found["kept"], found["hand_set"], found["objective"]["calibration_hand_set"]) == ("found", None, None)
+    assert (found["fresh"]["hand_set"], found["fresh"]["found_minus_hand_set"]) == (None, None)
+    printed = capsys.readouterr().out
+    assert "1/16: no schedule that is set by hand fits" in printed and "none fits" in printed
+
+
+def test_the_time_that_all_searches_may_take_is_told(stand_ins, tmp_path, capsys):
+    stand_ins(Prompts(), Prompts())
+    command = ["--budget", "1/3,1/9", "--rounds", "1", "--seeds", "2", "--minutes", "1.5"]
+    assert search.main([*command, "--out", str(tmp_path / "found.json")]) == 0
+    assert "seeds: 2, budgets: 2, rounds of each: 1; none starts" in (said := capsys.readouterr().out)
+    assert "after 1.5 minutes of each, so some 6 minutes at most" in said
+
+
 def test_ctrl_c_keeps_the_best(stand_ins, tmp_path, capsys):
     stand_ins(Prompts(interrupt_after=120), Prompts())
     out = tmp_path / "found.json"
@@ -87,7 +107,7 @@ def test_ctrl_c_before_anything_was_found(stand_ins, tmp_path, capsys):
     [
         (["--budget", "2"], "budget is 2"),
         (["--budget", "1/9", "--tasks", "refcoco,poem"], "'poem' is not one of"),
-        (["--budget", "1/9", "--constraint", "kv"], "no schedule that is set by hand fits 1/9 of the kv"),
+        (["--budget", "1/9", "--constraint", "kv"], "one visual token in every layer spends 0.212 of what"),
         (["--budget", "1/9", "--out", "nowhere/found.json"], "there is no folder nowhere"),
     ],
 )

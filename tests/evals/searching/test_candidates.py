@@ -11,7 +11,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evals.searching import candidates
-from evals.searching.candidates import HAND_SET, MOVES, Candidate, child, planned, repaired, within
+from evals.searching.candidates import (
+    HAND_SET,
+    MOVES,
+    Budget,
+    Candidate,
+    Space,
+    child,
+    planned,
+    repaired,
+    spending,
+    starting,
+    within,
+)
+from reroute_jax.errors import RerouteError
 from reroute_jax.routing.plan import Schedule
 from tests.evals.searching.stand_ins import SPACE, Planner, budget
 
@@ -105,3 +118,26 @@ def test_scoring_counts_among_the_macs():
     assert spent[1](few) == Fraction(64 + 11 * 6, 12 * 64)
     assert spent[1](few) == spent[1](many)
     assert spent[0](few) < spent[0](many)
+
+
+def test_a_budget_that_nothing_set_by_hand_fits_has_starts_from_layers_0_and_1():
+    """1/9 of 16 layers: the first decisions of people come at layers 2 and 3, behind which nothing is left."""
+    model, space = Planner(), Space(16, 64)
+    model.config = replace(model.config, decoder=replace(model.config.decoder, num_layers=16))
+    limit = Budget(NINTH, spending(model, space, "tokens", text=16))
+    assert within(planned(model, HAND_SET, NINTH).values(), space, limit) == []
+    found = starting(model, space, limit, [])
+    assert {one.layers[0] for one in found} == {0, 1} and all(limit.holds(one) for one in found)
+    assert Candidate((0,), (7,), ("delete",)) in found and Candidate((1,), (3,), ("delete",)) in found
+
+
+def test_where_something_set_by_hand_fits_starts_are_those_and_the_same_from_layer_0_on():
+    by_hand = within(planned(Planner(), HAND_SET, NINTH).values(), SPACE, budget(NINTH))
+    found = starting(Planner(), SPACE, budget(NINTH), by_hand)
+    assert found[: len(by_hand)] == by_hand and {one.layers[0] for one in found[len(by_hand) :]} == {0}
+
+
+@pytest.mark.parametrize(("share", "constraint"), [(Fraction(1, 65), "tokens"), (NINTH, "kv")])
+def test_a_budget_below_one_token_a_layer_is_refused(share, constraint):
+    with pytest.raises(RerouteError, match=f"one visual token in every layer .* the budget of {share}: raise --budget"):
+        starting(Planner(), SPACE, budget(share, constraint), [])
