@@ -31,7 +31,7 @@ from evals.speed.checkpoint_shapes import SHAPES
 from evals.speed.collectives import collectives
 from evals.speed.programs import trace_programs
 from evals.speed.subjects import open_subject, sample
-from reroute_jax.commandline.devices import add_mesh_argument
+from reroute_jax.commandline.loading import add_mesh_argument
 from reroute_jax.commandline.parsing import DATA, OUTPUT, ROUTE, RUN, Parser, exit_code, positive
 from reroute_jax.errors import RerouteError
 from reroute_jax.mesh import plain_mesh

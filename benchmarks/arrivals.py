@@ -22,7 +22,7 @@ from convert.embedded import EMBEDDED
 from evals.harness.cli import load_model
 from evals.harness.prompts import rec
 from evals.scenes.data import refcoco_rows
-from reroute_jax.commandline.devices import add_mesh_argument
+from reroute_jax.commandline.loading import add_bits_arguments, add_mesh_argument, load_options
 from reroute_jax.commandline.parsing import (
     DATA,
     ROUTE,
@@ -53,7 +53,7 @@ def measure(args) -> dict[str, Any]:
     start = time.perf_counter()
     if args.compilation_cache is not None:
         keep_programs(args.compilation_cache)
-    model = load_model(args.model, None, mesh=args.mesh)
+    model = load_model(args.model, None, **load_options(args))
     options = {
         "schedule": _schedule(model, args),
         "max_new_tokens": args.new_tokens,
@@ -137,6 +137,7 @@ def _parser() -> Parser:
     run, data, route = parser.group(RUN), parser.group(DATA), parser.group(ROUTE)
     run.add_argument("--model", default=EMBEDDED[0], help="(default: %(default)s)")
     add_mesh_argument(parser)
+    add_bits_arguments(parser)
     run.add_argument("--batch-size", type=positive, default=8, help="at most (default: %(default)s)")
     run.add_argument("--new-tokens", type=new_tokens, default=16, help="of each answer (default: %(default)s)")
     run.add_argument("--compilation-cache", type=Path, metavar="DIR", help="keep compiled programs there")

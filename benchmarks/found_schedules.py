@@ -33,7 +33,7 @@ from evals.scenes.data import refcoco_rows, vqa_rows
 from evals.scenes.world import SPLIT_LENGTH
 from evals.searching.answers import Chunk
 from evals.searching.candidates import HAND_SET, Candidate, Space
-from reroute_jax.commandline.devices import add_mesh_argument
+from reroute_jax.commandline.loading import add_mesh_argument
 from reroute_jax.commandline.parsing import DATA, OUTPUT, RUN, Parser, exit_code, positive, whole
 from reroute_jax.engine.batching import largest, lay_out
 from reroute_jax.engine.compilation import keep_programs

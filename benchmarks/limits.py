@@ -19,7 +19,7 @@ from convert.embedded import EMBEDDED
 from evals.harness.cli import load_model
 from evals.harness.prompts import rec
 from evals.scenes.data import refcoco_rows
-from reroute_jax.commandline.devices import add_mesh_argument
+from reroute_jax.commandline.loading import add_bits_arguments, add_mesh_argument, load_options
 from reroute_jax.commandline.parsing import DATA, RUN, Parser, exit_code, positive
 from reroute_jax.engine.compilation import compilations
 from reroute_jax.models import FAMILIES
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Median seconds of a batch at each limit, taking turns, after a round that is not counted."""
-    model = load_model(args.model, None, mesh=args.mesh)
+    model = load_model(args.model, None, **load_options(args))
     style = FAMILIES[model.config.family].evaluation.rec_style
     rows = refcoco_rows("test", args.batch_size, family=model.config.family)
     questions = [model.question((row["image"], rec(row["answer"][0], style))) for row in rows]
@@ -69,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--repetitions", type=positive, default=20, help="counted rounds (default: %(default)s)")
     parser.group(DATA).add_argument("--model", default=EMBEDDED[0], help="(default: %(default)s)")
     add_mesh_argument(parser)
+    add_bits_arguments(parser)
     return parser
 
 

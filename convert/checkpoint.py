@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from convert import pieces
 from convert.dropped import compare_dropped, refuse_quantised
@@ -17,6 +18,7 @@ from convert.source import Source
 from convert.table import Assignment, ConversionTable, hf_shapes, match, raise_report, to_hf
 from convert.values import cast, finite, not_finite
 from reroute_jax.errors import RerouteError
+from reroute_jax.nn.params import named_parameters, with_parameters
 from reroute_jax.nn.quantised import quantised
 from reroute_jax.types import FLOATS
 
@@ -115,6 +117,14 @@ def fitted(value: jax.Array, wanted: Any) -> Any:
         return value
     return jax.tree.map(
         lambda part, place: jax.device_put(part, _sharding(place)), quantised(value, wanted.qtype), wanted
+    )
+
+
+def fitted_module(module: nnx.Module, wanted: nnx.Module) -> nnx.Module:
+    """The same parameters, quantised where those of `wanted` are, a module of shapes."""
+    shapes = named_parameters(wanted)
+    return with_parameters(
+        wanted, {path: fitted(value, shapes[path]) for path, value in named_parameters(module).items()}
     )
 
 

@@ -26,9 +26,9 @@ from tqdm import tqdm
 from evals.harness.run_folder import write_json
 from evals.speed.bench_report import TimingRecord, figure, rows_of, table
 from evals.speed.programs import Answer, Compiled, Programs, Steps, compile_programs, compile_tower
-from evals.speed.roofline import Machine, decode_bound, measure_machine, prefill_bound
+from evals.speed.roofline import Machine, NumberSizes, decode_bound, measure_machine, prefill_bound
 from evals.speed.subjects import Sample, Subject, add_subject_arguments, open_subject, sample
-from reroute_jax.commandline.devices import add_mesh_argument
+from reroute_jax.commandline.loading import add_bits_arguments, add_mesh_argument, load_options
 from reroute_jax.commandline.parsing import (
     DATA,
     OUTPUT,
@@ -71,9 +71,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def bench(args: argparse.Namespace, arguments: Sequence[str]) -> None:
+    if args.peer and args.quantise:
+        raise RerouteError("--peer computes with the weights before they are quantised: leave out one of the two")
     # A cached program would not show what compiling costs.
     jax.config.update("jax_enable_compilation_cache", False)
-    subject = open_subject(args, args.compile_only, args.mesh)
+    subject = open_subject(args, args.compile_only, **load_options(args))
     variants = plan_variants(subject, args)
     samples = {batch: sample(subject, batch) for batch in args.batch_sizes}
     if args.compile_only:
@@ -98,7 +100,13 @@ def bench(args: argparse.Namespace, arguments: Sequence[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     result = {
         "command": shlex.join(["python", "-m", "evals.bench", *arguments]),
-        "model": {"name": subject.name, "dtype": subject.model.dtype, "visual": subject.visual, "text": subject.text},
+        "model": {
+            "name": subject.name,
+            "dtype": subject.model.dtype,
+            **load_options(args),
+            "visual": subject.visual,
+            "text": subject.text,
+        },
         "machine": describe_machine(machine),
         "load_average": {"before": load[0], "after": load[1]},
         "peak_tflops": args.peak_tflops,
@@ -235,10 +243,10 @@ def _record(
     name, batch = key
     variant = next((one for one in variants if one.name == name.removeprefix("torch reference: ")), variants[0])
     schedule, config, model = variant.schedule, subject.model.config.decoder, subject.model
-    itemsize = model.module.decoder.embed.table.dtype.itemsize
     cost = subject.account(schedule)
     entering = schedule.merged_count(subject.visual, subject.grid)
-    sizes = {"visual": entering, "text": subject.text, "batch": batch, "itemsize": itemsize}
+    sizes = NumberSizes.of(model)
+    prompts = {"visual": entering, "text": subject.text, "batch": batch, "sizes": sizes}
     return TimingRecord(
         variant=name,
         method=variant.method,
@@ -251,10 +259,8 @@ def _record(
         average=cost.average,
         macs=cost.prompt.gqa,
         scoring_macs=cost.prompt.scoring,
-        bound_seconds=prefill_bound(machine, schedule, config, **sizes),
-        decode_bound_seconds=decode_bound(
-            machine, config, kv_bytes=cost.kv_bytes * batch, batch=batch, itemsize=itemsize
-        ),
+        bound_seconds=prefill_bound(machine, schedule, config, **prompts),
+        decode_bound_seconds=decode_bound(machine, config, kv_bytes=cost.kv_bytes * batch, batch=batch, sizes=sizes),
         kv_bytes=cost.kv_bytes * batch,
         cache_bytes=programs.cache_bytes if programs else None,
         compile_seconds=programs.compile_seconds if programs else None,
@@ -287,6 +293,7 @@ def _parser() -> Parser:
     parser = Parser("evals.bench", __doc__, examples)
     add_subject_arguments(parser)
     add_mesh_argument(parser)
+    add_bits_arguments(parser)
     run, data = parser.group(RUN), parser.group(DATA)
     route, output = parser.group(ROUTE), parser.group(OUTPUT)
     run.add_argument("--new-tokens", type=new_tokens, default=16, help="of each answer (default: %(default)s)")

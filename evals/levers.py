@@ -29,7 +29,7 @@ from evals.harness.routes import FULL, Routes, named_run
 from evals.harness.run_folder import locked
 from evals.harness.runner import Run
 from evals.table import OpenedTask, listed, opened_task, outcome
-from reroute_jax.commandline.devices import add_mesh_argument
+from reroute_jax.commandline.loading import add_bits_arguments, add_mesh_argument, load_options
 from reroute_jax.commandline.parsing import DATA, OUTPUT, ROUTE, RUN, Parser, budget, positive, whole
 from reroute_jax.errors import RerouteError
 from reroute_jax.routing.budget import share_of
@@ -62,6 +62,7 @@ def _parser() -> Parser:
     )
     run.add_argument("--dtype", choices=tuple(FLOATS), help="as of the other commands")
     add_mesh_argument(parser)
+    add_bits_arguments(parser)
     run.add_argument("--batch-size", type=positive, default=8, help="questions at a time (default: %(default)s)")
     run.add_argument("--seed", type=whole, default=0, help="of the intervals (default: %(default)s)")
     data.add_argument(
@@ -117,7 +118,7 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _of_model(name: str, levers: Mapping[str, Sequence[str]], task: OpenedTask, args: argparse.Namespace) -> list[dict]:
-    model = load_model(name, args.dtype, args.mrope_compat, mesh=args.mesh)
+    model = load_model(name, args.dtype, args.mrope_compat, **load_options(args))
     rows, cols = model.reference_grid
     by_budget: dict[str, dict[Run, Cell]] = {}
     for share in args.budgets:

@@ -38,6 +38,7 @@ from evals.harness.padding import Colour, from_square, padded
 from evals.harness.processes import Processes
 from evals.harness.routes import check_routes
 from evals.harness.runner import Answerer, Record, Task
+from reroute_jax.commandline.loading import load_options
 from reroute_jax.commandline.parsing import DATA, RUN, Parser
 from reroute_jax.errors import RerouteError
 from reroute_jax.models import FAMILIES
@@ -128,7 +129,7 @@ def parser(name: str = NAME, hub: Hub = REFCOCO) -> Parser:
 def _run(args: argparse.Namespace, name: str, hub: Hub, processes: Processes | None) -> None:
     check_routes(args)
     source = rec_source(args.data, args.split, hub=hub)  # bad data is refused before a model is loaded
-    model = load_model(args.model, args.dtype, args.mrope_compat, args.vicuna_system, mesh=args.mesh)
+    model = load_model(args.model, args.dtype, args.mrope_compat, args.vicuna_system, **load_options(args))
     run_benchmark(args, model, source, *questions(args, source, model, name), processes)
 
 

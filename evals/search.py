@@ -26,7 +26,7 @@ from evals.searching.candidates import CONSTRAINTS, HAND_SET, Budget, Space, pla
 from evals.searching.outcome import HEADER, outcome, row, visual_of
 from evals.searching.search import OBJECTIVES, Effort, Ledger, Search
 from evals.table import WITH_SCENES
-from reroute_jax.commandline.devices import add_mesh_argument
+from reroute_jax.commandline.loading import add_bits_arguments, add_mesh_argument, load_options
 from reroute_jax.commandline.parsing import (
     DATA,
     OUTPUT,
@@ -69,6 +69,7 @@ def _parser() -> Parser:
     )
     run.add_argument("--dtype", choices=tuple(FLOATS), help="as of the other commands")
     add_mesh_argument(parser)
+    add_bits_arguments(parser)
     run.add_argument("--batch-size", type=positive, default=32, help="prompts at a time (default: %(default)s)")
     run.add_argument("--seed", type=whole, default=0, help="of the first search (default: %(default)s)")
     run.add_argument("--seeds", type=positive, default=1, help="searches, the best one counts (default: %(default)s)")
@@ -158,7 +159,9 @@ def _run(args: argparse.Namespace) -> None:
         keep_programs(args.compilation_cache)
     if not args.out.parent.is_dir():
         raise RerouteError(f"there is no folder {args.out.parent} for --out: make it")
-    model = load_model(args.model, args.dtype, args.mrope_compat, mesh=args.mesh)
+    if args.kv_cache is not None:
+        raise RerouteError("schedules are simulated, which reads no KV cache: leave out --kv-cache")
+    model = load_model(args.model, args.dtype, args.mrope_compat, **load_options(args))
     calibration, fresh = _prompts(args, model)
     text = round(median(len(one.question.ids) - visual_of(one.question) for one in calibration.asked))
     rows, cols = model.reference_grid
@@ -206,7 +209,7 @@ def _questions(name: str, count: int, args: argparse.Namespace, model: Model):
     """(question, task, cluster) of a task's first prompts."""
     command = WITH_SCENES[name]
     own = command.parser().parse_args([])
-    for given in ("data", "split", "model", "dtype", "mesh", "mrope_compat", "batch_size", "seed"):
+    for given in ("data", "split", "model", "dtype", "mrope_compat", "batch_size", "seed"):
         setattr(own, given, getattr(args, given))
     own.limit = count
     task, _, _ = command.questions(own, command.source(own), model)

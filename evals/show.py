@@ -23,6 +23,7 @@ from evals.harness.pages import RIGHT, UNKNOWN, WRONG, Board, PageQuestion, Poin
 from evals.harness.routes import FULL, check_routes, plan_routes
 from evals.harness.runner import Record, Run, Task, as_seen
 from evals.table import WITH_SCENES
+from reroute_jax.commandline.loading import load_options
 from reroute_jax.commandline.parsing import DATA, RUN, Parser, exit_code
 from reroute_jax.engine.compilation import keep_programs
 from reroute_jax.engine.model import Model
@@ -35,7 +36,16 @@ SHOWN = 8  # questions, where nothing else is said
 # Arguments of the tasks' own commands that nothing here uses.
 UNUSED = {"batch_size": "asks one question at a time", "fresh": "keeps no answers"}
 OWN = ("task", "run", "index", "limit", "out", "compilation_cache", "debug")
-SETTINGS = ("prompt_style", "coord_format", "jpeg_roundtrips", "llava_image_mode", "vicuna_system", "mrope_compat")
+SETTINGS = (
+    "prompt_style",
+    "coord_format",
+    "jpeg_roundtrips",
+    "llava_image_mode",
+    "vicuna_system",
+    "mrope_compat",
+    "quantise",
+    "kv_cache",
+)
 FRAME_NOTE = (
     "Boxes are drawn where the model points in the image that it sees; verdicts and IoU are those of the score."
 )
@@ -113,7 +123,7 @@ def _asked_board(args: argparse.Namespace) -> Board:
     check_routes(args)
     command, limit, args.limit = WITH_SCENES[args.task], args.limit or SHOWN, None
     source = command.source(args)
-    model = load_model(args.model, args.dtype, args.mrope_compat, args.vicuna_system, mesh=args.mesh)
+    model = load_model(args.model, args.dtype, args.mrope_compat, args.vicuna_system, **load_options(args))
     task, _, settings = command.questions(args, source, model)
     routes = plan_routes(args, model)
     chosen = args.index or range(min(limit, task.total))
@@ -162,7 +172,7 @@ def _finished_board(args: argparse.Namespace) -> Board:
     command = WITH_SCENES[name]
     own = _own_arguments(name, settings)
     source = command.source(own)
-    model = load_model(own.model, own.dtype, own.mrope_compat, own.vicuna_system, mesh=own.mesh)
+    model = load_model(own.model, own.dtype, own.mrope_compat, own.vicuna_system, **load_options(own))
     task, _, _ = command.questions(own, source, model)
     runs = [Run(run, Schedule.from_record(record)) for run, record in settings["runs"].items()]
     plain = board(finished, command.metric, task.difference_scale, {})

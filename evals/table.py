@@ -42,7 +42,7 @@ from evals.harness.report import score_runs, summarise
 from evals.harness.routes import FULL, Routes, named_run
 from evals.harness.run_folder import locked, run_folder
 from evals.harness.runner import Answerer, Run, Task, answer
-from reroute_jax.commandline.devices import add_mesh_argument
+from reroute_jax.commandline.loading import LOAD_OPTIONS, add_bits_arguments, add_mesh_argument, load_options
 from reroute_jax.commandline.parsing import DATA, OUTPUT, ROUTE, RUN, Parser, budget, positive, whole
 from reroute_jax.config import ModelConfig
 from reroute_jax.errors import RerouteError
@@ -167,6 +167,7 @@ def _parser() -> Parser:
     _add_list(run, "tasks", str, f"{tasks}; '{GROUNDING}': the paper's eight grounding splits", ("refcoco",))
     run.add_argument("--dtype", choices=tuple(FLOATS), help="as of the other commands")
     add_mesh_argument(parser)
+    add_bits_arguments(parser)
     run.add_argument("--batch-size", type=positive, default=8, help="questions at a time (default: %(default)s)")
     run.add_argument(
         "--seed", type=whole, default=0, help="of the method `random` and of the intervals (default: %(default)s)"
@@ -269,7 +270,7 @@ def opened_task(name: str, args: argparse.Namespace) -> OpenedTask:
     own = command.parser().parse_args([])
     own.data = args.data if args.data in (SCENES, OWN_HUB) else _task_folder(args.data, task)
     own.split = split or None
-    for shared in ("dtype", "mesh", "mrope_compat", "batch_size", "limit", "seed", "skip_bad"):
+    for shared in ("dtype", "mrope_compat", "batch_size", "limit", "seed", "skip_bad", *LOAD_OPTIONS):
         setattr(own, shared, getattr(args, shared))
     return OpenedTask(name, command, own, command.source(own))
 
@@ -347,7 +348,7 @@ def _routes(entries: Sequence[Entry], runs: Sequence[Run]) -> Routes:
 
 def _sheet(name: str, planned: Planned, asked: Sequence[OpenedTask], args: argparse.Namespace) -> Sheet:
     """All answers of a model, which is in memory no longer than this."""
-    model = load_model(name, args.dtype, args.mrope_compat, mesh=args.mesh)
+    model = load_model(name, args.dtype, args.mrope_compat, **load_options(args))
     outcomes = []
     for number, one in enumerate(asked, 1):
         print(f"{name}, {one.name} ({number} of {len(asked)} tasks), {len(planned.routes.runs)} runs", flush=True)
@@ -356,6 +357,7 @@ def _sheet(name: str, planned: Planned, asked: Sequence[OpenedTask], args: argpa
     notes = [OFFICIAL_NOTE] * args.official
     if args.official and FAMILIES[model.config.family].released.depth is None:
         notes.append(SCALED_NOTE)
+    notes += [f"Answered with {option} {value}." for option, value in load_options(args).items()]
     notes += [f"Note: {CAVEATS[name]}."] if name in CAVEATS else []
     notes += [
         f"{one.task}: {len(found)} questions left out, {reason}."

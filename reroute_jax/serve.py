@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import reroute_jax
 from reroute_jax.buckets import TEXT_BUCKETS, bucket
+from reroute_jax.commandline.loading import add_bits_arguments, load_options
 from reroute_jax.commandline.parsing import RUN, SERVE, Parser, argument_of, exit_code, new_tokens, positive, whole
 from reroute_jax.commandline.routes import (
     add_route_arguments,
@@ -53,7 +54,7 @@ def _serve(args: argparse.Namespace) -> None:
     listener = open_socket(args.host, args.port)
     if args.compilation_cache is not None:
         keep_programs(args.compilation_cache)
-    model = reroute_jax.load(args.model, args.dtype)
+    model = reroute_jax.load(args.model, args.dtype, **load_options(args))
     limits = Limits(
         slots=args.max_batch,
         token_budget=args.token_budget,
@@ -130,6 +131,7 @@ def _parser() -> Parser:
         choices=tuple(FLOATS),
         help="(default: float32 for the embedded models, the checkpoint's own otherwise)",
     )
+    add_bits_arguments(parser)
     run.add_argument(
         "--also",
         type=argument_of(plan_words),

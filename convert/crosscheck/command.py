@@ -21,7 +21,7 @@ from convert.crosscheck.inputs import Probe, companions, make_probes
 from convert.embedded import EMBEDDED, locate
 from convert.opening import open_checkpoint
 from convert.source import Source
-from reroute_jax.commandline.devices import add_mesh_argument
+from reroute_jax.commandline.loading import add_mesh_argument
 from reroute_jax.commandline.parsing import DATA, RUN, Parser, exit_code, new_tokens, positive
 from reroute_jax.commandline.routes import (
     DEFAULT_ACTION,

@@ -25,7 +25,7 @@ from evals.harness.report import IDENTITY, heading, render, summarise
 from evals.harness.routes import DEFAULT_METHOD, add_comparison_arguments, beside_found, plan_routes
 from evals.harness.run_folder import SUMMARY_FILE, run_folder, write_json
 from evals.harness.runner import Answerer, Task, answer
-from reroute_jax.commandline.devices import add_mesh_argument
+from reroute_jax.commandline.loading import add_bits_arguments, add_mesh_argument, load_options
 from reroute_jax.commandline.parsing import DATA, DEFECT, OUTPUT, RUN, Parser, exit_code, new_tokens, positive, whole
 from reroute_jax.commandline.routes import add_route_arguments
 from reroute_jax.engine.compilation import keep_programs
@@ -74,6 +74,7 @@ def benchmark_parser(name: str, description: str) -> Parser:
         help="open LLaVA's prompts with the system sentence of its own evaluation",
     )
     add_mesh_argument(parser)
+    add_bits_arguments(parser)
     add_process_arguments(parser)
     run.add_argument("--max-new-tokens", type=new_tokens, help="length of an answer (default: the task's)")
     run.add_argument("--batch-size", type=positive, default=8, help="questions at a time (default: %(default)s)")
@@ -134,11 +135,11 @@ def load_model(
     dtype: str | None,
     mrope_compat: str | None = None,
     vicuna_system: bool = False,
-    *,
-    mesh: str | None = None,
+    **options: Any,
 ) -> Answerer:
-    """The model of --model, --dtype, --mrope-compat, --vicuna-system and --mesh, within the harness's pixel limits."""
-    model = reroute_jax.load(name, dtype, mrope_compat, vicuna_system, mesh=mesh)
+    """The model of --model, --dtype, --mrope-compat and --vicuna-system, within the harness's pixel limits. options: as
+    of `load`."""
+    model = reroute_jax.load(name, dtype, mrope_compat, vicuna_system, **options)
     if name in EMBEDDED:
         return model
     return replace(model, config=with_harness_pixels(model.config, lambda: model.image_processor))
@@ -193,7 +194,7 @@ def run_settings(
         "dtype": str(model.dtype),
         "max_new_tokens": task.max_new_tokens,
         "batch_size": args.batch_size,
-        **({} if args.mesh is None else {"mesh": args.mesh}),
+        **load_options(args),
         "seed": args.seed,
         **_protocol(model, args.llava_image_mode),
         IDENTITY: {

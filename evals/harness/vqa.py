@@ -26,6 +26,7 @@ from evals.harness.padding import Colour, padded
 from evals.harness.processes import Processes
 from evals.harness.routes import check_routes
 from evals.harness.runner import Answerer, Record, Task
+from reroute_jax.commandline.loading import load_options
 from reroute_jax.commandline.parsing import DATA, Parser
 from reroute_jax.errors import RerouteError
 from reroute_jax.models import FAMILIES
@@ -153,7 +154,7 @@ def parser(benchmark: Benchmark) -> Parser:
 def _run(benchmark: Benchmark, args: argparse.Namespace, processes: Processes | None) -> None:
     check_routes(args)
     source = row_source(benchmark, args.data, args.split)  # bad data is refused before a model is loaded
-    model = load_model(args.model, args.dtype, args.mrope_compat, args.vicuna_system, mesh=args.mesh)
+    model = load_model(args.model, args.dtype, args.mrope_compat, args.vicuna_system, **load_options(args))
     run_benchmark(args, model, source, *questions(benchmark, args, source, model), processes)
 
 

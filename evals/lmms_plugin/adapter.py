@@ -41,10 +41,11 @@ class PluginRequest:
 class RerouteJax(lmms):
     """Greedy answers, as the reference's own classes for these families decode, under one schedule.
 
-    pretrained, dtype, mrope_compat: as --model, --dtype and --mrope-compat of this project's commands. batch_size:
-    questions at a time. device, max_batch_size: lmms-eval passes them to every model; they have no meaning here.
-    options: the commands' arguments for routing, with underscores: method, action, budget, preset, schedule, seed and
-    the switches of methods. Without any all tokens run. Raises RerouteError for options that are unknown or do not fit.
+    pretrained, dtype, mrope_compat, quantise, kv_cache: as --model, --dtype, --mrope-compat, --quantise and --kv-cache
+    of this project's commands. batch_size: questions at a time. device, max_batch_size: lmms-eval passes them to every
+    model; they have no meaning here. options: the commands' arguments for routing, with underscores: method, action,
+    budget, preset, schedule, seed and the switches of methods. Without any all tokens run. Raises RerouteError for
+    options that are unknown or do not fit.
     """
 
     is_simple = False
@@ -54,6 +55,8 @@ class RerouteJax(lmms):
         pretrained: str = EMBEDDED[0],
         dtype: str | None = None,
         mrope_compat: str | None = None,
+        quantise: str | None = None,
+        kv_cache: str | None = None,
         batch_size: int | str = 1,
         device: str | None = None,
         max_batch_size: int | None = None,
@@ -64,7 +67,7 @@ class RerouteJax(lmms):
             raise RerouteError(f"batch_size is {batch_size!r}, expected a whole number from 1 on")
         routing = _route_arguments(options)
         self.batch_size = int(batch_size)
-        self.model = load_model(pretrained, dtype, mrope_compat)
+        self.model = load_model(pretrained, dtype, mrope_compat, quantise=quantise, kv_cache=kv_cache)
         self.schedule = plan_routes(routing, self.model).runs[-1].schedule
 
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:

@@ -17,6 +17,7 @@ from evals.harness.metrics import Interval
 from evals.searching.calibration import task_means
 from evals.searching.candidates import Budget, Candidate
 from evals.searching.search import Ledger, Search, gate
+from reroute_jax.commandline.loading import load_options
 from reroute_jax.engine.batching import Question
 from reroute_jax.engine.model import Model
 from reroute_jax.routing.cost import visual_per_layer
@@ -69,6 +70,7 @@ def outcome(
         "cost": _cost(model, schedule, ledger, text) | {"spent": float(budget.spent(kept))},
         "model": args.model,
         "dtype": str(model.dtype),
+        **load_options(args),
         **checkpoint_identity(Path(locate(args.model)).expanduser(), model.folder),
         "tasks": list(args.tasks),
         "data": args.data,

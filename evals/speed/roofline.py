@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +12,9 @@ import jax.numpy as jnp
 
 from reroute_jax.config import DecoderConfig
 from reroute_jax.engine.compilation import compiled
+from reroute_jax.engine.model import Model
+from reroute_jax.nn.cache import token_bytes
+from reroute_jax.nn.params import named_parameters
 from reroute_jax.nn.products import matmul
 from reroute_jax.routing.cost import compute, kv_width, repair_macs, scored_rows, visual_per_layer
 from reroute_jax.routing.plan import Schedule
@@ -41,6 +45,24 @@ class Machine:
     def seconds(self, macs: float, nbytes: float) -> float:
         """The larger of the two bounds."""
         return max(2 * macs / self.flops, nbytes / self.bandwidth)
+
+
+@dataclass(frozen=True)
+class NumberSizes:
+    """Bytes of a number of the activations, of the decoder's matrices and of its cache, scales shared out."""
+
+    activation: float
+    weight: float
+    cached: float
+
+    @classmethod
+    def of(cls, model: Model) -> NumberSizes:
+        decoder, dtype = model.config.decoder, model.dtype
+        kernels = [value for path, value in named_parameters(model.module.decoder).items() if path.endswith(".kernel")]
+        nbytes = sum(part.nbytes for part in jax.tree.leaves(kernels))
+        numbers = sum(math.prod(value.shape) for value in kernels)
+        cached = token_bytes(decoder, dtype) / (2 * kv_width(decoder))
+        return cls(jnp.dtype(dtype).itemsize, nbytes / numbers, cached)
 
 
 @compiled()
@@ -76,7 +98,14 @@ def best_seconds(call: Callable, repetitions: int) -> float:
 
 
 def prefill_bound(
-    machine: Machine, schedule: Schedule, config: DecoderConfig, *, visual: int, text: int, batch: int, itemsize: int
+    machine: Machine,
+    schedule: Schedule,
+    config: DecoderConfig,
+    *,
+    visual: int,
+    text: int,
+    batch: int,
+    sizes: NumberSizes,
 ) -> float:
     """Seconds: of each layer, each scoring pass and the head the larger bound, added up.
 
@@ -89,22 +118,22 @@ def prefill_bound(
     for present in visual_per_layer(schedule, visual):
         rows = batch * (present + text)
         macs = batch * compute(config, [present + text], []).gqa
-        total += machine.seconds(macs, itemsize * (weights + rows * 2 * (d + kv)))
+        total += machine.seconds(macs, sizes.weight * weights + 2 * rows * (sizes.activation * d + sizes.cached * kv))
     for present, score in scored_rows(schedule, visual):
         macs, rows = batch * score.macs(config, present, text), batch * (present + text)
-        moved = d * (heads + kv) + rows * (d + kv) if score.projects else 0
-        total += machine.seconds(macs, itemsize * moved)
+        moved = sizes.weight * d * (heads + kv) + sizes.activation * rows * (d + kv) if score.projects else 0
+        total += machine.seconds(macs, moved)
     for macs in repair_macs(schedule, config, visual):
         # Reads the rows that wait, about all of them, and writes them.
-        total += machine.seconds(batch * macs, itemsize * 2 * batch * visual * d * (macs > 0))
-    return total + machine.seconds(batch * d * config.vocab_size, itemsize * d * config.vocab_size)
+        total += machine.seconds(batch * macs, sizes.activation * 2 * batch * visual * d * (macs > 0))
+    return total + machine.seconds(batch * d * config.vocab_size, sizes.weight * d * config.vocab_size)
 
 
-def decode_bound(machine: Machine, config: DecoderConfig, *, kv_bytes: float, batch: int, itemsize: int) -> float:
+def decode_bound(machine: Machine, config: DecoderConfig, *, kv_bytes: float, batch: int, sizes: NumberSizes) -> float:
     """Seconds of one step: all weights, the embedding excepted, and `kv_bytes` of cache for the whole batch."""
     weights = config.num_layers * layer_weights(config) + config.hidden_size * config.vocab_size
-    cache_macs = kv_bytes / itemsize * config.num_heads / config.num_kv_heads
-    return machine.seconds(batch * weights + cache_macs, itemsize * weights + kv_bytes)
+    cache_macs = kv_bytes / sizes.cached * config.num_heads / config.num_kv_heads
+    return machine.seconds(batch * weights + cache_macs, sizes.weight * weights + kv_bytes)
 
 
 def layer_weights(config: DecoderConfig) -> int:

@@ -12,10 +12,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh
 
 import reroute_jax
+from convert.checkpoint import fitted_module
 from convert.embedded import EMBEDDED
+from convert.loading import with_kv_cache
 from evals.harness.cli import load_model
 from evals.speed.checkpoint_shapes import SHAPES, Shape
 from reroute_jax.commandline.parsing import DATA, RUN, Parser, positive
@@ -25,6 +28,7 @@ from reroute_jax.engine.model import Model
 from reroute_jax.errors import RerouteError
 from reroute_jax.mesh import open_mesh
 from reroute_jax.models import FAMILIES, read_config
+from reroute_jax.nn.quantised import with_quantised
 from reroute_jax.nn.sharding import on_mesh
 from reroute_jax.routing import methods
 from reroute_jax.routing.cost import Account, account
@@ -113,16 +117,26 @@ def add_subject_arguments(parser: Parser) -> None:
     )
 
 
-def open_subject(args: argparse.Namespace, shapes_only: bool = False, mesh: str | Mesh | None = None) -> Subject:
-    """The model of the arguments. mesh: as of `load`. Raises RerouteError where it cannot be loaded, has another grid,
-    or must have weights although only its shapes are asked for."""
+def open_subject(
+    args: argparse.Namespace,
+    shapes_only: bool = False,
+    mesh: str | Mesh | None = None,
+    quantise: str | None = None,
+    kv_cache: str | None = None,
+) -> Subject:
+    """The model of the arguments. mesh, quantise, kv_cache: as of `load`.
+
+    Raises RerouteError where it cannot be loaded, has another grid, or must have weights although only its shapes are
+    asked for.
+    """
+    held = {"mesh": mesh, "quantise": quantise, "kv_cache": kv_cache}
     if args.random:
-        how = {"shapes_only": shapes_only, "mesh": mesh}
-        model, hf_config = random_model(SHAPES[args.random], args.dtype or "float32", **how)
+        shape, dtype = SHAPES[args.random], args.dtype or "float32"
+        model, hf_config = random_model(shape, dtype, shapes_only=shapes_only, **held)
     elif shapes_only:
         raise RerouteError("only a --random model can do without its weights, name one")
     else:
-        model = load_model(args.model or EMBEDDED[0], args.dtype, mesh=mesh)
+        model = load_model(args.model or EMBEDDED[0], args.dtype, **held)
         hf_config = json.loads((model.folder / "config.json").read_text())
     vision = model.config.vision
     own = vision.grid if isinstance(vision, ClipConfig) else None
@@ -133,22 +147,36 @@ def open_subject(args: argparse.Namespace, shapes_only: bool = False, mesh: str 
 
 
 def random_model(
-    shape: Shape, dtype: str, seed: int = 0, shapes_only: bool = False, mesh: str | Mesh | None = None
+    shape: Shape,
+    dtype: str,
+    seed: int = 0,
+    shapes_only: bool = False,
+    mesh: str | Mesh | None = None,
+    quantise: str | None = None,
+    kv_cache: str | None = None,
 ) -> tuple[Model, dict[str, Any]]:
     """A model of this shape with random weights, and its config.json; it has no folder, so no tokenizer.
 
-    shapes_only: shapes stand in for the weights; it compiles and does not run. mesh: as of `load`.
+    shapes_only: shapes stand in for the weights; it compiles and does not run. mesh, quantise, kv_cache: as of `load`.
     """
     hf_config = shape.config(dtype)
     config = read_config(hf_config)
+    if kv_cache is not None:
+        config = with_kv_cache(config, kv_cache)
+
+    def shapes(kind: str | None) -> nnx.Module:
+        module = reroute_jax.abstract_params(config, dtype)
+        module = module if kind is None else with_quantised(module, kind)
+        return module if mesh is None else on_mesh(module, open_mesh(mesh, config.decoder))
+
+    if shapes_only:
+        return Model(config, shapes(quantise), Path()), hf_config
     make = partial(reroute_jax.init, config, jax.random.key(seed), dtype)
-    if mesh is None and not shapes_only:
-        return Model(config, make(), Path()), hf_config
-    module = reroute_jax.abstract_params(config, dtype)
     if mesh is not None:
-        module = on_mesh(module, open_mesh(mesh, config.decoder))
-    if not shapes_only:
-        module = jax.jit(make, out_shardings=jax.tree.map(lambda shape: shape.sharding, module))()
+        make = jax.jit(make, out_shardings=jax.tree.map(lambda shape: shape.sharding, shapes(None)))
+    module = make()
+    if quantise is not None:
+        module = fitted_module(module, shapes(quantise))
     return Model(config, module, Path()), hf_config
 
 

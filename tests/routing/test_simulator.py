@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import reroute_jax
 from reroute_jax.engine import programs
 from reroute_jax.engine.model import Model
 from reroute_jax.engine.sampling import Sampling, row_sampling
@@ -20,7 +21,7 @@ from reroute_jax.routing import simulator
 from reroute_jax.routing.plan import Schedule
 from reroute_jax.routing.stages import ACTIONS
 from tests import tiny_qwen
-from tests.checkpoints import qwen3_pair, qwen_pair, small
+from tests.checkpoints import qwen3_pair, qwen_pair, small, smallest
 from tests.ragged import padded
 from tests.tiny import random_ids, random_pixels
 
@@ -38,6 +39,15 @@ def started(model: Model, prompts: dict, answers=(), slots: int = 0, kept=(0,)) 
     batch = model.inputs(**prompts)
     features, anchors = programs.encode(model.weights, batch.images)
     return simulator.start(model.module.decoder, batch.prompt, features, anchors, answers, slots, kept)
+
+
+def test_quantised_weights_are_simulated_as_they_are():
+    pytest.importorskip("qwix")
+    model = reroute_jax.load(smallest().folder, "float32", quantise="int8")
+    schedule = Schedule.from_decisions((1,), (0.5,), 2, "reroute")
+    run = started(model, given_rows())
+    found = run.decoder.logits(simulator.simulate(run, schedule).final)
+    np.testing.assert_allclose(found[:, 0], model.prefill(**given_rows(), schedule=schedule).logits, atol=1e-4)
 
 
 def check(model: Model, prompts: dict, schedule: Schedule) -> None:

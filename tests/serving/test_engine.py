@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import reroute_jax
 from reroute_jax.engine.batching import BatchShape, lay_out
 from reroute_jax.engine.compilation import compilations
 from reroute_jax.engine.sampling import Sampling
@@ -21,6 +22,7 @@ from reroute_jax.serving.engine import Busy, Engine, Stopping
 from reroute_jax.serving.pool import Pool
 from reroute_jax.serving.requests import News, Request
 from tests.checkpoints import qwen_pair, smallest
+from tests.marks import cases
 
 LIMITS = Limits(slots=2, token_budget=52, text=(16,), images=1, image_sizes=((84, 84), (30, 30)), new_tokens=40)
 
@@ -55,8 +57,8 @@ class Asked:
     def __init__(self, engine, pools, item, schedule, number=0, log=None, **sampling):
         self.news, self.told = SimpleQueue(), []
         log = [] if log is None else log
-        sampling = Sampling(stop=smallest().config.eos_tokens, **sampling)
-        pool, layout = pools.place(smallest().question(item), schedule)
+        sampling = Sampling(stop=pools.model.config.eos_tokens, **sampling)
+        pool, layout = pools.place(pools.model.question(item), schedule)
 
         def tell(news):
             log.append((self, news))
@@ -113,6 +115,31 @@ def test_answers_are_those_of_answer_whatever_runs_beside_them(engine, pools, pl
     firsts = [next(place for place, (who, _) in enumerate(log) if who is one) for one in late]
     ends = [place for place, (_, news) in enumerate(log) if news.last]
     assert min(firsts) < max(ends[:2]), "the late ones waited for the early ones to end"
+
+
+@pytest.mark.parametrize("image_cache", cases([0, 2**24], slow={0}))
+def test_answers_from_8_bits_are_those_of_answer(image_cache, unchecked_annotations):
+    """Weights and KV cache in int8: the third request enters a slot that another left, while the second still runs; the
+    last one asks about an image that was there."""
+    pytest.importorskip("qwix")
+    model = reroute_jax.load(smallest().folder, "float32", quantise="int8", kv_cache="int8")
+    schedule = model.plan("fastv", budget="3/4", first_decision=1)
+    limits = replace(LIMITS, image_sizes=((84, 84),), image_cache=image_cache)
+    cache = model.image_cache(image_cache) if image_cache else None
+    pools = Pools(
+        model, limits, tuple(make_pool(model, kind, limits, cache) for kind in kinds(model, [schedule], limits))
+    )
+    items = [(picture(0), "where is the red cup ?"), (picture(1), "how many ?"), (picture(0), "a dog ?")]
+    limited = list(zip(items, (3, 40, 9), strict=True))
+    engine = Engine(pools.all, limits.token_budget, most_waiting=8)
+    asked = [Asked(engine, pools, item, schedule, limit=limit) for item, limit in limited]
+    for one, (item, limit) in zip(asked, limited, strict=True):
+        wanted = model.answer([item], schedule=schedule, max_new_tokens=limit)[0]
+        assert one.tokens == wanted.token_ids and one.told[-1].usage == wanted.usage
+    engine.close()
+    held = {part.dtype.name for part in jax.tree.leaves(pools.all[0].state.cache.stages[0].keys)}
+    assert held == {"int8", "float32"}, "numbers and scales"
+    assert cache is None or cache.hits > 0
 
 
 def test_the_answers_to_one_question_are_those_of_its_copies(engine, pools, plans):

@@ -11,7 +11,7 @@ from evals.speed import bench_torch
 from evals.speed.bench_report import TimingRecord, figure, rows_of, table
 from evals.speed.checkpoint_shapes import SHAPES
 from evals.speed.programs import compile_programs, compile_tower
-from evals.speed.roofline import Machine, decode_bound, layer_weights, prefill_bound
+from evals.speed.roofline import Machine, NumberSizes, decode_bound, layer_weights, prefill_bound
 from evals.speed.subjects import Subject, random_model, sample
 from reroute_jax.config import DecoderConfig
 from reroute_jax.errors import RerouteError
@@ -125,16 +125,33 @@ def test_bounds_by_hand():
     # Two projections of 8 x 8, two of 8 x 4, three of 8 x 16.
     assert layer_weights(CONFIG) == 2 * 64 + 2 * 32 + 3 * 128
     delete = Schedule.from_decisions((1,), (2,), 2, "delete")
-    sizes = {"visual": 5, "text": 3, "batch": 1, "itemsize": 4}
+    fp32, bits = NumberSizes(4, 4, 4), NumberSizes(4, 1.5, 1.25)
+    prompts = {"visual": 5, "text": 3, "batch": 1}
     slow_memory, slow_arithmetic = Machine(1e30, 1.0), Machine(2.0, 1e30)
     rows = 8 * 2 * (8 + 4) + 5 * 2 * (8 + 4)
     scoring = 8 * (8 + 4) + 8 * (8 + 4)
-    assert prefill_bound(slow_memory, delete, CONFIG, **sizes) == 4 * (2 * 576 + rows + scoring + 800)
+    found = prefill_bound(slow_memory, delete, CONFIG, **prompts, sizes=fp32)
+    assert found == 4 * (2 * 576 + rows + scoring + 800)
+    weights, hidden, cached = 2 * 576 + 8 * (8 + 4) + 800, (8 + 5) * 2 * 8 + 8 * (8 + 4), (8 + 5) * 2 * 4
+    found = prefill_bound(slow_memory, delete, CONFIG, **prompts, sizes=bits)
+    assert found == 1.5 * weights + 4 * hidden + 1.25 * cached
     macs = sum(t * 576 + 2 * t * t * 8 for t in (8, 5)) + (8 * 8 * 4 + 64 + 64) + 800
-    assert prefill_bound(slow_arithmetic, delete, CONFIG, **sizes) == macs
-    assert decode_bound(slow_memory, CONFIG, kv_bytes=640, batch=3, itemsize=4) == 4 * (2 * 576 + 800) + 640
+    assert prefill_bound(slow_arithmetic, delete, CONFIG, **prompts, sizes=bits) == macs
     # 160 cached numbers, each read by two query heads.
-    assert decode_bound(slow_arithmetic, CONFIG, kv_bytes=640, batch=3, itemsize=4) == 3 * (2 * 576 + 800) + 320
+    for sizes, kv_bytes in ((fp32, 640), (bits, 200)):
+        held = {"kv_bytes": kv_bytes, "batch": 3, "sizes": sizes}
+        assert decode_bound(slow_memory, CONFIG, **held) == sizes.weight * (2 * 576 + 800) + kv_bytes
+        assert decode_bound(slow_arithmetic, CONFIG, **held) == 3 * (2 * 576 + 800) + 320
+
+
+def test_what_a_number_takes_in_8_bits():
+    """Kernels have an fp32 scale for 8 to 48 numbers, a cache one for 8."""
+    pytest.importorskip("qwix")
+    model, _ = random_model(SHAPES["llava-tiny-gqa"], "float32", quantise="int8", kv_cache="int8")
+    plain, _ = random_model(SHAPES["llava-tiny-gqa"], "float32")
+    assert NumberSizes.of(plain) == NumberSizes(4, 4, 4)
+    found = NumberSizes.of(model)
+    assert 1 < found.weight < 1.5 and (found.activation, found.cached) == (4, (8 + 4) / 8)
 
 
 def tiny(name):
