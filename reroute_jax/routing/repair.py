@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -19,6 +20,8 @@ from reroute_jax.routing.ops import Rows, compact_slots
 _FOR_EACH_PROXY = 32  # visual tokens of a row at the decoder input
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class Bypass:
     """A stage's tokens that wait, from the decision that leaves them out to the next one. This one does nothing."""
 
@@ -62,6 +65,7 @@ class Repair:
 # --- Offset of a proxy ------------------------------------------------------------------------------------------------
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class ProxyBypass(Bypass):
     """waits: tokens that do. seeds: those whose slots and positions proxies take; group: number of each one's proxy,
@@ -118,6 +122,7 @@ class ProxyOffset(Repair):
 # --- Offset of the mean -----------------------------------------------------------------------------------------------
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class MeanBypass(Bypass):
     waits: Bool[Array, "B T"]

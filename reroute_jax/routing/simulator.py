@@ -3,7 +3,7 @@
 The walker (`decoder.py`) compiles a program for every schedule. Here the parts of a stage are programs: its decision,
 one layer on the rows that run, and their return. Their shapes depend on a limit out of `CAPS` alone, and which layer's
 weights they take, what a decision keeps and what becomes of the rest are arguments. What they compute is the walker's
-computation, with the walker's own layers, selection, gather and scatter.
+computation, with the walker's own layers, selection, repairs, gather and scatter.
 
 What DeepStack adds reaches deferred tokens as well, as the schedule's `deepstack="all"` has it.
 
@@ -14,8 +14,9 @@ Memory: hidden states before every layer in `kept`, `len(kept) * B * (T + A) * D
 more layers a schedule runs that others ran as well. A prompt of LLaVA-1.5-7B with 16 forced tokens takes 5.5 MB a kept
 layer in bf16, and 176 MB where all are kept (`bytes_kept`).
 
-`masked` is the same as one function of arrays without a host's loop, for `vmap` and as a second opinion: every layer
-runs on all rows. 64 prompts of the embedded models take 2.0 s so, and 0.3 to 1.4 s here (2 cores, fp32, November 2026).
+`masked` is the same as one function of arrays without a host's loop, for `vmap` and as a second opinion, but for
+repairs: every layer runs on all rows. 64 prompts of the embedded models take 2.0 s so, and 0.3 to 1.4 s here (2 cores,
+fp32, November 2026).
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from reroute_jax.nn.cache import ROOM, KVCache, StageCache, with_room
 from reroute_jax.nn.layers import DecoderLayer, take_rows
 from reroute_jax.routing.ops import Rows, compact_slots, gather, scatter, select
 from reroute_jax.routing.plan import Schedule
-from reroute_jax.routing.repair import Bypass
+from reroute_jax.routing.repair import REPAIRS, Bypass
 from reroute_jax.routing.stages import ACTIONS, Stage
 from reroute_jax.types import AnyArray
 
@@ -98,11 +99,12 @@ class RanLayer:
 @dataclass
 class Decided:
     """active: the rows that run. slots: theirs among all. left: all rows, where those that are gone are no longer valid
-    and those that may not return are no longer eligible."""
+    and those that may not return are no longer eligible. bypass: what is done for tokens that wait."""
 
     active: Rows
     slots: Int[Array, "B C"]
     left: Rows
+    bypass: Bypass
     decision: Decision
 
 
@@ -221,7 +223,10 @@ class ScheduleArrays:
 
 
 def schedule_arrays(schedule: Schedule, visual: Int[np.ndarray, " B"]) -> ScheduleArrays:
-    """Of rows with so many visual tokens at the decoder's input."""
+    """Of rows with so many visual tokens at the decoder's input. Raises RerouteError for a schedule with
+    repairs, and as `simulate`."""
+    repairs = [f"repair={stage.repair!r}" for stage in schedule.decisions[:-1] if stage.repair is not None]
+    _check_known([*obstacles(schedule), *repairs])
     layers = [stage.lo for stage in schedule.decisions]
     depth = schedule.num_layers
     arrays = ScheduleArrays(np.zeros(depth, bool), np.zeros((depth, len(visual)), np.int32), np.zeros(depth, np.int32))
@@ -274,16 +279,29 @@ def _run_layer(layer: DecoderLayer, rows: Rows) -> RanLayer:
     return RanLayer(replace(rows, hidden=hidden), keys, values)
 
 
-@compiled(static_argnames="cap")
-def _decide(layer: DecoderLayer, rows: Rows, last: Int[Array, " B"], keep, action, prompt: Prompt, cap: int) -> Decided:
+@compiled(static_argnames=("cap", "repair", "proxies"))
+def _decide(
+    layer: DecoderLayer,
+    rows: Rows,
+    last: Int[Array, " B"],
+    keep: Int[Array, " B"],
+    action: Int[Array, ""],
+    prompt: Prompt,
+    cap: int,
+    repair: str | None,
+    proxies: int,
+) -> Decided:
     scores = _scores(layer, rows, last)
     chosen = select(scores, rows.eligible, keep, cap)
-    runs = chosen | (rows.valid & (rows.visual < 0))
-    slots = compact_slots(runs, prompt.text_slots + cap)
+    visual, waiting = prompt.routed.sum(axis=1), rows.eligible & ~chosen
+    bypass = REPAIRS[repair].leave(rows, chosen, waiting, visual, proxies)
+    runs = bypass.running(chosen) | (rows.valid & (rows.visual < 0))
+    slots = compact_slots(runs, min(runs.shape[1], prompt.text_slots + cap + proxies))
     valid = jnp.where(action == ACTIONS.index("delete"), runs, rows.valid)
     eligible = jnp.where(action == ACTIONS.index("reroute"), rows.eligible, chosen)
     left = replace(rows, valid=valid, eligible=eligible)
-    return Decided(gather(rows, slots), slots, left, decision_of(scores, chosen, rows, prompt, Bypass()))
+    decision = decision_of(scores, chosen, rows, prompt, bypass)
+    return Decided(gather(bypass.entering(rows), slots), slots, left, bypass, decision)
 
 
 @compiled(static_argnames="layers")
@@ -292,8 +310,8 @@ def _added(rows: Rows, feature: Int[Array, "B T"], features: Float[Array, "B F E
 
 
 @compiled()
-def _return(rows: Rows, slots: Int[Array, "B C"], active: Rows) -> Rows:
-    return scatter(rows, slots, active)
+def _return(rows: Rows, slots: Int[Array, "B C"], active: Rows, bypass: Bypass) -> Rows:
+    return bypass.returned(rows, scatter(rows, slots, active))
 
 
 @compiled(static_argnames="slots")
@@ -338,7 +356,7 @@ def _returned(started: Started, found: Decided, active: Rows, stage: Stage) -> R
     left, inside = found.left, _deepstack_layers(started.decoder, stage.lo, stage.hi)
     if inside:
         left = _added(left, started.prompt.feature, started.features, layers=inside)
-    return _return(left, found.slots, active)
+    return _return(left, found.slots, active, found.bypass)
 
 
 def _deepstack_layers(decoder: Decoder, lo: int, hi: int) -> range:
@@ -350,14 +368,21 @@ def _decided(started: Started, schedule: Schedule, number: int, rows: Rows) -> D
     stage, keep = schedule.decisions[number], schedule.keep_counts(started.visual)[number]
     cap = next(cap for cap in started.caps if cap >= keep.max(initial=0))
     action, layer = np.int32(ACTIONS.index(stage.action)), started.decoder.layers[stage.lo]
-    return _decide(layer, rows, started.last, keep, action, started.prompt, cap=cap)
+    repair = None if number == len(schedule.decisions) - 1 else stage.repair
+    visual = int(started.visual.max(initial=0))
+    proxies = REPAIRS[repair].proxies(visual, visual)
+    return _decide(layer, rows, started.last, keep, action, started.prompt, cap=cap, repair=repair, proxies=proxies)
 
 
 def _check(config: DecoderConfig, schedule: Schedule) -> None:
     schedule.check_depth(config.num_layers)
     if config.kv_cache is not None:
         raise RerouteError("forced tokens read no KV cache: load the model without kv_cache to simulate schedules")
-    if unlike := obstacles(schedule):
+    _check_known(obstacles(schedule))
+
+
+def _check_known(unlike: Sequence[str]) -> None:
+    if unlike:
         raise RerouteError(f"a schedule with {unlike[0]} cannot be simulated: run it with the model's `answer`")
 
 
@@ -374,5 +399,4 @@ def obstacles(schedule: Schedule) -> list[str]:
         unlike.append(f"cut_caches={schedule.cut_caches!r}")
     if schedule.has_floor:
         unlike.append("a floor")
-    unlike += [f"repair={stage.repair!r}" for stage in schedule.decisions[:-1] if stage.repair is not None]
     return unlike

@@ -19,6 +19,7 @@ from reroute_jax.engine.segments import decode_segments
 from reroute_jax.errors import RerouteError
 from reroute_jax.routing import simulator
 from reroute_jax.routing.plan import Schedule
+from reroute_jax.routing.repair import REPAIRS
 from reroute_jax.routing.stages import ACTIONS
 from tests import tiny_qwen
 from tests.checkpoints import qwen3_pair, qwen_pair, small, smallest
@@ -27,6 +28,7 @@ from tests.tiny import random_ids, random_pixels
 
 MASKED = jax.jit(simulator.masked)
 NEW = 4  # tokens of an answer
+REPAIR_NAMES = tuple(filter(None, REPAIRS))
 ROWS = ((90, 6, 0), (60, 0, 1), (47, None, 2))  # length, where the image stands, seed: ragged, and one without image
 
 
@@ -51,7 +53,7 @@ def test_quantised_weights_are_simulated_as_they_are():
 
 
 def check(model: Model, prompts: dict, schedule: Schedule) -> None:
-    """Both forms, and answers decoded from the simulated prefill."""
+    """Both forms, one of which knows no repairs, and answers decoded from the simulated prefill."""
     walked = model.prefill(**prompts, schedule=schedule, trace=True)
     tokens = model.generate_ids(**prompts, schedule=schedule, max_new_tokens=NEW)
     run = started(model, prompts, tokens[:, :-1].tolist(), NEW - 1, kept=(0, 2))
@@ -62,13 +64,18 @@ def check(model: Model, prompts: dict, schedule: Schedule) -> None:
     for decision, selected in zip(found.decisions, walked.trace.selected, strict=True):
         for row, chosen in zip(np.asarray(decision.selected), selected, strict=True):
             np.testing.assert_array_equal(np.flatnonzero(row), chosen[chosen >= 0])
+    assert decoded(model, prompts, schedule) == tokens.tolist()
+    if not any(stage.repair for stage in schedule.decisions[:-1]):
+        check_masked(run, schedule, logits)
+
+
+def check_masked(run: simulator.Started, schedule: Schedule, logits: np.ndarray) -> None:
     arrays = simulator.schedule_arrays(schedule, run.visual)
     x, selected = MASKED(run.decoder, run.rows, run.last, run.prompt.feature, run.features, arrays)
     slots = run.last[:, None] + np.arange(NEW)
     final = np.take_along_axis(np.asarray(x), np.asarray(slots)[..., None], axis=1)
     np.testing.assert_allclose(np.asarray(run.decoder.logits(jnp.asarray(final))), logits, atol=1e-4)
     assert np.asarray(selected).sum() == arrays.keep.sum()
-    assert decoded(model, prompts, schedule) == tokens.tolist()
 
 
 def decoded(model: Model, prompts: dict, schedule: Schedule) -> list[list[int]]:
@@ -79,15 +86,19 @@ def decoded(model: Model, prompts: dict, schedule: Schedule) -> list[list[int]]:
 
 
 @st.composite
-def schedules(draw) -> Schedule:
-    """Of the 4 layers of `small`. A decision after one that narrows keeps no more than that one."""
-    layers = sorted(draw(st.sets(st.integers(0, 3), min_size=1)))
+def schedules(draw, repairs: bool) -> Schedule:
+    """Of the 4 layers of `small`. A decision after one that narrows keeps no more than that one. repairs: behind every
+    reroute, of which there is one that others come after."""
+    layers = sorted(draw(st.sets(st.integers(0, 3), min_size=1 + repairs)))
     actions = [draw(st.sampled_from(ACTIONS)) for _ in layers]
-    keep, most = [], 36
+    if repairs:
+        actions[draw(st.integers(0, len(layers) - 2))] = "reroute"
+    keep, repair, most = [], [], 36
     for action in actions:
+        repair.append(draw(st.sampled_from(REPAIR_NAMES)) if repairs and action == "reroute" else None)
         keep.append(draw(st.integers(1, most)))
         most = keep[-1] if action != "reroute" else most
-    return Schedule.from_decisions(layers, keep, 4, action=actions)
+    return Schedule.from_decisions(layers, keep, 4, action=actions, repair=repair)
 
 
 def test_equals_the_walker():
@@ -95,15 +106,37 @@ def test_equals_the_walker():
     check(small(), given_rows(), Schedule.from_decisions((0, 1, 2, 3), (30, 17, 9, 9), 4, action=actions))
 
 
+def test_repairs_equal_the_walker():
+    """Two repairs in turn, and tokens that wait through both; a program whose limit leaves no room for proxies beside
+    all other tokens; rows of one proxy and of two."""
+    repairs = ("proxy_offset", "mean_offset", "proxy_offset", None)
+    schedule = Schedule.from_decisions((0, 1, 2, 3), (30, 7, 12, 9), 4, repair=repairs)
+    ids, mask = padded([random_ids(110, visual=72, start=9, seed=1), random_ids(70, start=0, seed=2)], left=False)
+    check(small(), {"input_ids": ids, "attention_mask": mask, "pixel_values": random_pixels(3, seed=5)}, schedule)
+    with pytest.raises(RerouteError, match="repair='proxy_offset' cannot be simulated"):
+        simulator.schedule_arrays(schedule, np.array([36]))
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("repairs", [False, True])
 @settings(max_examples=8, derandomize=True, deadline=None, database=None)
-@given(schedules())
-def test_equals_the_walker_whatever_the_schedule(schedule):
-    check(small(), given_rows(), schedule)
+@given(st.data())
+def test_equals_the_walker_whatever_the_schedule(repairs, data):
+    check(small(), given_rows(), data.draw(schedules(repairs)))
 
 
-@pytest.mark.parametrize("pair", [pytest.param(qwen_pair, marks=pytest.mark.slow), qwen3_pair])
-def test_equals_the_walker_under_m_rope(pair):
+PROXIES = ("proxy_offset", None, None)
+
+
+@pytest.mark.parametrize(
+    ("pair", "repair"),
+    [
+        pytest.param(qwen_pair, PROXIES, marks=pytest.mark.slow),
+        (qwen3_pair, None),
+        pytest.param(qwen3_pair, PROXIES, marks=pytest.mark.slow),
+    ],
+)
+def test_equals_the_walker_under_m_rope(pair, repair):
     """Three positions a token, and answers at positions of their own; decisions before, between and behind what
     DeepStack adds."""
     _, model = pair()
@@ -112,7 +145,8 @@ def test_equals_the_walker_under_m_rope(pair):
     ids, mask = padded(rows, left=False)
     pixels, sizes = tiny_qwen.random_patches([grid for own in grids for grid in own])
     prompts = {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels, "image_grid_thw": sizes}
-    schedule = Schedule.from_decisions((1, 2, 5), (0.7, 0.4, 0.2), 6, action=("reroute", "delete", "reroute"))
+    actions = ("reroute", "delete", "reroute")
+    schedule = Schedule.from_decisions((1, 2, 5), (0.7, 0.4, 0.2), 6, action=actions, repair=repair)
     check(model, prompts, schedule)
 
 
