@@ -13,8 +13,8 @@ from fractions import Fraction
 
 from evals.speed.checkpoint_shapes import SHAPES
 from reroute_jax.commandline.parsing import Parser, exit_code
-from reroute_jax.config import DecoderConfig
-from reroute_jax.models import read_config
+from reroute_jax.config import ModelConfig
+from reroute_jax.models import FAMILIES, read_config
 from reroute_jax.routing.cost import account
 from reroute_jax.routing.methods import plan
 from reroute_jax.routing.plan import Schedule
@@ -75,26 +75,26 @@ def rows(num_layers: int = 32) -> list[AuditRow]:
     return found
 
 
-def table(found: Sequence[AuditRow], config: DecoderConfig) -> str:
+def table(found: Sequence[AuditRow], config: ModelConfig) -> str:
     """Markdown."""
     lines = [
-        "| configuration | called | tokens a layer | of 576 | at least | TMACs with scoring | KV tokens a layer |",
-        "|---|---|---|---|---|---|---|",
+        "| configuration | called | tokens a layer | of 576 | at least | TMACs with scoring | merging, GMACs "
+        "| KV tokens a layer |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    full = account(Schedule.from_decisions((), (), config.num_layers), config, visual=VISUAL, text=TEXT, grid=GRID)
-    lines.append(_line("all tokens", None, full, VISUAL, config))
+    everything = AuditRow("all tokens", None, Schedule.from_decisions((), (), config.num_layers))
+    lines.append(_line(everything, VISUAL, config))
     for row in found:
-        cost = account(row.schedule, config, visual=VISUAL, text=TEXT, grid=GRID)
         entering = row.schedule.merged_count(VISUAL, GRID)
         least = entering * row.schedule.decisions[0].lo / config.num_layers
-        lines.append(_line(row.name, row.called, cost, least, config))
+        lines.append(_line(row, least, config))
     return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table. Returns 0."""
     args = Parser("benchmarks.audit", __doc__, ()).parse_args(argv)
-    config = read_config(SHAPES["llava-1.5-7b"].config("bfloat16")).decoder
+    config = read_config(SHAPES["llava-1.5-7b"].config("bfloat16"))
     return exit_code(lambda: print(table(rows(), config)), args.debug)
 
 
@@ -104,14 +104,17 @@ def _verdict(called: int, average: float, least: float) -> str:
     return " (**not that**)" if abs(average - called) > 0.05 * called else ""
 
 
-def _line(name: str, called: int | None, cost, least: float, config: DecoderConfig) -> str:
+def _line(row: AuditRow, least: float, config: ModelConfig) -> str:
+    tower = FAMILIES[config.family].tower_sizes(config)
+    cost = account(row.schedule, config.decoder, visual=VISUAL, text=TEXT, grid=GRID, tower=tower)
     cells = [
-        name,
-        "" if called is None else f"{called}{_verdict(called, cost.average, least)}",
+        row.name,
+        "" if row.called is None else f"{row.called}{_verdict(row.called, cost.average, least)}",
         f"{cost.average:.1f}",
         f"{100 * cost.average / VISUAL:.1f} %",
         f"{least:.0f}",
         f"{cost.prompt.total() / 1e12:.2f}",
+        f"{cost.merging / 1e9:.2f}" if cost.merging else "",
         f"{cost.kv_visual / config.num_layers:.1f}",
     ]
     return f"| {' | '.join(cells)} |"

@@ -198,6 +198,7 @@ def costs(model: Model, run: Contender, sizes: Counter) -> dict[str, float]:
         "tokens": mean(lambda one: one.average),
         "prefill_macs": mean(lambda one: one.prompt.swiglu),
         "scoring_macs": mean(lambda one: one.prompt.scoring),
+        "merging_macs": mean(lambda one: one.merging),
         "kv_bytes": mean(lambda one: one.kv_bytes),
     }
 
@@ -227,7 +228,7 @@ def measure(args) -> None:
 def markdown(told: Mapping[str, Any], metrics: Sequence[str]) -> str:
     """A table a person can read."""
     rows = [
-        "| run | schedule | tokens | prefill + scoring, M MACs | "
+        "| run | schedule | tokens | prefill + scoring (+ merging), M MACs | "
         + " | ".join(metrics)
         + " | minus the best by hand (95%) |"
     ]
@@ -241,7 +242,8 @@ def markdown(told: Mapping[str, Any], metrics: Sequence[str]) -> str:
                 *(100 * pair[part] for part in ("value", "low", "high")), best=pair["best"]
             )
         )
-        macs = f"{run['prefill_macs'] / 1e6:.1f} + {run['scoring_macs'] / 1e6:.1f}"
+        parts = [run["prefill_macs"], run["scoring_macs"], *filter(None, [run["merging_macs"]])]
+        macs = " + ".join(f"{part / 1e6:.1f}" for part in parts)
         numbers = " | ".join(f"{100 * run[metric]:.1f}" for metric in metrics)
         rows.append(f"| {name} | {run['schedule']} | {run['tokens']:.2f} | {macs} | {numbers} | {said} |")
     return "\n".join(rows)

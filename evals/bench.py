@@ -259,6 +259,7 @@ def _record(
         average=cost.average,
         macs=cost.prompt.gqa,
         scoring_macs=cost.prompt.scoring,
+        merging_macs=cost.merging,
         bound_seconds=prefill_bound(machine, schedule, config, **prompts),
         decode_bound_seconds=decode_bound(machine, config, kv_bytes=cost.kv_bytes * batch, batch=batch, sizes=sizes),
         kv_bytes=cost.kv_bytes * batch,

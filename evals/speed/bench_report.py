@@ -18,8 +18,9 @@ FULL = "none"
 class TimingRecord:
     """One variant at one batch size. seconds: of tower, prefill and decode, a triple a repetition.
 
-    macs, scoring_macs: theory of one row's decoder layers. bound_seconds, decode_bound_seconds: roofline of a prefill
-    and of one decode step. kv_bytes: theory, of the batch; cache_bytes: as allocated. rows_unchanged: rows that answer
+    macs, scoring_macs: theory of one row's decoder layers; merging_macs: of the reduction before them, beside the tower.
+    bound_seconds, decode_bound_seconds: roofline of a prefill and of one decode step. kv_bytes: theory, of the batch;
+    cache_bytes: as allocated. rows_unchanged: rows that answer
     as at batch 1. What is not known of a peer is None.
     """
 
@@ -34,6 +35,7 @@ class TimingRecord:
     average: float
     macs: int
     scoring_macs: int
+    merging_macs: int
     bound_seconds: float
     decode_bound_seconds: float
     kv_bytes: int
@@ -97,6 +99,7 @@ def _row(one: TimingRecord, full: TimingRecord) -> dict[str, Any]:
         "speedup": faster,
         "theory_without_scoring": full.macs / one.macs,
         "theory": theory,
+        "merging_gmacs": one.merging_macs / 1e9 if one.merging_macs else None,
         "roofline": bound,
         "realised_over_theory": faster / theory,
         "realised_over_roofline": faster / bound,
@@ -129,6 +132,7 @@ COLUMNS = (
     ("speed-up", "speedup", "{:.2f}"),
     ("theory", "theory_without_scoring", "{:.2f}"),
     ("+ scoring", "theory", "{:.2f}"),
+    ("merging GMACs", "merging_gmacs", "{:.3g}"),
     ("roofline", "roofline", "{:.2f}"),
     ("realised / theory", "realised_over_theory", "{:.2f}"),
     ("of best runs", "best_over_theory", "{:.2f}"),

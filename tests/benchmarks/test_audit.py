@@ -13,7 +13,7 @@ DOCS = Path(__file__).parents[2] / "docs" / "baselines.md"
 
 @pytest.fixture(scope="module")
 def text():
-    return table(rows(), read_config(SHAPES["llava-1.5-7b"].config("bfloat16")).decoder)
+    return table(rows(), read_config(SHAPES["llava-1.5-7b"].config("bfloat16")))
 
 
 def test_the_page_holds_the_table(text):
@@ -35,3 +35,11 @@ def test_the_page_holds_the_table(text):
 def test_rows(text, name, called, average):
     line = next(line for line in text.splitlines() if line.startswith(f"| {name}"))
     assert [cell.strip() for cell in line.split("|")[2:4]] == [called, average]
+
+
+def test_what_comes_before_the_decoder_is_shown_where_it_is_spent(text):
+    cells = {line.split(" | ")[0].strip("| "): line.split(" | ")[6] for line in text.splitlines()[2:]}
+    assert cells["all tokens"] == cells["llava15_fastv_K3_avg64 (Reroute's release)"] == ""
+    # Of 1,024 numbers each: the metric's keys, its query and its products; cosines and sums of 112 anchors (20).
+    macs = 576 * 1024**2 + 1024**2 + 576 * 1024 + 2 * 112 * 576 * 1024
+    assert cells["Nuwa 64 (its paper)"] == f"{macs / 1e9:.2f}" == "0.74"

@@ -56,6 +56,7 @@ def record(variant, prefill, batch=1, action=None, peer=False, macs=1000, scorin
         average=1.0,
         macs=macs,
         scoring_macs=scoring,
+        merging_macs=more.pop("merging", 0),
         bound_seconds=more.pop("bound", 0.1),
         decode_bound_seconds=0.05,
         kv_bytes=more.pop("kv", 4000),
@@ -101,6 +102,13 @@ def test_table_leaves_out_what_nobody_has():
     assert "rows unchanged" not in first and "reroute / delete" not in first
     assert full.startswith("| none | 1 | 1.0 | 1000 |") and "| 2.00 |" in full
     assert all(line.count("|") == first.count("|") for line in (full, torch))
+
+
+def test_what_comes_before_the_decoder_stands_beside_the_ratios():
+    full, merged = rows_of([record("none", [1.0]), record("nuwa delete 64", [0.5], macs=200, merging=1_230_000_000)])
+    assert (full["merging_gmacs"], merged["merging_gmacs"]) == (None, 1.23) and merged["theory"] == 5
+    assert "| merging GMACs |" in table([full, merged]) and "| 1.23 |" in table([full, merged])
+    assert "merging" not in table([full])
 
 
 def test_utilisation_by_hand():
