@@ -18,10 +18,9 @@ FULL = "none"
 class TimingRecord:
     """One variant at one batch size. seconds: of tower, prefill and decode, a triple a repetition.
 
-    macs, scoring_macs: theory of one row's decoder layers; merging_macs: of the reduction before them, beside the tower.
+    macs, scoring_macs: theory of one row's decoder layers; merging_macs: of what comes before them, beside the tower.
     bound_seconds, decode_bound_seconds: roofline of a prefill and of one decode step. kv_bytes: theory, of the batch;
-    cache_bytes: as allocated. rows_unchanged: rows that answer
-    as at batch 1. What is not known of a peer is None.
+    cache_bytes: as allocated. rows_unchanged: rows that answer as at batch 1. What is not known of a peer is None.
     """
 
     variant: str
