@@ -1,7 +1,9 @@
 """DivPrune, HiPrune and VisionZip by hand (section 22) and against the eager reference's rules."""
 
 from fractions import Fraction
+from functools import partial
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -35,22 +37,31 @@ class Given(Tower):
         return Given(self.grid, **{name: torch.tensor(np.array(part[0])) for name, part in self.parts.items()})
 
 
+def compiled(merge, tower, grids):
+    """What stays of every image, as one program."""
+    images, slots = tower.parts["features"].shape[:2]
+    arrays = merge_arrays(merge, grids, images, slots)
+    found = jax.jit(lambda parts: reduced(merge, Given(tower.grid, **parts), arrays))(tower.parts)
+    return jax.tree.map(np.asarray, found)
+
+
 def kept(merge, tower):
     """Indices and features by both frameworks, which must agree."""
     size = tower.grid[0] * tower.grid[1]
-    features, index = reduced(merge, tower, merge_arrays(merge, [tower.grid], 1, size))
+    features, index = compiled(merge, tower, [tower.grid])
     expected = merges.reduced(merge, tower.in_torch())
-    found = np.array(index[0])[np.array(index[0]) < size].tolist()
+    found = index[0][index[0] < size].tolist()
     assert found == expected.index.tolist()
     np.testing.assert_allclose(features[0, : len(found)], expected.features, atol=1e-5)
-    return found, np.array(features[0])
+    return found, features[0]
 
 
 def made_of(merge, tower):
     """Members of each token that stays."""
     size = tower.grid[0] * tower.grid[1]
     arrays = merge_arrays(merge, [tower.grid], 1, size)
-    found = np.array(merge.members(tower, {name: jnp.asarray(array) for name, array in arrays.items()}))[0]
+    members = jax.jit(lambda parts: merge.members(Given(tower.grid, **parts), jax.tree.map(jnp.asarray, arrays)))
+    found = np.array(members(tower.parts))[0]
     return [np.flatnonzero(one).tolist() for one in found[: merge.anchors(size, tower.grid)]]
 
 
@@ -63,29 +74,29 @@ def circle(degrees):
 def test_divprune():
     features = circle([0, 10, 25, 90, 100, 200, 305])
     assert merges.farthest(torch.tensor(features), 4) == [5, 2, 6, 4]
-    tower = Given((1, 7), features=jnp.array(features)[None])
+    tower = Given((1, 7), features=features[None])
     assert kept(DivPrune(count=4), tower)[0] == [2, 4, 5, 6]
     assert kept(DivPrune(count=3), tower)[0] == [2, 5, 6]
 
 
 def test_members_of_what_is_kept_and_of_cells():
-    features = jnp.array(circle([0, 10, 25, 90, 100, 200, 305]))[None]
+    features = circle([0, 10, 25, 90, 100, 200, 305])[None]
     assert made_of(DivPrune(count=3), Given((1, 7), features=features)) == [[2], [5], [6]]
     for merge in (PoolMerge(Fraction(1, 4)), Downsample(count=4)):
-        cells = made_of(merge, Given((4, 4), features=jnp.zeros((1, 16, 2))))
+        cells = made_of(merge, Given((4, 4), features=np.zeros((1, 16, 2), np.float32)))
         assert cells == [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
 
 
 def test_divprune_never_chooses_a_token_twice():
     features = np.array([[1, 0], [1, 0], [0, 1], [0, 1], [-1, 0]], np.float32)
     assert merges.farthest(torch.tensor(features), 4) == [4, 0, 2, 1]
-    assert kept(DivPrune(count=4), Given((1, 5), features=jnp.array(features)[None]))[0] == [0, 1, 2, 4]
+    assert kept(DivPrune(count=4), Given((1, 5), features=features[None]))[0] == [0, 1, 2, 4]
 
 
 def test_divprune_of_a_padded_image():
-    features = jnp.array(np.random.default_rng(0).normal(size=(12, 4)).astype(np.float32))
-    alone = farthest(features[:7], jnp.int32(7), jnp.int32(3), cap=5)
-    padded = farthest(features, jnp.int32(7), jnp.int32(3), cap=5)
+    features = np.random.default_rng(0).normal(size=(12, 4)).astype(np.float32)
+    of_five = jax.jit(partial(farthest, cap=5))
+    alone, padded = (np.asarray(of_five(rows, np.int32(7), np.int32(3))) for rows in (features[:7], features))
     assert alone[:3].tolist() == padded[:3].tolist() and (padded[3:] == 12).all()
 
 
@@ -102,9 +113,9 @@ def test_visionzip():
     features = np.array([(p, 1) for p in range(1, 9)], np.float32)
     tower = Given(
         (2, 4),
-        features=jnp.array(features)[None],
-        metric=jnp.array([[0.30, 0.02, 0.08, 0.20, 0.10, 0.15, 0.10, 0.05]]),
-        keys=jnp.array(circle([0, 10, 80, 0, 95, 30, 170, 0]))[None],
+        features=features[None],
+        metric=np.array([[0.30, 0.02, 0.08, 0.20, 0.10, 0.15, 0.10, 0.05]], np.float32),
+        keys=circle([0, 10, 80, 0, 95, 30, 170, 0])[None],
     )
     index, found = kept(VisionZip(count=6), tower)
     # Dominant 0, 3, 5, 4, 6; of the rest 1, 2, 7 the first is the target, and their mean is added to it.
@@ -122,13 +133,13 @@ class Released(VisionZip):
 def test_visionzip_with_its_class_token():
     tower = Given(
         (2, 4),
-        features=jnp.array([[(p, 1.0) for p in range(8)]]),
-        class_features=jnp.array([[-1.0, 1.0]]),
-        metric=jnp.array([[0.05, 0.30, 0.02, 0.08, 0.20, 0.10, 0.15, 0.10]]),
-        keys=jnp.array(circle([0, 0, 10, 80, 0, 95, 30, 170]))[None],
+        features=np.array([[(p, 1.0) for p in range(8)]], np.float32),
+        class_features=np.array([[-1.0, 1.0]], np.float32),
+        metric=np.array([[0.05, 0.30, 0.02, 0.08, 0.20, 0.10, 0.15, 0.10]], np.float32),
+        keys=circle([0, 0, 10, 80, 0, 95, 30, 170])[None],
     )
     merge = Released(count=5, cls="keep")
-    features, index = reduced(merge, tower, merge_arrays(merge, [(2, 4)], 1, 8))
+    features, index = compiled(merge, tower, [(2, 4)])
     np.testing.assert_allclose(features[0], [(-1, 1), (1, 1), (4, 1), (4, 2), (10, 2)])
     assert index[0].tolist() == [1, 1, 4, 0, 5]
     assert made_of(merge, tower) == [[1], [1], [4], [0, 2, 6], [3, 5, 7]]
@@ -157,8 +168,8 @@ DEEP = np.array([3, 14, 5, 9, 12, 1, 7, 16, 2, 11, 8, 15, 6, 13, 4, 10], np.floa
     ],
 )
 def test_hiprune(count, alpha, neighbours, expected):
-    features = jnp.arange(32, dtype=jnp.float32).reshape(1, 16, 2)
-    tower = Given((4, 4), features=features, objects=jnp.array(OBJECTS)[None], registers=jnp.array(DEEP)[None])
+    features = np.arange(32, dtype=np.float32).reshape(1, 16, 2)
+    tower = Given((4, 4), features=features, objects=OBJECTS[None], registers=DEEP[None])
     assert kept(HiPrune(count=count, alpha=alpha, neighbours=neighbours), tower)[0] == expected
 
 
@@ -169,8 +180,7 @@ def test_random_images_of_two_grids(merge):
     parts = {"features": (2, slots, 6), "keys": (2, slots, 4), "metric": (2, slots)}
     parts |= {"objects": (2, slots), "registers": (2, slots)}
     made = {name: rng.random(shape).astype(np.float32) for name, shape in parts.items()}
-    tower = Given(grids[0], **{name: jnp.array(part) for name, part in made.items()})
-    features, index = reduced(merge, tower, merge_arrays(merge, grids, 2, slots))
+    features, index = compiled(merge, Given(grids[0], **made), grids)
     for image, grid in enumerate(grids):
         size = grid[0] * grid[1]
         alone = Given(grid, **{name: torch.tensor(part[image, :size]) for name, part in made.items()})

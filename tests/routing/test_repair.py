@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -41,25 +42,33 @@ def rows_of(hidden):
     return Rows(jnp.array(hidden)[None], Rope(table, table), index, index, index >= 0, index >= 0)
 
 
-def test_groups_of_two():
-    waits = jnp.array(np.isin(np.arange(10), WAITING))[None]
+@jax.jit
+def through_a_stage(hidden, waits):
+    """Groups, what enters the stage, which rows run, and the hidden states behind it."""
     seeds, number = targets(waits, jnp.array([2]))
-    group = jnp.where(seeds, number, nearest(jnp.array(HIDDEN)[None], seeds, 2))
-    assert np.flatnonzero(seeds[0]).tolist() == [1, 5]
-    assert group[0, jnp.array(WAITING)].tolist() == [0, 0, 1, 1]
-    inserted = group_means(jnp.array(HIDDEN)[None], group, waits, 2)
-    np.testing.assert_allclose(inserted[0], PROXIES, atol=1e-6)
+    group = jnp.where(seeds, number, nearest(hidden, seeds, 2))
+    inserted = group_means(hidden, group, waits, 2)
     bypass, rows = JaxProxyBypass(waits, seeds, group, inserted), rows_of(HIDDEN)
-    entered = bypass.entering(rows)
-    np.testing.assert_allclose(entered.hidden[0, jnp.array([1, 5])], PROXIES, atol=1e-6)
-    assert np.flatnonzero(entered.visual[0] < 0).tolist() == [1, 5] and bypass.proxies(rows).tolist() == [2]
-    assert np.flatnonzero(bypass.running(~waits)[0]).tolist() == [0, 1, 2, 3, 5, 6, 7, 8]
-    # The stage moved the proxies, in their seeds' slots, and every other row that ran by 7.
+    # The stage moves the proxies, in their seeds' slots, and every other row that runs by 7.
     after = rows.hidden + 7 * ~waits[..., None]
     after = after.at[0, jnp.array([1, 5])].set(PROXIES + OFFSETS)
-    back = bypass.returned(rows, replace(rows, hidden=after)).hidden[0]
-    np.testing.assert_allclose(back[jnp.array(WAITING)], REPAIRED, atol=1e-6)
-    np.testing.assert_allclose(back[jnp.array([0, 2, 3])], 7)
+    back = bypass.returned(rows, replace(rows, hidden=after)).hidden
+    entered = bypass.entering(rows)
+    parts = seeds, group, inserted, entered.hidden, entered.visual, bypass.running(~waits), back
+    return [part[0] for part in parts], bypass.proxies(rows)
+
+
+def test_groups_of_two():
+    parts, proxies = through_a_stage(HIDDEN[None], np.isin(np.arange(10), WAITING)[None])
+    seeds, group, inserted, entered, visual, running, back = map(np.asarray, parts)
+    assert np.flatnonzero(seeds).tolist() == [1, 5]
+    assert group[WAITING].tolist() == [0, 0, 1, 1]
+    np.testing.assert_allclose(inserted, PROXIES, atol=1e-6)
+    np.testing.assert_allclose(entered[[1, 5]], PROXIES, atol=1e-6)
+    assert np.flatnonzero(visual < 0).tolist() == [1, 5] and proxies.tolist() == [2]
+    assert np.flatnonzero(running).tolist() == [0, 1, 2, 3, 5, 6, 7, 8]
+    np.testing.assert_allclose(back[WAITING], REPAIRED, atol=1e-6)
+    np.testing.assert_allclose(back[[0, 2, 3]], 7)
 
 
 def test_groups_of_two_in_torch():
@@ -81,9 +90,9 @@ def test_groups_of_two_in_torch():
 def test_a_seed_is_in_its_own_group_and_few_tokens_make_few():
     """Equal tokens would all join the first seed."""
     assert groups(torch.ones(6, 2), 2) == [[0, 1, 2, 4, 5], [3]]
-    none, proxies = jnp.zeros((1, 6), bool), ProxyOffset()
-    bypass = proxies.leave(rows_of(np.ones((6, 2), np.float32)), none, ~none, jnp.array([64]), 2)
-    assert bypass.group[0].tolist() == [0, 0, 0, 1, 0, 0]
+    proxies, ones = ProxyOffset(), np.ones((6, 2), np.float32)
+    leave = jax.jit(lambda none: proxies.leave(rows_of(ones), none, ~none, jnp.array([64]), 2).group)
+    assert leave(np.zeros((1, 6), bool))[0].tolist() == [0, 0, 0, 1, 0, 0]
     assert [proxies.proxies(*sizes) for sizes in ((576, 400), (20, 9), (576, 7), (9, 0))] == [18, 1, 7, 0]
 
 

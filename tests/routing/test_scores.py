@@ -3,6 +3,7 @@
 from dataclasses import replace
 from fractions import Fraction
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -21,23 +22,27 @@ from reroute_jax.routing.plan import Schedule
 from reroute_jax.routing.scores import SCORES, LastLayer, Sight, default_seeds, hidden_change, text_queries
 from tests.routing.test_cost import LLAVA_7B, QWEN_7B
 
+compiled_choose = jax.jit(choose, static_argnums=(3, 5))
+
 
 def rows_of(text_before, visual, text_after, padding=0):
     """One row of tokens without content."""
     index = [-1] * text_before + list(range(visual)) + [-1] * (text_after + padding)
     count = len(index)
     valid = np.arange(count) < count - padding
-    index = jnp.array(index)[None]
-    slot = jnp.where(valid, jnp.arange(count), -1)[None]
-    table = jnp.zeros((1, count, 1))
-    return Rows(jnp.zeros((1, count, 1)), Rope(table, table), slot, index, jnp.array(valid)[None], index >= 0)
+    index = np.array(index, np.int32)[None]
+    slot = np.where(valid, np.arange(count, dtype=np.int32), -1)[None]
+    table = np.zeros((1, count, 1), np.float32)
+    parts = table, Rope(table, table), slot, index, valid[None], index >= 0
+    return Rows(*jax.tree.map(jnp.asarray, parts))
 
 
 # Vector 22.2: another normaliser than that of section 11.2, and so other shares of each head.
 def test_softmax_over_visual_tokens_alone():
     logits = np.array([[0, 1, 2, 0, 1, 0], [1, 0, 0, 3, 0, 1]], np.float32)[:, :, None]
     expected, visual = [0.119965, 0.288882, 0.471189, 0.119965], np.arange(6) % 5 != 0
-    found = query_probabilities(jnp.ones((1, 2, 1, 1)), jnp.array(logits)[None], jnp.array(visual)[None, None])
+    ones = np.ones((1, 2, 1, 1), np.float32)
+    found = np.asarray(jax.jit(query_probabilities)(ones, logits[None], visual[None, None]))
     np.testing.assert_allclose(found[0, :, 0].mean(axis=0)[1:5], expected, atol=1e-6)
     ones = torch.ones(2, 6, 1)
     np.testing.assert_allclose(
@@ -63,12 +68,17 @@ VALUES = np.array(
     ],
 )
 def test_value_similarity(name, seed, expected):
-    rows, values = rows_of(1, 4, 4), jnp.array(VALUES)[None]
-    last = LastLayer(jnp.zeros((1, 9, 1)), jnp.zeros((1, 9, 1)), values)
-    one = jnp.ones(1, jnp.int32)
-    ranked = SCORES[name].rank(Sight((), 1, rows, last, None, None, rows.eligible, one, 1, 8, None))
-    np.testing.assert_allclose(ranked.scores[0, 1:5], expected, atol=1e-6)
-    assert np.flatnonzero(ranked.seeds[0]).tolist() == [1 + seed]
+    rows = rows_of(1, 4, 4)
+
+    @jax.jit
+    def rank(rows, values, one):
+        last = LastLayer(rows.hidden, rows.hidden, values)
+        ranked = SCORES[name].rank(Sight((), 1, rows, last, None, None, rows.eligible, one, 1, 8, None))
+        return ranked.scores[0], ranked.seeds[0]
+
+    ranked, chosen = jax.tree.map(np.asarray, rank(rows, VALUES[None], np.ones(1, np.int32)))
+    np.testing.assert_allclose(ranked[1:5], expected, atol=1e-6)
+    assert np.flatnonzero(chosen).tolist() == [1 + seed]
     candidates = torch.tensor(np.array(rows.eligible[0]))
     among = candidates if name == "value_similarity" else torch.ones(9, dtype=torch.bool)
     queries = torch_scores.text_queries(torch.arange(9), 5)
@@ -81,7 +91,8 @@ def test_value_similarity(name, seed, expected):
 def test_queries_where_little_text_follows(behind, expected):
     """13.3: from the third token on; all of them; the last token where the image ends the prompt."""
     rows = rows_of(1, 4, behind, padding=2)
-    assert np.flatnonzero(text_queries(rows, jnp.array([5]))[0]).tolist() == expected
+    found = np.asarray(jax.jit(text_queries)(rows, np.array([5])))
+    assert np.flatnonzero(found).tolist() == expected
     assert torch_scores.text_queries(torch.arange(5 + behind), 5).tolist() == expected
 
 
@@ -89,7 +100,7 @@ def test_queries_where_little_text_follows(behind, expected):
 def test_hidden_change():
     before, after = np.array([(0, 0), (1, 1), (2, 0), (3, 3)]), np.array([(3, 4), (1, 2), (2, 0), (0, -1)])
     before, after = before.astype(np.float32), after.astype(np.float32)
-    np.testing.assert_array_equal(hidden_change(jnp.array(before)[None], jnp.array(after)[None])[0], [5, 1, 0, 5])
+    np.testing.assert_array_equal(jax.jit(hidden_change)(before[None], after[None]), [[5, 1, 0, 5]])
     np.testing.assert_array_equal(torch_scores.hidden_change(torch.tensor(before), torch.tensor(after)), [5, 1, 0, 5])
 
 
@@ -100,22 +111,22 @@ def test_stride_grid_and_counts():
     assert np.flatnonzero(stride_grid((7, 5), 3)).tolist() == torch_floors.stride_grid((7, 5), 3) == odd
     assert [stride_grid(grid, 3).sum() for grid in ((24, 24), (27, 27), (14, 15))] == [64, 81, 25]
     scores = np.array([0.5 + 0.01 * (7 * i % 36) for i in range(36)], np.float32)
-    floor, eligible = jnp.array(stride_grid((6, 6), 3).reshape(1, 36)), jnp.ones((1, 36), bool)
+    floor, eligible = stride_grid((6, 6), 3).reshape(1, 36), np.ones((1, 36), bool)
     for held, union, expected in (
-        (jnp.zeros_like(floor), False, [4, 5, 9, 10, 14, 15, 20, 25, 30, 35]),
+        (np.zeros_like(floor), False, [4, 5, 9, 10, 14, 15, 20, 25, 30, 35]),
         (floor, True, [0, 3, 4, 5, 9, 10, 14, 15, 18, 20, 21, 25, 30, 35]),
         (floor, False, [0, 3, 5, 10, 15, 18, 20, 21, 25, 30]),
     ):
-        found = choose(jnp.array(scores)[None], eligible, jnp.array([10]), 14, held, union)
-        assert np.flatnonzero(found[0]).tolist() == expected
+        found = np.asarray(compiled_choose(scores[None], eligible, np.array([10]), 14, held, union))
+        assert np.flatnonzero(found).tolist() == expected
         assert torch_choose(torch.tensor(scores), torch.tensor(np.array(held[0])), 10, union).tolist() == expected
 
 
 def test_a_floor_that_is_gone_is_not_kept():
-    floor, eligible = jnp.array([[True, True, False, False]]), jnp.array([[False, True, True, True]])
+    floor, eligible = np.array([[True, True, False, False]]), np.array([[False, True, True, True]])
     for union, expected in ((False, [1, 3]), (True, [1, 2, 3])):
-        found = choose(jnp.array([[9.0, 0, 1, 2]]), eligible, jnp.array([2]), 3, floor, union)
-        assert np.flatnonzero(found[0]).tolist() == expected
+        found = np.asarray(compiled_choose(np.float32([[9, 0, 1, 2]]), eligible, np.array([2]), 3, floor, union))
+        assert np.flatnonzero(found).tolist() == expected
 
 
 def test_a_share_of_a_number_on_the_device():
