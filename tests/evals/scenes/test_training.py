@@ -40,7 +40,8 @@ from evals.scenes.training.warm import OFFSETS, local_biases, with_layers, with_
 from evals.scenes.world import TOKEN, scene_seed
 from reroute_jax.decoder import forward
 from reroute_jax.engine.chat import ChatLayout
-from reroute_jax.models import llava, qwen2_5_vl, qwen3_vl
+from reroute_jax.functional import abstract_params
+from reroute_jax.models import qwen2_5_vl, qwen3_vl
 from reroute_jax.nn.layers import DecoderLayer, rotate
 from reroute_jax.nn.mrope import mrope_positions
 from reroute_jax.nn.params import named_parameters
@@ -50,6 +51,12 @@ from reroute_jax.vision.qwen_layers import rotary
 FAMILIES = ("llava", "qwen2_5_vl", "qwen3_vl")
 STYLE = {"llava": "full", "qwen2_5_vl": "nuwa", "qwen3_vl": "qwen3"}
 QWENS = {"qwen2_5_vl": qwen2_5_vl, "qwen3_vl": qwen3_vl}
+
+
+def random_parameters(family: str, seed: int) -> dict[str, np.ndarray]:
+    """Of a model of the shipped size, by name."""
+    rng, names = np.random.default_rng(seed), named_parameters(abstract_params(model_config(family)))
+    return {name: rng.standard_normal(value.shape, np.float32) for name, value in names.items()}
 
 
 class Full:
@@ -198,14 +205,13 @@ def test_subjects_of_questions():
 def test_shared_prefix_equals_the_plain_layer(family, bypassed):
     """A question behind the shared prefix comes out as it does in one sequence of its own."""
     config, slots = model_config(family).decoder, SLOTS[family]
-    layer = DecoderLayer(config, rngs=nnx.Rngs(0), dtype=jnp.float32)
-    image = image_prefix(family, (8, 8))
+    layer = nnx.jit(lambda: DecoderLayer(config, rngs=nnx.Rngs(0), dtype=jnp.float32))()
+    image, rng = image_prefix(family, (8, 8)), np.random.default_rng(1)
     length = len(image.ids)
-    keys = jax.random.split(jax.random.key(1), 3)
-    prefix, x = jax.random.normal(keys[0], (2, length, 128)), jax.random.normal(keys[1], (2, 3 * slots, 128))
-    runs = jnp.tile(image.runs, (2, 1))
+    prefix, x = (rng.standard_normal((2, rows, 128), np.float32) for rows in (length, 3 * slots))
+    runs = np.tile(image.runs, (2, 1))
     if bypassed:
-        runs = runs.at[:, 2:66].set(jax.random.uniform(keys[2], (2, 64)) < 0.5)
+        runs[:, 2:66] = rng.random((2, 64)) < 0.5
     channels = len(image.position)
     after = np.broadcast_to(image.start + np.arange(slots), (channels, slots))
     positions = np.concatenate([image.position, after], axis=1)[:, None].repeat(2, axis=1)
@@ -213,16 +219,23 @@ def test_shared_prefix_equals_the_plain_layer(family, bypassed):
     def tables(places):
         return rope_tables(places if channels > 1 else places[0], config)
 
-    rope = tables(positions)
-    ropes = tables(positions[:, :, :length]), tables(np.tile(positions[:, :, length:], (1, 1, 3)))
-    passed, found = shared_prefix_layer(layer, prefix, x, ropes, runs, 3)
-    seen = jnp.concatenate([runs, jnp.ones((2, slots), bool)], axis=1)
-    mask = jnp.tril(jnp.ones((length + slots,) * 2, bool)) & seen[:, None]
+    @jax.jit
+    def shared(prefix, x, runs):
+        ropes = tables(positions[:, :, :length]), tables(np.tile(positions[:, :, length:], (1, 1, 3)))
+        return shared_prefix_layer(layer, prefix, x, ropes, runs, 3)
+
+    @jax.jit
+    def plain(x, mask):
+        return layer.prefill(x, tables(positions), mask)[0]
+
+    passed, found = map(np.asarray, shared(prefix, x, runs))
+    seen = np.concatenate([runs, np.ones((2, slots), bool)], axis=1)
+    mask = np.tri(length + slots, dtype=bool) & seen[:, None]
     for question in range(3):
         own = slice(question * slots, (question + 1) * slots)
-        expected, _, _ = layer.prefill(jnp.concatenate([prefix, x[:, own]], axis=1), rope, mask)
+        expected = np.asarray(plain(np.concatenate([prefix, x[:, own]], axis=1), mask))
         np.testing.assert_allclose(found[:, own], expected[:, length:], atol=2e-5)
-        np.testing.assert_allclose(passed, jnp.where(runs[..., None], expected[:, :length], prefix), atol=2e-5)
+        np.testing.assert_allclose(passed, np.where(runs[..., None], expected[:, :length], prefix), atol=2e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -256,14 +269,9 @@ def test_random_bypass_spares_the_first_layer_and_some_rows():
 
 def test_training_starts_from_known_words():
     """Words and nearest coordinates get their rows; nothing else changes."""
-    old = named_parameters(llava.Llava(model_config("llava"), rngs=nnx.Rngs(1), dtype=jnp.float32))
-    fresh = {
-        f"model.{name}": value
-        for name, value in named_parameters(
-            qwen2_5_vl.QwenVL(model_config("qwen2_5_vl"), rngs=nnx.Rngs(2), dtype=jnp.float32)
-        ).items()
-    }
-    warm = with_words(old, fresh, "qwen2_5_vl")
+    old = random_parameters("llava", 1)
+    fresh = {f"model.{name}": value for name, value in random_parameters("qwen2_5_vl", 2).items()}
+    warm = jax.tree.map(np.asarray, with_words(*jax.tree.map(jnp.asarray, (old, fresh)), "qwen2_5_vl"))
     table, head = "decoder.embed.table", "decoder.head.kernel"
     assert {name for name in fresh if (warm[name] != fresh[name]).any()} == {f"model.{table}", f"model.{head}"}
     words, theirs = vocabulary("qwen2_5_vl"), vocabulary("llava")
@@ -276,13 +284,11 @@ def test_training_starts_from_known_words():
 
 def test_training_starts_from_known_layers():
     """Each three of LLaVA's layers become four: the first is there twice, in front with faint outputs."""
-    old = named_parameters(llava.Llava(model_config("llava"), rngs=nnx.Rngs(1), dtype=jnp.float32))
-    made = qwen3_vl.Qwen3VL(model_config("qwen3_vl"), rngs=nnx.Rngs(2), dtype=jnp.float32)
-    fresh = {f"model.{name}": value for name, value in named_parameters(made).items()}
-    warm = with_layers(old, fresh)
+    old = random_parameters("llava", 1)
+    fresh = {f"model.{name}": value for name, value in random_parameters("qwen3_vl", 2).items()}
+    warm = jax.tree.map(np.asarray, with_layers(*jax.tree.map(jnp.asarray, (old, fresh))))
     changed = {name for name in fresh if (warm[name] != fresh[name]).any()}
-    same = ("attn_norm.scale", "mlp_norm.scale")  # ones in both, here
-    assert changed == {name for name in fresh if ".decoder.layers." in name and not name.endswith(same)}
+    assert changed == {name for name in fresh if ".decoder.layers." in name} | {"model.decoder.norm.scale"}
     for number, source in enumerate((0, 0, 1, 2, 3, 3, 4, 5, 6, 6, 7, 8, 9, 9, 10, 11)):
         for part in ("attn.q.kernel", "attn.o.kernel", "mlp.up.kernel", "mlp.down.kernel"):
             faint = 0.1 if number % 4 == 0 and part in ("attn.o.kernel", "mlp.down.kernel") else 1
@@ -310,35 +316,43 @@ def test_deepstack_is_trained_as_the_decoder_runs_it(monkeypatch):
     config["text_config"]["num_hidden_layers"], config["vision_config"]["depth"] = 3, 2
     config["vision_config"]["deepstack_visual_indexes"] = [0, 1]
     monkeypatch.setitem(spec._HF_CONFIGS, "qwen3_vl", lambda: config)
-    model = qwen3_vl.Qwen3VL(model_config("qwen3_vl"), rngs=nnx.Rngs(0), dtype=jnp.float32)
-    heads, asked = AuxiliaryHeads("qwen3_vl", 96, 128, rngs=nnx.Rngs(1)), targets("qwen3_vl")
-    batch = jax.tree.map(jnp.asarray, pack("train", 0, 1, TRAINING_QUESTIONS, "qwen3_vl"))
-    seen, runs = look(model, batch.images), np.asarray(batch.prefix.runs[0])
-    bypass = jnp.zeros((3, 1, seen.features.shape[1]), bool)
-    soft = jnp.eye(model.config.decoder.vocab_size)
-    *_, predicted = answer_loss(model, heads, seen, batch, bypass, asked, soft)
-    decoder, shown = model.decoder, slice(asked.first_image, asked.first_image + seen.features.shape[1])
-    question = batch.ids[:1, 0]
+    model = nnx.jit(lambda: qwen3_vl.Qwen3VL(model_config("qwen3_vl"), rngs=nnx.Rngs(0), dtype=jnp.float32))()
+    heads, asked = nnx.jit(lambda: AuxiliaryHeads("qwen3_vl", 96, 128, rngs=nnx.Rngs(1)))(), targets("qwen3_vl")
+    packed = pack("train", 0, 1, TRAINING_QUESTIONS, "qwen3_vl")
+    runs = np.asarray(packed.prefix.runs[0])
+
+    @jax.jit
+    def trained(batch):
+        seen = look(model, batch.images)
+        bypass = jnp.zeros((3, 1, seen.features.shape[1]), bool)
+        soft = jnp.eye(model.config.decoder.vocab_size)
+        return seen, answer_loss(model, heads, seen, batch, bypass, asked, soft)[-1]
+
+    seen, predicted = trained(packed)
+    predicted, decoder = np.asarray(predicted), model.decoder
+    shown = slice(asked.first_image, asked.first_image + seen.features.shape[1])
+    prefix, question = packed.prefix, packed.ids[:1, 0]
 
     def spread(features):
         rows = jnp.zeros((1, len(runs), features.shape[-1])).at[:, shown].set(features)[:, runs]
         return jnp.concatenate([rows, jnp.zeros((1, question.shape[1], features.shape[-1]))], axis=1)
 
-    ids = jnp.concatenate([batch.prefix.ids[:, runs], question], axis=1)
+    ids = np.concatenate([prefix.ids[:, runs], question], axis=1)
     image = (ids == model.config.image_token)[..., None]
-    x = jnp.where(image, spread(seen.features), decoder.embed(ids))
-    behind = jnp.broadcast_to(batch.prefix.start[0] + jnp.arange(question.shape[1]), (3, 1, question.shape[1]))
-    positions = jnp.concatenate([jnp.swapaxes(batch.prefix.position, 0, 1)[..., runs], behind], axis=-1)
-    rope, mask = rope_tables(positions, decoder.config), jnp.tri(ids.shape[1], dtype=bool)[None]
+    behind = np.broadcast_to(prefix.start[0] + np.arange(question.shape[1]), (3, 1, question.shape[1]))
+    positions = np.concatenate([np.swapaxes(prefix.position, 0, 1)[..., runs], behind], axis=-1)
 
-    def answers(deepstack):
-        whole = decoder.logits(forward(decoder, x, rope, mask, deepstack))
+    @jax.jit
+    def answers(features, deepstack):
+        x = jnp.where(image, spread(features), decoder.embed(jnp.asarray(ids)))
+        rope, mask = rope_tables(positions, decoder.config), jnp.tri(ids.shape[1], dtype=bool)[None]
+        whole = decoder.logits(forward(decoder, x, rope, mask, [spread(added) for added in deepstack]))
         return whole[0, runs.sum() :].argmax(axis=-1)
 
-    used = int(batch.ask[0, 0]) + 1
-    expected = answers([spread(features) for features in seen.deepstack])
+    used = int(packed.ask[0, 0]) + 1
+    expected = np.asarray(answers(seen.features, seen.deepstack))
     np.testing.assert_array_equal(predicted[0, 0, :used], expected[:used])
-    assert (answers([])[:used] != expected[:used]).any()  # DeepStack makes a difference
+    assert (np.asarray(answers(seen.features, []))[:used] != expected[:used]).any()  # DeepStack makes a difference
 
 
 @pytest.fixture
