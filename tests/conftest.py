@@ -27,6 +27,11 @@ gc.set_threshold(100_000, 20, 50)
 install_import_hook("reroute_jax", "beartype.beartype")
 
 
+def pytest_collection_finish():
+    """pytest collects all garbage several times at its end: what was imported is none."""
+    gc.freeze()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _unverified_programs():
     """Of the library's programs as well, whose own list of passes stands instead of the flag's."""

@@ -68,7 +68,10 @@ ROUTES = {
 }
 
 
-@pytest.mark.parametrize(("family", "route"), [("llava", "none"), ("llava", "reroute"), ("qwen", "delete-cut")])
+@pytest.mark.parametrize(
+    ("family", "route"),
+    [pytest.param("llava", "none", marks=pytest.mark.slow), ("llava", "reroute"), ("qwen", "delete-cut")],
+)
 def test_decoding_is_as_far_off_as_eight_bits(family, route):
     """Rounding leaves a key or value of 16 numbers off by about 0.5% of its length: half a 127th of its largest number,
     which is twice the others, over the square root of 3. Four layers of peaked attention make up to four times that."""

@@ -52,9 +52,8 @@ def test_greedy_and_sampled_rows_share_a_batch():
     logits = np.random.default_rng(0).normal(size=(3, 50)).astype(np.float32)
     how = row_sampling(Sampling(temperature=5.0), range(3))
     how.temperature[1] = 0
-    found = [
-        choose(jnp.asarray(logits), jnp.zeros((3, 50), bool), jnp.full(3, step, jnp.int32), how) for step in range(20)
-    ]
+    chosen = jax.jit(choose)
+    found = [chosen(logits, np.zeros((3, 50), bool), np.full(3, step, np.int32), how) for step in range(20)]
     columns = np.array(found)
     assert set(columns[:, 1]) == {int(logits[1].argmax())}
     assert len(set(columns[:, 0])) > 5 and len(set(columns[:, 2])) > 5

@@ -1,16 +1,15 @@
 """Unrouted LLaVA against transformers' torch model, fp32, prompts of 300+ tokens."""
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 import pytest
 import torch
 
-from reroute_jax.decoder import forward
 from reroute_jax.models.llava import encode_images
-from reroute_jax.nn.positions import rope_tables
 from reroute_jax.routing.merge import merge_arrays
 from tests.checkpoints import pair
 from tests.tiny import random_ids, random_pixels
+from tests.whole import all_logits
 
 LENGTH = 340
 HEADS = [pytest.param(4, id="mha"), pytest.param(2, id="gqa")]
@@ -19,7 +18,7 @@ QUICK = [HEADS[1], pytest.param(*HEADS[0].values, id=HEADS[0].id, marks=pytest.m
 
 def encoded(model, pixels):
     arrays = merge_arrays(None, [model.config.vision.grid] * len(pixels), len(pixels), 36)
-    return encode_images(model.module, jnp.asarray(pixels), arrays, None)
+    return jax.jit(lambda pixels: encode_images(model.module, pixels, arrays, None))(pixels)
 
 
 @pytest.mark.parametrize("kv_heads", HEADS)
@@ -41,12 +40,9 @@ def test_all_position_logits(kv_heads, start):
     ids, pixels = random_ids(LENGTH, start=start)[None], random_pixels(1)
     with torch.no_grad():
         expected = theirs(input_ids=torch.from_numpy(ids), pixel_values=torch.from_numpy(pixels)).logits.numpy()
-    decoder = ours.module.decoder
-    features, _ = encoded(ours, pixels)
-    x = decoder.embed(jnp.asarray(ids)).at[0, start : start + 36].set(features[0])
-    rope = rope_tables(jnp.arange(LENGTH)[None], ours.config.decoder)
-    found = decoder.logits(forward(decoder, x, rope, jnp.tril(jnp.ones((1, LENGTH, LENGTH), bool))))
-    np.testing.assert_allclose(np.asarray(found), expected, atol=1e-4)
+    features, visual = np.asarray(encoded(ours, pixels)[0])[0], np.arange(start, start + 36)
+    found = all_logits(ours.module.decoder, ids[0], np.arange(LENGTH)[None], visual, features)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
     last = ours.prefill(input_ids=ids, pixel_values=pixels).logits
     np.testing.assert_allclose(last, expected[:, -1], atol=1e-4)
 

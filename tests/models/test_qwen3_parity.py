@@ -1,18 +1,16 @@
 """Unrouted Qwen3-VL against transformers' torch model, fp32: odd grids, several images, a prompt of 300+ tokens."""
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 
 from convert.crosscheck.plain import image_features
-from reroute_jax.decoder import forward
 from reroute_jax.errors import RerouteError
-from reroute_jax.nn.positions import rope_tables
 from tests.checkpoints import qwen3_pair
 from tests.models.test_qwen_parity import features_of, in_torch
 from tests.ragged import padded
 from tests.tiny_qwen import IM_END, IMAGE, VIDEO, random_ids, random_patches
+from tests.whole import all_logits
 
 LENGTH = 340
 # In patches larger than the table of positions and smaller, none square.
@@ -55,13 +53,9 @@ def test_logits_of_all_positions_without_a_cache():
     ids, (pixels, thw) = random_ids(LENGTH, GRIDS, start=11), random_patches(GRIDS, seed=2)
     with torch.no_grad():
         expected = theirs(**in_torch(ids, pixels, thw)).logits.numpy()
-    decoder, visual = ours.module.decoder, np.flatnonzero(ids == IMAGE)
-    own, *levels = jnp.split(features_of(ours, pixels, GRIDS), 4, axis=1)
-    x = decoder.embed(jnp.asarray(ids)[None]).at[0, visual].set(own)
-    added = [jnp.zeros_like(x).at[0, visual].set(level) for level in levels]
+    visual, levels = np.flatnonzero(ids == IMAGE), np.split(features_of(ours, pixels, GRIDS), 4, axis=1)
     positions, _ = ours.family.positions(ids, GRIDS, ours.config)
-    rope = rope_tables(jnp.asarray(positions)[:, None], ours.config.decoder)
-    found = decoder.logits(forward(decoder, x, rope, jnp.tril(jnp.ones((1, LENGTH, LENGTH), bool)), added))
+    found = all_logits(ours.module.decoder, ids, positions[:, None], visual, *levels)
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 

@@ -1,17 +1,16 @@
 """Unrouted Qwen2.5-VL against transformers' torch model, fp32: odd grids, several images, prompts of 300+ tokens."""
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 import pytest
 import torch
 
-from reroute_jax.decoder import forward
 from reroute_jax.errors import RerouteError
-from reroute_jax.nn.positions import rope_tables
 from reroute_jax.routing.merge import merge_arrays
 from tests.checkpoints import qwen_pair
 from tests.ragged import padded
 from tests.tiny_qwen import IM_END, IMAGE, VIDEO, random_ids, random_patches
+from tests.whole import all_logits
 
 LENGTH = 340
 # No side but one is a multiple of the window, 4 x 4, and no image is square.
@@ -36,8 +35,9 @@ def features_of(model, pixels, grids):
     """[F, D] of all images together."""
     family, largest = model.family, max(rows * cols for rows, cols in grids)
     arrays = merge_arrays(None, grids, len(grids), family.token_bucket(largest))
-    found, _ = family.encode_images(model.module, family.pack(pixels, grids, model.config, len(grids)), arrays, None)
-    return jnp.concatenate([one[: rows * cols] for one, (rows, cols) in zip(found, grids, strict=True)])
+    encode = jax.jit(lambda packed: family.encode_images(model.module, packed, arrays, None)[0])
+    found = np.asarray(encode(family.pack(pixels, grids, model.config, len(grids))))
+    return np.concatenate([one[: rows * cols] for one, (rows, cols) in zip(found, grids, strict=True)])
 
 
 @pytest.mark.parametrize("grids", [GRIDS, ((1, 1), (1, 9), (2, 2)), ((8, 8),)], ids=["odd", "small", "whole-windows"])
@@ -63,10 +63,8 @@ def test_positions_and_all_position_logits(tied):
     positions, next_position = ours.family.positions(ids, grids, ours.config)
     np.testing.assert_array_equal(positions, wanted[:, 0])
     assert next_position == LENGTH + int(delta)
-    decoder = ours.module.decoder
-    x = decoder.embed(jnp.asarray(ids)[None]).at[0, np.flatnonzero(ids == IMAGE)].set(features_of(ours, pixels, grids))
-    rope = rope_tables(jnp.asarray(positions)[:, None], ours.config.decoder)
-    found = decoder.logits(forward(decoder, x, rope, jnp.tril(jnp.ones((1, LENGTH, LENGTH), bool))))
+    visual, features = np.flatnonzero(ids == IMAGE), features_of(ours, pixels, grids)
+    found = all_logits(ours.module.decoder, ids, positions[:, None], visual, features)
     np.testing.assert_allclose(found, expected, atol=1e-4)
     last = ours.prefill(input_ids=ids[None], pixel_values=pixels, image_grid_thw=thw).logits
     np.testing.assert_allclose(last, expected[:, -1], atol=1e-4)

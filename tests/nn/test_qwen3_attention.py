@@ -3,6 +3,7 @@ specification and transformers' own table."""
 
 from dataclasses import replace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -61,12 +62,22 @@ def test_rotary_tables_are_those_of_transformers(sections):
 
 
 def test_queries_and_keys_are_normed_and_then_rotated():
-    attention = Attention(CONFIG, rngs=nnx.Rngs(0), dtype=jnp.float32)
-    attention.q.kernel[...] = jnp.array([[[1, 0], [0, 1], [1, 1], [1, -1]]], jnp.float32)
-    attention.k.kernel[...] = jnp.array([[[0, 1], [1, 0], [1, -1], [1, 1]]], jnp.float32)
-    attention.q_norm.scale[...], attention.k_norm.scale[...] = jnp.array([1, 2, 1, 0.5]), jnp.array([2.0, 1, 1, 1])
-    rope = rope_tables(np.array([[[0, 1, 1, 3]], [[0, 1, 2, 3]], [[9, 9, 9, 9]]]), CONFIG)
-    x = jnp.array([[[1, 0], [0, 1], [1, 2], [2, 1]]], jnp.float32)
-    q, k = rotate(attention.queries(x), rope), rotate(attention.keys(x), rope)
-    found = query_probabilities(q[:, :, -1:], k, jnp.ones((1, 1, 4), bool))
+    attention = nnx.eval_shape(lambda: Attention(CONFIG, rngs=nnx.Rngs(0), dtype=jnp.float32))
+    given = (
+        (attention.q.kernel, [[[1, 0], [0, 1], [1, 1], [1, -1]]]),
+        (attention.k.kernel, [[[0, 1], [1, 0], [1, -1], [1, 1]]]),
+        (attention.q_norm.scale, [1, 2, 1, 0.5]),
+        (attention.k_norm.scale, [2, 1, 1, 1]),
+    )
+    for parameter, values in given:
+        parameter.set_value(np.float32(values))
+    positions = np.array([[[0, 1, 1, 3]], [[0, 1, 2, 3]], [[9, 9, 9, 9]]])
+
+    @jax.jit
+    def probabilities(x):
+        rope = rope_tables(positions, CONFIG)
+        q, k = rotate(attention.queries(x), rope), rotate(attention.keys(x), rope)
+        return query_probabilities(q[:, :, -1:], k, jnp.ones((1, 1, 4), bool))
+
+    found = np.asarray(probabilities(np.float32([[[1, 0], [0, 1], [1, 2], [2, 1]]])))
     np.testing.assert_allclose(found[0, 0, 0], [0.155622, 0.019614, 0.035421, 0.789343], atol=2e-6)

@@ -51,7 +51,11 @@ def nuwa_inputs(tower, pixels, order="raster"):
     return Read(read.metric(), read.features(), read.similarity(order))
 
 
-nuwa = jax.jit(nuwa_inputs, static_argnames="order")
+compiled = jax.jit(nuwa_inputs, static_argnames="order")
+
+
+def nuwa(*given, order: str) -> Read:
+    return jax.device_get(compiled(*given, order=order))
 
 
 @cache
@@ -82,7 +86,7 @@ def torch_tower() -> Qwen2_5_VisionTransformerPretrainedModel:
 @cache
 def tower() -> QwenTower:
     """Ours, with the same weights."""
-    empty = QwenTower(CONFIG, OUT, rngs=nnx.Rngs(0), dtype=jnp.float32)
+    empty = nnx.eval_shape(lambda: QwenTower(CONFIG, OUT, rngs=nnx.Rngs(0), dtype=jnp.float32))
     theirs = {name: value.detach().numpy() for name, value in torch_tower().named_parameters()}
     shapes = {name: value.shape for name, value in named_parameters(empty).items()}
     values = {"patch_embed.kernel": theirs["patch_embed.proj.weight"].reshape(WIDTH, -1)}
@@ -162,7 +166,8 @@ def pixels(patches):
 
 def test_features_and_states_match_torch(patches, pixels):
     features, states, _, order = run_torch(patches, GRIDS)
-    found, ours = jax.jit(lambda model, x: (model.features(x), model.states(x)))(tower(), pixels)
+    run = jax.jit(lambda model, x: (model.features(x), model.states(x)))
+    found, ours = jax.device_get(run(tower(), pixels))
     for image, expected in enumerate(per_image(features, GRIDS)):
         close(found[image, : len(expected)], expected)
     for layer, state in enumerate(states, 1):  # 0 is the first one's input
@@ -190,12 +195,12 @@ def test_nuwa_inputs_match_the_specification(patches, pixels, order):
 
 def test_nuwa_refuses_windows_in_the_last_layer_and_unknown_orders():
     config = replace(CONFIG, full_attention=(1, 3))
-    windowed = QwenTower(config, OUT, rngs=nnx.Rngs(0), dtype=jnp.float32)
+    windowed = nnx.eval_shape(lambda: QwenTower(config, OUT, rngs=nnx.Rngs(0), dtype=jnp.float32))
     pixels = pack(random_patches([(2, 2)]), [(2, 2)], config, 1)
     with pytest.raises(RerouteError, match="layer 4 of the vision tower"):
-        nuwa_inputs(windowed, pixels)
+        jax.eval_shape(nuwa_inputs, windowed, pixels)
     with pytest.raises(RerouteError, match="unknown order 'columns'"):
-        nuwa_inputs(tower(), pixels, "columns")
+        nuwa(tower(), pixels, order="columns")
 
 
 def test_an_image_does_not_depend_on_companions_bucket_or_padding(patches, pixels):
