@@ -70,7 +70,7 @@ def test_queries_and_keys_are_normed_and_then_rotated():
         (attention.k_norm.scale, [2, 1, 1, 1]),
     )
     for parameter, values in given:
-        parameter.set_value(np.float32(values))
+        parameter.set_value(jnp.array(values, jnp.float32))
     positions = np.array([[[0, 1, 1, 3]], [[0, 1, 2, 3]], [[9, 9, 9, 9]]])
 
     @jax.jit
