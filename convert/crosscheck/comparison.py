@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
@@ -134,6 +134,8 @@ def compare_routed(
         yield difference(prefix + "merged image features", features, expected.features, FEATURES)
     if expected.anchors is not None:
         yield unequal(prefix + "anchors", result.trace.anchors[0], expected.anchors)
+        found = _made_of(result.trace.anchors[0], result.trace.members[0])
+        yield unequal(prefix + "members", found, _made_of(expected.anchors, expected.members))
     for number, decision in enumerate(expected.decisions):
         where = f"{prefix}layer {decision.layer}: "
         yield unequal(where + "selected", result.trace.selected[number][0], decision.selected)
@@ -191,6 +193,14 @@ def unequal(quantity: str, found: np.ndarray, expected: np.ndarray) -> Line:
     found = found[found >= 0]
     missing, surplus = np.setdiff1d(expected, found), np.setdiff1d(found, expected)
     return Line(quantity, max(len(missing), len(surplus)), of=len(expected))
+
+
+def _made_of(anchors: np.ndarray, members: Iterable[np.ndarray]) -> np.ndarray:
+    """One number for each pair of an anchor and one of its members, which may be padded with -1."""
+    pairs = [
+        (anchor << 32) + own[own >= 0].astype(np.int64) for anchor, own in zip(anchors.tolist(), members, strict=True)
+    ]
+    return np.concatenate(pairs)
 
 
 def _tokens(

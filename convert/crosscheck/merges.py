@@ -20,6 +20,8 @@ from reroute_jax.routing.pool import PoolMerge
 from reroute_jax.routing.visionzip import VisionZip
 
 Grid = tuple[int, int]
+# Features at decoder width, the token that each stands for, and Bool [left, n], the tokens that each was made of.
+Reduced = tuple[Tensor, Tensor, Tensor]
 
 
 class TorchTower(Protocol):
@@ -44,11 +46,12 @@ def reduced(merge: Merge | None, tower: TorchTower) -> ImageTensors:
     if merge is None:
         return ImageTensors(tower.project(tower.features()), torch.arange(math.prod(tower.grid)), tower.grid)
     placed = not (isinstance(merge, VisionZip) and merge.cls == "keep")
-    return ImageTensors(*_RULES[type(merge)](merge, tower), tower.grid, placed)
+    features, kept, members = _RULES[type(merge)](merge, tower)
+    return ImageTensors(features, kept, tower.grid, placed, members)
 
 
-def nuwa(merge: NuwaMerge, tower: TorchTower) -> tuple[Tensor, Tensor]:
-    merged, anchors = nuwa_stage_one(
+def nuwa(merge: NuwaMerge, tower: TorchTower) -> Reduced:
+    merged, anchors, members = nuwa_stage_one(
         tower.metric(),
         tower.features(),
         tower.similarity(merge.sim_order),
@@ -59,16 +62,18 @@ def nuwa(merge: NuwaMerge, tower: TorchTower) -> tuple[Tensor, Tensor]:
         quantile=merge.quantile,
         self_weight_override=merge.self_weight_override,
     )
-    return tower.project(merged), anchors
+    return tower.project(merged), anchors, members
 
 
-def pooled(merge: PoolMerge, tower: TorchTower) -> tuple[Tensor, Tensor]:
-    return pool(tower.project(tower.features()), tower.grid, merge.cells(math.prod(tower.grid), tower.grid))
+def pooled(merge: PoolMerge, tower: TorchTower) -> Reduced:
+    cells = merge.cells(math.prod(tower.grid), tower.grid)
+    return *pool(tower.project(tower.features()), tower.grid, cells), covered(tower.grid, cells)
 
 
-def downsampled(merge: Downsample, tower: TorchTower) -> tuple[Tensor, Tensor]:
+def downsampled(merge: Downsample, tower: TorchTower) -> Reduced:
     smaller = tower.resized(smaller_grid(merge, tower.grid), merge.blur)
-    return smaller.project(smaller.features()), middles(tower.grid, smaller.grid)
+    places = middles(tower.grid, smaller.grid), covered(tower.grid, smaller.grid)
+    return smaller.project(smaller.features()), *places
 
 
 def smaller_grid(merge: Downsample, grid: Grid) -> Grid:
@@ -89,10 +94,10 @@ def bicubic(image: Tensor, size: tuple[int, int]) -> Tensor:
     return torch.nn.functional.interpolate(image.double(), size, mode="bicubic", antialias=True).to(image.dtype)
 
 
-def divprune(merge: DivPrune, tower: TorchTower) -> tuple[Tensor, Tensor]:
+def divprune(merge: DivPrune, tower: TorchTower) -> Reduced:
     features = tower.project(tower.features())
     kept = torch.tensor(sorted(farthest(features, _count(merge, tower))))
-    return features[kept], kept
+    return features[kept], kept, alone(kept, tower)
 
 
 def farthest(features: Tensor, count: int) -> list[int]:
@@ -109,13 +114,13 @@ def farthest(features: Tensor, count: int) -> list[int]:
     return chosen
 
 
-def hiprune(merge: HiPrune, tower: TorchTower) -> tuple[Tensor, Tensor]:
+def hiprune(merge: HiPrune, tower: TorchTower) -> Reduced:
     count = _count(merge, tower)
     anchors = _best(tower.objects(), range(math.prod(tower.grid)), round(count * merge.alpha / 5))
     near = sorted({cell for anchor in anchors for cell in around(anchor, tower.grid, merge.neighbours == "flat")})
     rest = [cell for cell in range(math.prod(tower.grid)) if cell not in near]
     kept = torch.tensor(sorted([*near, *_best(tower.registers(), rest, count - len(near))]))
-    return tower.project(tower.features()[kept]), kept
+    return tower.project(tower.features()[kept]), kept, alone(kept, tower)
 
 
 def around(cell: int, grid: Grid, flat: bool) -> list[int]:
@@ -128,7 +133,7 @@ def around(cell: int, grid: Grid, flat: bool) -> list[int]:
     return [row * cols + col for row, col in there if 0 <= row < rows and 0 <= col < cols]
 
 
-def visionzip(merge: VisionZip, tower: TorchTower) -> tuple[Tensor, Tensor]:
+def visionzip(merge: VisionZip, tower: TorchTower) -> Reduced:
     count = _count(merge, tower)
     contextual = max(1, round(count * 5 / 32))
     features, keys, size = tower.features(), tower.keys(), math.prod(tower.grid)
@@ -137,26 +142,53 @@ def visionzip(merge: VisionZip, tower: TorchTower) -> tuple[Tensor, Tensor]:
     rest = [cell for cell in range(size) if cell not in dominant]
     step = max(1, len(rest) // contextual)
     targets = [rest[number * step] for number in range(contextual)]
-    joined = group_means(features, keys, [cell for cell in rest if cell not in targets], targets)
+    found = groups(keys, [cell for cell in rest if cell not in targets], targets)
+    joined, members = group_means(features, found), torch.eye(size, dtype=torch.bool)
+    for target, group in found.items():
+        members[target, group] = True
     if released:
         patches = torch.tensor([*sorted(dominant), *targets])
         rows = torch.cat([tower.class_features()[None], joined[patches]])
-        return tower.project(rows), torch.cat([patches[:1], patches])
+        patches = torch.cat([patches[:1], patches])
+        return tower.project(rows), patches, members[patches]
     kept = torch.tensor(sorted([*dominant, *targets]))
-    return tower.project(joined[kept]), kept
+    return tower.project(joined[kept]), kept, members[kept]
 
 
-def group_means(features: Tensor, keys: Tensor, others: list[int], targets: list[int]) -> Tensor:
-    """The features, with the mean of the others that are most like it added to each target (16.2)."""
+def groups(keys: Tensor, others: list[int], targets: list[int]) -> dict[int, list[int]]:
+    """Of each target the others that are most like it (16.2)."""
     unit = keys / keys.norm(dim=-1, keepdim=True)
-    members: dict[int, list[int]] = {target: [] for target in targets}
+    found: dict[int, list[int]] = {target: [] for target in targets}
     for other in others:
-        members[targets[int((unit[targets] @ unit[other]).argmax())]].append(other)
+        found[targets[int((unit[targets] @ unit[other]).argmax())]].append(other)
+    return found
+
+
+def group_means(features: Tensor, found: dict[int, list[int]]) -> Tensor:
+    """The features, with the mean of its group added to each target (16.2)."""
     joined = features.clone()
-    for target, group in members.items():
+    for target, group in found.items():
         if group:
             joined[target] = (features[target].float() + features[group].float().mean(dim=0)).to(features.dtype)
     return joined
+
+
+def alone(kept: Tensor, tower: TorchTower) -> Tensor:
+    """Members of tokens that stand for themselves."""
+    return torch.nn.functional.one_hot(kept, math.prod(tower.grid)).bool()
+
+
+def covered(grid: Grid, cells: Grid) -> Tensor:
+    """Bool [cells, n]: the tokens in each of (rows, cols) cells of a (rows, cols) grid."""
+    found = torch.zeros(*cells, *grid, dtype=torch.bool)
+    for row in range(cells[0]):
+        for col in range(cells[1]):
+            found[row, col][_span(row, grid[0], cells[0]), _span(col, grid[1], cells[1])] = True
+    return found.reshape(math.prod(cells), -1)
+
+
+def _span(number: int, side: int, count: int) -> slice:
+    return slice(number * side // count, math.ceil((number + 1) * side / count))
 
 
 def _count(merge: DivPrune | HiPrune | VisionZip, tower: TorchTower) -> int:

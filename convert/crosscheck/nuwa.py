@@ -14,12 +14,14 @@ from torch import Tensor, nn
 class ImageTensors:
     """One image of a prompt. features [n, D] as the decoder gets them; index [n]: the original visual token that gives
     each its position; grid: (rows, columns) of the visual tokens before any merge. placed: whether each stands where
-    that token did, and not one behind the other."""
+    that token did, and not one behind the other. members: Bool [n, tokens], those that each was made of; None without a
+    merge."""
 
     features: Tensor
     index: Tensor
     grid: tuple[int, int]
     placed: bool = True
+    members: Tensor | None = None
 
     @property
     def count(self) -> int:
@@ -37,8 +39,9 @@ def nuwa_stage_one(
     radius: float,
     quantile: Fraction,
     self_weight_override: bool,
-) -> tuple[Tensor, Tensor]:
-    """Merged features [N1, C] and the anchors [N1], ascending: sections 4.3 and 5.3 step by step, one patch at a time.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Merged features [N1, C], the anchors [N1], ascending, and Bool [N1, n], the patches that each one's sum is of:
+    sections 4.3 and 5.3 step by step, one patch at a time.
 
     metric [n], features [n, C], similarity [n, C'] in row-major order of a grid with `columns` columns. `keep` is
     limited to the number of candidates. The cells that pad an odd side score zero, below any real patch, and would be
@@ -49,7 +52,7 @@ def nuwa_stage_one(
     anchors = sorted(sorted(candidates, key=lambda p: (-values[p], p))[:keep])
     threshold = _quantile(metric[anchors], quantile)
     unit = similarity / similarity.norm(dim=-1, keepdim=True).clamp(min=1e-12)
-    merged = []
+    merged, members = [], []
     for anchor in anchors:
         if metric[anchor] >= threshold:
             weights = torch.zeros(len(values))
@@ -60,7 +63,8 @@ def nuwa_stage_one(
         if self_weight_override:
             weights[anchor] = 1.0
         merged.append(weights.to(features.dtype) @ features)
-    return torch.stack(merged), torch.tensor(anchors)
+        members.append(weights > 0)
+    return torch.stack(merged), torch.tensor(anchors), torch.stack(members)
 
 
 def _candidates(values: list[float], columns: int, top_n: int) -> list[int]:

@@ -53,7 +53,7 @@ class Reference:
     """Everything comparable about one run. Arrays are numpy, real ones fp32.
 
     features: [n, D] features of all images as the decoder gets them, DeepStack's behind them; None without an image.
-    anchors: original visual index of each of them after a merge, else None.
+    anchors: original visual index of each of them after a merge, else None. members: those that each was made of.
     ran: per layer the rows cached in prefill, as indices into the unpruned prompt. hidden: their outputs, before
     DeepStack adds to them.
     logits: [vocab] at the last prompt token; tokens: greedy continuation, the stop token included.
@@ -61,6 +61,7 @@ class Reference:
 
     features: np.ndarray | None
     anchors: np.ndarray | None
+    members: list[np.ndarray] | None
     decisions: list[EagerDecision]
     ran: list[np.ndarray]
     hidden: list[np.ndarray]
@@ -92,9 +93,11 @@ def run(
     schedule = schedule or Schedule((Stage(0, len(model.model.language_model.layers)),))
     images = encode(model, pixel_values, image_grid_thw, schedule)
     walk, logits = prefill(model, ids, images, image_grid_thw, schedule, prior)
+    merged = bool(images) and schedule.merge is not None
     return Reference(
         features=torch.cat([image.features for image in images]).float().numpy() if images else None,
-        anchors=_visual_index(images).numpy() if images and schedule.merge is not None else None,
+        anchors=_visual_index(images).numpy() if merged else None,
+        members=_members(images) if merged else None,
         decisions=walk.decisions,
         ran=walk.ran,
         hidden=[hidden.float().numpy() for hidden in walk.hidden],
@@ -342,6 +345,12 @@ def _positions_of_smaller(
 def _visual_index(images: Sequence[ImageTensors]) -> Tensor:
     """Original visual index, over all images of the prompt, of each token that is left."""
     return torch.cat([first + image.index for image, first in zip(images, _firsts(images), strict=True)])
+
+
+def _members(images: Sequence[ImageTensors]) -> list[np.ndarray]:
+    """Original visual indices, over all images of the prompt, of what each token that is left was made of."""
+    given = zip(images, _firsts(images), strict=True)
+    return [first + own.nonzero()[:, 0].numpy() for image, first in given for own in image.members]
 
 
 def _firsts(images: Sequence[ImageTensors]) -> list[int]:

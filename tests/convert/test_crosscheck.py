@@ -36,7 +36,14 @@ def test_frameworks_agree_without_and_with_routing(checkpoint, capsys):
     ):
         assert f"\n{quantity} " in out
     routed = "nuwa reroute 0.2222: "
-    for quantity in ("anchors", "layer 2: selected", "layer 3: scores", "keys cached per layer", "greedy tokens"):
+    for quantity in (
+        "anchors",
+        "members",
+        "layer 2: selected",
+        "layer 3: scores",
+        "keys cached per layer",
+        "greedy tokens",
+    ):
         assert f"\n{routed}{quantity} " in out
     assert "0 of 2 " in out and "DIFFERENT" not in out and out.endswith("PyTorch and JAX agree\n")
 
@@ -50,7 +57,14 @@ def test_frameworks_agree_on_qwen(tmp_path, capsys):
     routed = "nuwa delete keep_ratio=0.5: "
     for quantity in ("image features", "logits, all positions", "greedy tokens"):
         assert f"\n{quantity} " in out
-    for quantity in ("merged image features", "anchors", "layer 2: selected", "layer 2: scores", "greedy tokens"):
+    for quantity in (
+        "merged image features",
+        "anchors",
+        "members",
+        "layer 2: selected",
+        "layer 2: scores",
+        "greedy tokens",
+    ):
         assert f"\n{routed}{quantity} " in out
     assert "DIFFERENT" not in out and out.endswith("PyTorch and JAX agree\n")
 

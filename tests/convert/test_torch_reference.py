@@ -197,14 +197,14 @@ def test_vector_6_nuwa_merge():
     similarity = torch.stack([(patches * torch.pi / 10).cos(), (patches * torch.pi / 10).sin()], dim=1)
     features = torch.stack([patches, torch.ones(16)], dim=1)
     given = {"columns": 4, "radius": 8**0.5, **LLAVA}
-    merged, anchors = nuwa_stage_one(metric, features, similarity, top_n=1, keep=3, **given)
+    merged, anchors, _ = nuwa_stage_one(metric, features, similarity, top_n=1, keep=3, **given)
     assert anchors.tolist() == [0, 6, 15]
     np.testing.assert_allclose(merged, [[0, 1], [10.3068, 1.7240], [21.7682, 1.5126]], atol=1e-4)
-    merged, _ = nuwa_stage_one(
+    merged, _, _ = nuwa_stage_one(
         metric, features, similarity, top_n=1, keep=3, **{**given, "self_weight_override": False}
     )
     np.testing.assert_allclose(merged, [[0, 1], [5.9627, 1], [14.0798, 1]], atol=1e-4)
-    merged, anchors = nuwa_stage_one(metric, features, similarity, top_n=2, keep=6, **given)
+    merged, anchors, _ = nuwa_stage_one(metric, features, similarity, top_n=2, keep=6, **given)
     assert anchors.tolist() == [0, 5, 6, 7, 14, 15]
     expected = [[0, 1], [8.6573, 1.7240], [6, 1], [11.4699, 1.6316], [22.5428, 1.6622], [15, 1]]
     np.testing.assert_allclose(merged, expected, atol=1e-4)
@@ -215,7 +215,7 @@ def test_vector_7_nuwa_high_counts(keep, top_n, high):
     generator = torch.Generator().manual_seed(0)
     metric = torch.randperm(576, generator=generator).float()
     features = torch.rand(576, 4, generator=generator)
-    merged, anchors = nuwa_stage_one(
+    merged, anchors, _ = nuwa_stage_one(
         metric,
         features,
         torch.rand(576, 4, generator=generator),
@@ -232,13 +232,13 @@ def test_vector_7_nuwa_high_counts(keep, top_n, high):
 def test_nuwa_candidates_are_the_best_of_each_region():
     """One region holds the four largest values; the anchor at the threshold itself counts as high."""
     metric = torch.tensor([9.0, 8, 1, 2, 7, 6, 3, 4, 0.4, 0.3, 0.2, 0.1, 0.8, 0.7, 0.6, 0.5])
-    merged, anchors = nuwa_stage_one(
+    merged, anchors, _ = nuwa_stage_one(
         metric, torch.eye(16), torch.ones(16, 2), columns=4, top_n=2, keep=5, radius=8**0.5, **LLAVA
     )
     assert anchors.tolist() == [0, 1, 6, 7, 12]
     # Index 0.55 * 4 = 2.2 of the sorted .8, 3, 4, 8, 9 is 4.8.
     assert [int((row > 0).sum()) == 1 for row in merged] == [True, True, False, False, False]
-    _, odd = nuwa_stage_one(
+    _, odd, _ = nuwa_stage_one(
         metric[:15], torch.eye(15), torch.ones(15, 2), columns=5, top_n=1, keep=9, radius=9, **LLAVA
     )
     assert odd.tolist() == [0, 4, 7, 10, 12, 14]
@@ -248,7 +248,7 @@ def test_nuwa_candidates_are_the_best_of_each_region():
 def _high_anchors(keep):
     """A 2 x 42 grid with one candidate a region."""
     metric = torch.arange(84.0)
-    merged, _ = nuwa_stage_one(
+    merged, _, _ = nuwa_stage_one(
         metric, torch.eye(84), torch.ones(84, 2), columns=42, top_n=1, keep=keep, radius=9, **LLAVA
     )
     return sum(int((row > 0).sum()) == 1 for row in merged)
@@ -346,7 +346,7 @@ def test_nuwa_reads_the_tower_where_the_specification_says(model, pixels):
     model.set_attn_implementation("eager")
     with torch.no_grad():
         tower = model.model.vision_tower(torch.tensor(pixels), output_hidden_states=True, output_attentions=True)
-        merged, anchors = nuwa_stage_one(
+        merged, anchors, _ = nuwa_stage_one(
             tower.attentions[4][0, :, 0, 1:].sum(dim=0),
             tower.hidden_states[5][0, 1:],
             sum(tower.hidden_states[i][0, 1:] for i in (4, 5, 6)) / 3,

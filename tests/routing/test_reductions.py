@@ -33,6 +33,9 @@ class Given(Tower):
     def project(self, features):
         return features
 
+    def resized(self, cells, back):
+        return Given(cells, **self.parts)
+
     def in_torch(self):
         return Given(self.grid, **{name: torch.tensor(np.array(part[0])) for name, part in self.parts.items()})
 
@@ -46,14 +49,19 @@ def compiled(merge, tower, grids):
 
 
 def kept(merge, tower):
-    """Indices and features by both frameworks, which must agree."""
+    """Indices and features by both frameworks, which must agree, as must the members."""
     size = tower.grid[0] * tower.grid[1]
     features, index = compiled(merge, tower, [tower.grid])
     expected = merges.reduced(merge, tower.in_torch())
     found = index[0][index[0] < size].tolist()
     assert found == expected.index.tolist()
     np.testing.assert_allclose(features[0, : len(found)], expected.features, atol=1e-5)
+    assert made_of(merge, tower) == in_torch(expected.members)
     return found, features[0]
+
+
+def in_torch(members):
+    return [one.nonzero()[:, 0].tolist() for one in members]
 
 
 def made_of(merge, tower):
@@ -83,7 +91,9 @@ def test_members_of_what_is_kept_and_of_cells():
     features = circle([0, 10, 25, 90, 100, 200, 305])[None]
     assert made_of(DivPrune(count=3), Given((1, 7), features=features)) == [[2], [5], [6]]
     for merge in (PoolMerge(Fraction(1, 4)), Downsample(count=4)):
-        cells = made_of(merge, Given((4, 4), features=np.zeros((1, 16, 2), np.float32)))
+        tower = Given((4, 4), features=np.zeros((1, 16, 2), np.float32))
+        cells = made_of(merge, tower)
+        assert cells == in_torch(merges.reduced(merge, tower.in_torch()).members)
         assert cells == [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
 
 
@@ -149,7 +159,9 @@ def test_groups_of_visionzip():
     """Vector 22.7's groups: targets 0 and 5, groups {2, 6} and {3, 7}."""
     features = torch.tensor([(p, 1.0) for p in range(8)])
     keys = torch.tensor(circle([0, 10, 80, 0, 95, 30, 170, 0])[[0, 0, 1, 2, 3, 4, 5, 6]])
-    joined = merges.group_means(features, keys, [2, 3, 6, 7], [0, 5])
+    found = merges.groups(keys, [2, 3, 6, 7], [0, 5])
+    assert found == {0: [2, 6], 5: [3, 7]}
+    joined = merges.group_means(features, found)
     np.testing.assert_allclose(joined[[0, 5]], [(4, 2), (10, 2)])
 
 
