@@ -14,15 +14,13 @@ from dataclasses import dataclass, replace
 import jax
 import numpy as np
 
-import reroute_jax
-from convert.checkpoint import fitted
 from evals.speed.checkpoint_shapes import SHAPES
 from evals.speed.subjects import QWEN_GRID, Sample, Subject, add_subject_arguments, open_subject, random_model, sample
 from reroute_jax.commandline.parsing import DATA, ROUTE, RUN, Parser, exit_code, positive
 from reroute_jax.engine.model import Model
 from reroute_jax.errors import RerouteError
-from reroute_jax.nn.params import named_parameters, with_parameters
-from reroute_jax.nn.quantised import TILES, with_quantised
+from reroute_jax.nn.params import named_parameters
+from reroute_jax.nn.quantised import TILES
 from reroute_jax.routing.plan import Schedule
 
 
@@ -53,20 +51,12 @@ def measured(args: argparse.Namespace) -> str:
         f"| {subject.model.dtype} | {plain.nbytes / 1e9:.3f} | | | |",
     ]
     for kind in TILES:
-        found = seen(quantised_model(subject.model, kind), schedule, given, args.new_tokens)
+        found = seen(_subject(args, kind).model, schedule, given, args.new_tokens)
         error = np.linalg.norm(found.logits - plain.logits) / np.linalg.norm(plain.logits)
         alike = " ".join(f"{shared(*pair):.3f}" for pair in zip(plain.selected, found.selected, strict=True))
         rows = (plain.tokens == found.tokens).all(axis=1)
         lines.append(f"| {kind} | {found.nbytes / 1e9:.3f} | {error:.4f} | {alike} | {rows.sum()} of {len(rows)} |")
     return "\n".join(lines)
-
-
-def quantised_model(model: Model, kind: str) -> Model:
-    """The same model with quantised weights."""
-    empty = with_quantised(reroute_jax.abstract_params(model.config, model.dtype), kind)
-    wanted = named_parameters(empty)
-    params = {path: fitted(value, wanted[path]) for path, value in named_parameters(model.module).items()}
-    return replace(model, module=with_parameters(empty, params))
 
 
 def seen(model: Model, schedule: Schedule, given: Sample, new_tokens: int) -> QuantisedSight:
@@ -82,20 +72,20 @@ def shared(one: np.ndarray, other: np.ndarray) -> float:
     return float(np.mean([np.isin(*pair).mean() for pair in zip(one, other, strict=True)]))
 
 
-def _subject(args: argparse.Namespace) -> Subject:
+def _subject(args: argparse.Namespace, quantise: str | None = None) -> Subject:
     if args.layers is None:
-        return open_subject(args)
+        return open_subject(args, quantise=quantise)
     if args.random is None:
         raise RerouteError("--layers is of a --random model: name one, or leave it out")
     shape = SHAPES[args.random]
     shape = replace(shape, decoder=replace(shape.decoder, layers=args.layers))
-    model, hf_config = random_model(shape, args.dtype or "float32")
+    model, hf_config = random_model(shape, args.dtype or "float32", quantise=quantise)
     grid = getattr(model.config.vision, "grid", None) or tuple(args.grid or QWEN_GRID)
     return Subject(args.random, model, hf_config, grid, args.text)
 
 
 def _parser() -> Parser:
-    examples = ("--model scenes-llava", "--model scenes-qwen --rows 2", "--random llava-1.5-7b --layers 4 --rows 1")
+    examples = ("--model scenes-llava", "--random llava-tiny", "--random llava-1.5-7b --layers 4 --rows 1 --budget 192")
     parser = Parser("benchmarks.quantised", __doc__, examples)
     add_subject_arguments(parser)
     run, data, route = (parser.group(title) for title in (RUN, DATA, ROUTE))

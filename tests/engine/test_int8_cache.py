@@ -18,6 +18,8 @@ from reroute_jax.engine.sampling import Sampling, row_sampling
 from reroute_jax.engine.segments import decode_segments
 from reroute_jax.errors import RerouteError
 from reroute_jax.nn.cache import ROOM, KVCache, with_room
+from reroute_jax.nn.params import named_parameters, with_parameters
+from reroute_jax.nn.quantised import plain
 from reroute_jax.routing import simulator
 from reroute_jax.routing.plan import Schedule
 from tests import tiny_qwen
@@ -85,6 +87,19 @@ def test_decoding_is_as_far_off_as_eight_bits(family, route):
     np.testing.assert_array_equal(cache.tokens_per_layer(), held.tokens_per_layer())
     dim = exact.config.decoder.head_dim
     assert cache.nbytes * 4 * dim == held.nbytes * (dim + 4)
+
+
+def test_int8_weights_write_the_cache_of_the_same_weights_in_fp32():
+    pytest.importorskip("qwix")
+    both = reroute_jax.load(smallest().folder, "float32", quantise="int8", kv_cache="int8")
+    values = {path: plain(value) for path, value in named_parameters(both.module).items()}
+    same = replace(both, module=with_parameters(reroute_jax.abstract_params(both.config), values))
+    given, schedule = ragged("llava"), Schedule.from_decisions((1,), (0.5,), 2, "reroute")
+    found, cache = stepped(both, given, schedule)
+    wanted, held = stepped(same, given, schedule)
+    np.testing.assert_allclose(found, wanted, atol=1e-3)  # where a number is rounded the other way
+    for ours, theirs in zip(jax.tree.leaves(cache), jax.tree.leaves(held), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1 if ours.dtype == jnp.int8 else 1e-5)
 
 
 def with_rooms(stage, slots):
