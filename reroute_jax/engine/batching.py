@@ -10,6 +10,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -36,12 +37,13 @@ class Question:
 
     ids: `[S]`, every image as its full number of placeholder tokens. grids: (rows, columns) of its images in order.
     images: as the family's `fit` gives them, 8 bits a value, since many questions may wait; empty where a batch gets
-    its pixels apart.
+    its pixels apart. folder: of the checkpoint whose tokenizer and image processor made it, where they did.
     """
 
     ids: np.ndarray
     grids: tuple[Grid, ...] = ()
     images: tuple[UInt8[np.ndarray, "_ _ 3"], ...] = ()
+    folder: Path | None = None
 
 
 @dataclass(frozen=True)

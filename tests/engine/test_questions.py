@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import reroute_jax
 from reroute_jax.engine.batching import lay_out
 from reroute_jax.engine.groups import batch_of
 from reroute_jax.engine.images import open_image
 from reroute_jax.errors import RerouteError
 from reroute_jax.routing.plan import Schedule
-from tests.checkpoints import qwen_pair, small
+from tests.checkpoints import qwen_pair, small, smallest
 
 MODELS = {"llava": small, "qwen2_5_vl": lambda: qwen_pair()[1]}
 
@@ -47,6 +48,19 @@ def test_an_image_that_was_fitted_before_is_neither_opened_nor_resized_again(fam
         np.testing.assert_array_equal(found.images[0], wanted.images[0])
     with pytest.raises(RerouteError, match="does not exist"):
         model.image(path)
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_what_was_made_for_another_checkpoint_is_refused(family):
+    """Its size, its grid and its ids are another tokenizer's and image processor's: the answer would be about nothing.
+    Another dtype of the same checkpoint takes them."""
+    made, asked = MODELS[family](), {"llava": smallest, "qwen2_5_vl": small}[family]()
+    again = reroute_jax.load(made.folder, "bfloat16")
+    fitted = made.image(photo(64, 64))
+    for item, what in (((fitted, "what ?"), "an image"), (made.question((None, "what ?")), "a question")):
+        with pytest.raises(RerouteError, match=f"{what} that was made for {made.folder}, asked of {asked.folder}"):
+            asked.question(item)
+        np.testing.assert_array_equal(again.question(item).ids, made.question(item).ids)
 
 
 @pytest.mark.parametrize("family", MODELS)

@@ -4,6 +4,7 @@ import base64
 import io
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -34,7 +35,7 @@ def picture(url: str, name: str, hosts: frozenset[str], most_bytes: int) -> Imag
 
 
 def fitted(file: bytes, name: str) -> FittedImage:
-    return FittedImage((1, 1), np.asarray(decoded(file, name)))
+    return FittedImage((1, 1), np.asarray(decoded(file, name)), Path())
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +111,7 @@ def test_images_that_come_again_are_opened_and_resized_once():
 
     def fit(image):
         made.append(image.getpixel((0, 0))[0])
-        return FittedImage((1, 1), np.asarray(image))
+        return FittedImage((1, 1), np.asarray(image), Path())
 
     files = {red: encoded("BMP", Image.new("RGB", (4, 2), (red, 0, 0))) for red in (1, 2, 3)}
     images = KnownImages(fit, max_bytes=2 * 4 * 2 * 3)
