@@ -11,6 +11,7 @@ import json
 import math
 import sys
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -64,18 +65,22 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     args = _parser().parse_args(argv)
     jax.config.update("jax_platforms", "cpu")
-    return exit_code(lambda: write(SHAPES[args.shape], args.out, args.shards, args.dtype, args.seed), args.debug)
+    shape = SHAPES[args.shape]
+    if args.layers is not None:
+        shape = replace(shape, decoder=replace(shape.decoder, layers=args.layers))
+    return exit_code(lambda: write(shape, args.out, args.shards, args.dtype, args.seed), args.debug)
 
 
 def _parser() -> Parser:
     examples = (
         "llava-1.5-7b random-7b --shards 3 --dtype bfloat16",
         "qwen-tiny random-qwen --dtype float32",
-        "llava-tiny-gqa random-gqa --seed 1",
+        "llava-1.5-7b random-shallow --layers 4",
     )
     parser = Parser("benchmarks.random_checkpoint", __doc__, examples)
     run, output = parser.group(RUN), parser.group(OUTPUT)
     run.add_argument("shape", metavar="SHAPE", choices=list(SHAPES), help=f"one of {', '.join(SHAPES)}")
+    run.add_argument("--layers", type=positive, help="of the decoder (default: the shape's)")
     run.add_argument("--dtype", choices=list(FLOATS), default="bfloat16", help="(default: %(default)s)")
     run.add_argument("--seed", type=int, default=0, help="of the weights (default: %(default)s)")
     output.add_argument("out", metavar="OUT", type=Path, help="folder to write; must not exist")
