@@ -27,8 +27,8 @@ gc.set_threshold(100_000, 20, 50)
 install_import_hook("reroute_jax", "beartype.beartype")
 
 
-def pytest_collection_finish():
-    """pytest collects all garbage several times at its end: what was imported is none."""
+def pytest_sessionfinish():
+    """Behind it pytest collects all garbage several times: seconds, with what a worker holds by then."""
     gc.freeze()
 
 
