@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import cached_property
 from itertools import pairwise
 from numbers import Integral, Real
 from pathlib import Path
@@ -137,7 +138,7 @@ class Schedule:
                 )
             united |= stage.union
 
-    @property
+    @cached_property
     def decisions(self) -> tuple[Stage, ...]:
         return tuple(stage for stage in self.stages if stage.decides)
 

@@ -35,10 +35,10 @@ QUESTION = "where is the red cup ?"
 class Server:
     """A process, where it listens, and what it says."""
 
-    def __init__(self, folder: Path, output: Path):
+    def __init__(self, folder: Path, output: Path, *more: str):
         self.output = output
         with output.open("w") as file:
-            command = [sys.executable, "-m", "reroute_jax.serve", "--model", str(folder), *OPTIONS]
+            command = [sys.executable, "-m", "reroute_jax.serve", "--model", str(folder), *OPTIONS, *more]
             self.process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
         while (found := re.search(r"listening on (\S+)/v1", output.read_text())) is None:
             assert self.process.poll() is None, output.read_text()
@@ -276,6 +276,21 @@ def test_nothing_was_compiled_and_nothing_logged(server):
     said = server.output.read_text()
     assert "listening on http://127.0.0.1:" in said
     assert not [word for word in ("cup", "image 1", "POST", "Traceback", KEY) if word in said]
+
+
+@pytest.mark.slow
+def test_later_questions_about_an_image_are_answered_from_what_is_kept(servers, plans, tmp_path):
+    server = Server(smallest().folder, tmp_path / "output", "--image-cache", "64")
+    servers.insert(0, server)
+    encoded = png(picture())
+    for number, question in enumerate((QUESTION, "how many cups", "is this a dog")):
+        found = server.chat(shown(encoded, question))
+        wanted = smallest().answer([(picture(), question)], schedule=plans["fastv"], max_new_tokens=33)[0]
+        assert found.choices[0].message.content == wanted.text
+        assert (server.metric("reroute_image_cache_misses"), server.metric("reroute_image_cache_hits")) == (1, number)
+    server.chat(shown(png(picture(1))))
+    assert server.metric("reroute_image_cache_misses") == 2
+    assert server.metric("reroute_programs_compiled") == server.programs
 
 
 def test_at_the_end_what_runs_is_finished_and_what_is_new_is_refused(server):
