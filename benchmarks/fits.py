@@ -17,11 +17,11 @@ from itertools import product
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
 import reroute_jax
 from benchmarks.lines import line
+from convert.loading import with_kv_cache
 from evals.speed.checkpoint_shapes import SHAPES
 from reroute_jax.commandline.parsing import DATA, OUTPUT, ROUTE, RUN, Parser, budget, exit_code, positive
 from reroute_jax.config import DecoderConfig, ModelConfig
@@ -29,27 +29,32 @@ from reroute_jax.errors import RerouteError
 from reroute_jax.mesh import check_split
 from reroute_jax.models import read_config
 from reroute_jax.nn.attention import LONG
-from reroute_jax.nn.cache import ROOM
+from reroute_jax.nn.cache import ROOM, token_bytes
+from reroute_jax.nn.quantised import with_quantised
 from reroute_jax.nn.sharding import AXES, on_mesh
 from reroute_jax.routing import methods
 from reroute_jax.routing.cost import visual_per_layer
 from reroute_jax.vision.clip import ClipConfig
 
+DTYPE = "bfloat16"
 # Memory of a chip in GB, from Google's pages of Cloud TPU (November 2026).
 CHIPS = {"v5e": 16, "v6e": 32, "v5p": 95}
 # The rest is the runtime's, and the compiler's own: 0.33 GB of temporaries for LLaVA-1.5-7B's prefill of one row on a
 # v5e, of which `prefill_bytes` explains 0.1 (libtpu 0.0.42.1, November 2026).
 USABLE = 0.95
+# Weights of the decoder and KV cache; everything else is in bf16 either way. As `load` takes it.
+HELD = {"bf16": {}, "int8": {"quantise": "int8", "kv_cache": "int8"}}
 # Sides of the square grids of visual tokens; LLaVA-1.5 has the first alone.
 SIDES = (24, 48, 128)
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """devices: that share the heads, the MLP and the vocabulary. visual, text: tokens of a request."""
+    """devices: that share the heads, the MLP and the vocabulary. held: of HELD. visual, text: tokens of a request."""
 
     model: str
     devices: int
+    held: str
     chip: str
     visual: int
     text: int
@@ -59,7 +64,7 @@ class Shapes:
 
 @dataclass(frozen=True)
 class Room:
-    """Bytes are a device's. weight_bytes: in bf16. row_bytes: the cache of a request, with room for its first tokens.
+    """Bytes are a device's. row_bytes: the cache of a request, with room for its first tokens.
     prefill_bytes: beside them, while a request runs its prompt. rows: requests that fit."""
 
     weight_bytes: int
@@ -87,26 +92,35 @@ def compare(args: argparse.Namespace, arguments: Sequence[str]) -> None:
 def rooms(args: argparse.Namespace) -> Iterator[tuple[Shapes, Room]]:
     """Of everything that the arguments name and a mesh can split."""
     for model, devices in product(args.random, args.devices):
-        config = read_config(SHAPES[model].config("bfloat16"))
+        config = read_config(SHAPES[model].config(DTYPE))
         try:
             check_split(config.decoder, devices)
         except RerouteError as reason:
             print(f"note: {model} is left out: {reason}", file=sys.stderr)
             continue
-        weights = weight_bytes(config, devices)
         sides = SIDES[:1] if isinstance(config.vision, ClipConfig) else SIDES
-        for side, share, chip in product(sides, [None, *args.budgets], args.chips):
-            one = Shapes(
-                model, devices, chip, side * side, args.text, args.method, "all" if share is None else str(share)
-            )
-            row, prefill = row_bytes(config, side, args, share, devices)
-            left = int(USABLE * CHIPS[chip] * 10**9) - weights - prefill
-            yield one, Room(weights, row, prefill, max(0, left // row))
+        for held in args.held:
+            own = held_config(config, held)
+            weights = weight_bytes(own, devices, HELD[held].get("quantise"))
+            for side, share, chip in product(sides, [None, *args.budgets], args.chips):
+                asked = args.text, args.method, "all" if share is None else str(share)
+                one = Shapes(model, devices, held, chip, side * side, *asked)
+                row, prefill = row_bytes(own, side, args, share, devices)
+                left = int(USABLE * CHIPS[chip] * 10**9) - weights - prefill
+                yield one, Room(weights, row, prefill, max(0, left // row))
 
 
-def weight_bytes(config: ModelConfig, devices: int) -> int:
+def held_config(config: ModelConfig, held: str) -> ModelConfig:
+    kind = HELD[held].get("kv_cache")
+    return config if kind is None else with_kv_cache(config, kind)
+
+
+def weight_bytes(config: ModelConfig, devices: int, quantise: str | None = None) -> int:
     kv = math.gcd(config.decoder.num_kv_heads, devices)
-    placed = on_mesh(reroute_jax.abstract_params(config, "bfloat16"), AbstractMesh((1, kv, devices // kv), AXES))
+    module = reroute_jax.abstract_params(config, DTYPE)
+    if quantise is not None:
+        module = with_quantised(module, quantise)
+    placed = on_mesh(module, AbstractMesh((1, kv, devices // kv), AXES))
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(placed)
     )
@@ -120,8 +134,7 @@ def row_bytes(
     how = {"method": "none"} if share is None else {"method": args.method, "budget": share, "action": args.action}
     sizes = {"num_layers": decoder.num_layers, "visual": visual, "grid": (side, side), "family": config.family}
     tokens = sum(visual_per_layer(methods.plan(**how, **sizes), visual)) + decoder.num_layers * (args.text + ROOM)
-    heads = decoder.num_kv_heads // math.gcd(decoder.num_kv_heads, devices)
-    width = 2 * heads * decoder.head_dim * jnp.dtype("bfloat16").itemsize
+    width = token_bytes(decoder, DTYPE) // math.gcd(decoder.num_kv_heads, devices)
     return tokens * width, prefill_bytes(decoder, visual + args.text, devices)
 
 
@@ -137,14 +150,15 @@ def table(found: dict[Shapes, Room]) -> str:
     shares = list(dict.fromkeys(one.budget for one in found))
     chips = list(dict.fromkeys(one.chip for one in found))
     columns = [f"{chip} {share}" for chip in chips for share in shares]
-    lines = ["| model | devices | visual | weights GB | row MB, all | " + " | ".join(columns) + " |"]
-    lines.append("|---" * (5 + len(columns)) + "|")
+    lines = ["| model | devices | held | visual | weights GB | row MB, all | " + " | ".join(columns) + " |"]
+    lines.append("|---" * (6 + len(columns)) + "|")
     by_size: dict[tuple, dict[tuple, Room]] = {}
     for one, of in found.items():
-        by_size.setdefault((one.model, one.devices, one.visual), {})[one.chip, one.budget] = of
-    for (model, devices, visual), own in by_size.items():
+        by_size.setdefault((one.model, one.devices, one.held, one.visual), {})[one.chip, one.budget] = of
+    for (model, devices, held, visual), own in by_size.items():
         first = next(iter(own.values()))
-        cells = [model, str(devices), f"{visual:,}", f"{first.weight_bytes / 1e9:.1f}", f"{first.row_bytes / 1e6:,.0f}"]
+        cells = [model, str(devices), held, f"{visual:,}"]
+        cells += [f"{first.weight_bytes / 1e9:.1f}", f"{first.row_bytes / 1e6:,.0f}"]
         cells += [str(own[chip, share].rows) for chip in chips for share in shares]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -159,6 +173,13 @@ def _parser() -> Parser:
     run.add_argument("--chips", nargs="+", choices=tuple(CHIPS), default=list(CHIPS), help="(default: all)")
     run.add_argument(
         "--devices", nargs="+", type=positive, default=[1, 4, 8], metavar="N", help="of a mesh model=N (default: 1 4 8)"
+    )
+    run.add_argument(
+        "--held",
+        nargs="+",
+        choices=tuple(HELD),
+        default=list(HELD),
+        help="the decoder's weights and the KV cache; int8 needs qwix (default: both)",
     )
     data.add_argument("--text", type=positive, default=64, help="text tokens of a request (default: %(default)s)")
     route.add_argument("--method", choices=("fastv", "pdrop"), default="pdrop", help="(default: %(default)s)")

@@ -14,7 +14,7 @@ ALL = 32 * (576 + 64 + 32) * ONE_TOKEN
 
 
 def asked(*arguments: str) -> argparse.Namespace:
-    return fits._parser().parse_args(["--random", "llava-1.5-7b", *arguments])
+    return fits._parser().parse_args(["--random", "llava-1.5-7b", "--held", "bf16", *arguments])
 
 
 def test_all_tokens_and_a_third_on_one_chip_and_on_four():
@@ -34,6 +34,17 @@ def test_all_tokens_and_a_third_on_one_chip_and_on_four():
     assert found[1, "all"].rows == 2 and found[1, "1/3"].rows == 6
 
 
+def test_weights_and_cache_in_int8_leave_room_for_more():
+    """A token of a head has 128 bytes and a scale of 4 in each of its two caches. Weights of 8 bits are half, but for
+    the tower and norms of 0.6 GB and the scales."""
+    pytest.importorskip("qwix")
+    arguments = asked("--held", "int8", "--devices", "1", "--chips", "v5e", "--budgets", "1/3")
+    found = {one.budget: of for one, of in fits.rooms(arguments)}
+    assert found["all"].row_bytes == ALL * 132 // 256
+    assert found["all"].weight_bytes == pytest.approx(0.65e9 + (14.13e9 - 0.65e9) / 2, rel=0.01)
+    assert found["all"].rows == 42, "of 2 in bf16"
+
+
 def test_kv_heads_that_devices_share_are_copied():
     """Of Qwen2.5-VL-72B's eight KV heads each of eight devices holds one, and so does each of 16."""
     config = fits.read_config(fits.SHAPES["qwen2.5-vl-72b"].config("bfloat16"))
@@ -45,7 +56,7 @@ def test_the_table_has_a_line_for_each_size():
     found = dict(fits.rooms(asked("--devices", "1", "--chips", "v5e", "v5p", "--budgets", "1/3")))
     lines = fits.table(found).splitlines()
     assert lines[0].endswith("| v5e all | v5e 1/3 | v5p all | v5p 1/3 |") and len(lines) == 3
-    assert lines[2].startswith("| llava-1.5-7b | 1 | 576 | 14.1 | 352 | 2 |")
+    assert lines[2].startswith("| llava-1.5-7b | 1 | bf16 | 576 | 14.1 | 352 | 2 |")
 
 
 def test_a_budget_below_what_a_method_reaches_is_refused():
