@@ -31,7 +31,7 @@ GROUPS = {
     "benchmarks.beyond": (RUN, DATA, ROUTE, OUTPUT),
     "benchmarks.found_schedules": (RUN, DATA, OUTPUT),
     "benchmarks.gpu": (RUN, OUTPUT),
-    "benchmarks.int8_cache": (RUN, DATA, ROUTE, OUTPUT),
+    "benchmarks.fewer_bits": (RUN, DATA, ROUTE, OUTPUT),
     "benchmarks.load": (RUN, DATA, ROUTE, OUTPUT),
     "benchmarks.mesh": (RUN, ROUTE, OUTPUT),
     "benchmarks.quantised": (RUN, DATA, ROUTE),
