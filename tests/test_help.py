@@ -36,6 +36,7 @@ GROUPS = {
     "benchmarks.mesh": (RUN, ROUTE, OUTPUT),
     "benchmarks.quantised": (RUN, DATA, ROUTE),
     "benchmarks.random_checkpoint": (RUN, OUTPUT),
+    "benchmarks.server_memory": (RUN, DATA, ROUTE, OUTPUT),
     "benchmarks.vision_windows": (RUN, DATA),
 }
 PACKAGES = {"convert": "convert.__main__", "convert.crosscheck": "convert.crosscheck.command"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from reroute_jax.engine.answers import Usage
@@ -20,6 +20,7 @@ class Metrics:
 
     def __init__(self, engine: Engine, cache: ImageCache | None, compiled: Sequence[str]) -> None:
         self._registry = registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
         self._requests = Counter("reroute_requests", "Answered, by HTTP status", ["status"], registry=registry)
         self._tokens = Counter("reroute_tokens", "By plan and kind", ["plan", "kind"], registry=registry)
         self._first = Histogram(

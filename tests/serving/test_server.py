@@ -176,6 +176,8 @@ def test_models_and_health(server):
     assert model.id == server.model
     assert model.routing == [{"method": "fastv", "budget": "3/4", "action": "reroute"}, {"method": "none"}]
     assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
+    if sys.platform == "linux":
+        assert server.metric("process_resident_memory_bytes") > 1e8
 
 
 def test_what_is_wrong_is_told_in_one_line(server):
