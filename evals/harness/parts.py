@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,11 @@ from evals.harness.runner import (
     LOOKAHEAD,
     WINDOW,
     Answerer,
-    Record,
     Run,
     Task,
     answered,
     append,
+    cut_off,
     prepared_batches,
     read_lines,
     write_lines,
@@ -53,6 +54,8 @@ def answer_together(
     """
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
     parts = Parts(processes, task.total, batch_size, [run.name for run in runs], processes.folder / f"parts-{digest}")
+    for run in runs:
+        cut_off(parts.file(run.name))
     own = parts.missing(parts.share(processes.index))
     bar = tqdm(total=len(own) * len(runs), desc=f"process {processes.index}", unit="question", smoothing=0.1)
     with bar, closing(ahead(prepared_batches(model, task, own, batch_size), LOOKAHEAD)) as ready:
@@ -76,6 +79,7 @@ class Parts:
     def __init__(self, processes: Processes, total: int, batch_size: int, names: Sequence[str], folder: Path) -> None:
         self.processes, self.total, self.names, self.folder = processes, total, names, folder
         self.window = WINDOW * batch_size
+        self._read: dict[Path, _Answers] = {}
         folder.mkdir(exist_ok=True)
 
     def share(self, number: int) -> range:
@@ -87,14 +91,9 @@ class Parts:
     def file(self, name: str) -> Path:
         return self.folder / f"{name}.{self.processes.index}.jsonl"
 
-    def records(self, name: str) -> dict[int, Record]:
-        """Of a run so far, by number of the question, of all processes and of earlier ones."""
-        files = [self.processes.folder / f"{name}.jsonl", *sorted(self.folder.glob(f"{name}.*.jsonl"))]
-        return {record["doc_id"]: record for file in files for record in read_lines(file)}
-
     def missing(self, questions: range) -> list[int]:
-        """Those that not every run has an answer to."""
-        done = set.intersection(*(set(self.records(name)) for name in self.names))
+        """Those that not every run has an answer to. Of a file only what is new is read."""
+        done = set.intersection(*(self._done(name) for name in self.names))
         return [number for number in questions if number not in done]
 
     def check(self) -> None:
@@ -110,6 +109,27 @@ class Parts:
     def merge(self) -> None:
         """Each run's lines in the order of the questions, as a single process writes them."""
         for name in self.names:
-            found = self.records(name)
+            found = {record["doc_id"]: record for file in self._files(name) for record in read_lines(file)[0]}
             write_lines(self.processes.folder / f"{name}.jsonl", [found[number] for number in range(self.total)])
         shutil.rmtree(self.folder)
+
+    def _files(self, name: str) -> list[Path]:
+        """Of a run, of all processes and of earlier ones."""
+        return [self.processes.folder / f"{name}.jsonl", *sorted(self.folder.glob(f"{name}.*.jsonl"))]
+
+    def _done(self, name: str) -> set[int]:
+        return set().union(*(self._read.setdefault(file, _Answers(file)).numbers() for file in self._files(name)))
+
+
+@dataclass
+class _Answers:
+    """Of a file that grows by whole lines: the questions that are answered up to byte `end`."""
+
+    file: Path
+    end: int = 0
+    answered: set[int] = field(default_factory=set)
+
+    def numbers(self) -> set[int]:
+        records, self.end = read_lines(self.file, self.end)
+        self.answered.update(record["doc_id"] for record in records)
+        return self.answered

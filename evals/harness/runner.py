@@ -120,7 +120,7 @@ def answer(model: Answerer, task: Task, places: Sequence[tuple[Run, Path]], batc
     never stopped.
     """
     files = {run.name: folder / f"{run.name}.jsonl" for run, folder in places}
-    done = {name: _whole_lines(file) for name, file in files.items()}
+    done = {name: _lines_done(file) for name, file in files.items()}
     ready = ahead(_unanswered(model, task, min(done.values()), batch_size), LOOKAHEAD)
     bar = tqdm(total=task.total * len(files), initial=sum(done.values()), unit="question", smoothing=0.1)
     with ExitStack() as opened:
@@ -213,17 +213,19 @@ def _refused(task: Task, doc: Doc, error: RerouteError) -> Doc:
     return replace(doc, image=None, size=None, truth=None, bad=why)
 
 
-def _whole_lines(file: Path) -> int:
+def _lines_done(file: Path) -> int:
     """How many there are, once a line that a kill cut off is gone from the file."""
-    lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
-    if lines and not lines[-1].endswith(b"\n"):
-        lines.pop()
+    cut_off(file)
+    return len(_read(file)) if file.exists() else 0
+
+
+def cut_off(file: Path) -> None:
+    """Cut a line that a kill cut off, so that the next one stands by itself."""
+    whole = sum(map(len, whole_lines(file)))
+    if file.exists() and file.stat().st_size > whole:
         with open(file, "r+b") as cut:
-            cut.truncate(sum(map(len, lines)))
+            cut.truncate(whole)
             os.fsync(cut.fileno())
-    if lines:
-        _read(file)
-    return len(lines)
 
 
 def _ready(model: Answerer, task: Task, docs: list[Doc]) -> Ready:
@@ -310,10 +312,19 @@ def append(file: Path, records: Sequence[Record]) -> None:
         os.fsync(out.fileno())
 
 
-def read_lines(file: Path) -> list[Record]:
-    """Whole lines of a file, in any order; one that a kill cut off is not there. Nothing without the file."""
-    lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
-    return [json_object(line, f"a line of {file}") for line in lines if line.endswith(b"\n")]
+def whole_lines(file: Path, start: int = 0) -> list[bytes]:
+    """From a byte of the file on; one that a kill cut off is not there. Nothing without the file."""
+    if not file.exists():
+        return []
+    with open(file, "rb") as opened:
+        opened.seek(start)
+        return [line for line in opened.read().splitlines(keepends=True) if line.endswith(b"\n")]
+
+
+def read_lines(file: Path, start: int = 0) -> tuple[list[Record], int]:
+    """Of `whole_lines`, and where the next ones will begin."""
+    lines = whole_lines(file, start)
+    return [json_object(line, f"a line of {file}") for line in lines], start + sum(map(len, lines))
 
 
 def write_lines(file: Path, records: Sequence[Record]) -> None:

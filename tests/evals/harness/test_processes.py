@@ -1,5 +1,6 @@
 """Processes that share the questions of a run, one of which is killed."""
 
+import re
 import socket
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 from evals import refcoco
 from evals.harness.parts import Parts
 from evals.harness.processes import Processes
+from evals.harness.runner import append, cut_off
 from tests.evals import slow_run
 
 
@@ -28,28 +30,50 @@ def lines(folder):
 
 
 @pytest.mark.slow
-def test_a_killed_process_stops_the_others_and_the_same_command_goes_on(tmp_path):
+@pytest.mark.parametrize("count", [2, 4])
+def test_a_killed_process_stops_the_others_and_the_same_command_goes_on(count, tmp_path):
     """Put together, the lines are those of a single process, byte for byte; lost is what the killed one was at."""
     single, together = tmp_path / "single", tmp_path / "together"
     single.mkdir()
     slow_run.run(slow_run.MixedModel(), single)
 
-    first, killed = started(together, 2)
-    while not list(together.glob("parts-*/full.1.jsonl")) and first.poll() is None:
+    *others, killed = started(together, count)
+    last = f"full.{count - 1}.jsonl"
+    while not list(together.glob(f"parts-*/{last}")) and others[0].poll() is None:
         time.sleep(0.05)
     killed.kill()
-    _, said = first.communicate()
-    assert first.returncode == 2, said
-    assert said.splitlines()[-1].startswith("error: process 1 of 2 ended before its questions were answered")
+    for other in others:
+        _, said = other.communicate()
+        assert other.returncode == 2, said
+        assert re.search(rf"error: process \d of {count} ended before its questions were answered", said)
     killed.communicate()
     kept = lines(together)
     assert 0 < kept < slow_run.TOTAL and not (together / "full.jsonl").exists()
 
-    ended = [process.communicate() for process in started(together, 2)]
+    ended = [process.communicate() for process in started(together, count)]
     again = sum(int(out.split()[-1]) for out, _ in ended)
     assert kept + again == slow_run.TOTAL, ended
     assert (together / "full.jsonl").read_bytes() == (single / "full.jsonl").read_bytes()
     assert not list(together.glob("parts-*"))
+
+
+def test_a_file_is_read_on_from_where_it_was(tmp_path):
+    """Of a line only when it is whole. One that a kill cut off goes before the next one is written."""
+    parts = Parts(Processes(0, 2, tmp_path), 12, 3, ["full"], tmp_path / "parts")
+    own = parts.file("full")
+    assert parts.missing(range(3)) == [0, 1, 2]
+    append(own, [{"doc_id": 1}])
+    assert parts.missing(range(3)) == [0, 2]
+    with own.open("ab") as file:
+        file.write(b'{"doc_')
+    assert parts.missing(range(3)) == [0, 2]
+    cut_off(own)
+    append(own, [{"doc_id": 0}])
+    append(own.with_name("full.1.jsonl"), [{"doc_id": 2}])
+    own.write_bytes(b" " * own.stat().st_size)  # which nobody reads again
+    assert parts.missing(range(3)) == [0], "the line of question 0 was new, and is gone"
+    append(own, [{"doc_id": 0}])
+    assert parts.missing(range(3)) == []
 
 
 def test_shares_are_whole_windows_side_by_side(tmp_path):
