@@ -147,7 +147,7 @@ def test_image_tokens_must_match_the_images(model, start):
 )
 def test_vector_9_stage_one(share, top_n, anchors, merged):
     patches = torch.arange(15.0)
-    kept, found = nuwa_stage_one(
+    kept, found, _ = nuwa_stage_one(
         torch.tensor([5, 1, 2, 9, 4, 3, 8, 7, 6, 10, 11, 0.5, 12, 0.25, 13]),
         torch.stack([patches, torch.ones(15)], dim=1),
         torch.stack([(patches * math.pi / 16).cos(), (patches * math.pi / 16).sin()], dim=1),
@@ -189,7 +189,7 @@ def test_nuwa_reads_the_tower_where_the_specification_says(model, maps, order):
         metric = maps[-1].mean(dim=0).sum(dim=0).reshape(-1, 4).mean(dim=1)[rev]
         # Of 6 blocks: floor(7 * 6 / 32) = 1 to floor(23 * 6 / 32) = 4.
         similarity = tower.merger(torch.stack(outputs[1:5]).mean(dim=0))
-        merged, anchors = nuwa_stage_one(
+        merged, anchors, _ = nuwa_stage_one(
             metric,
             features,
             similarity[rev] if order == "raster" else similarity,
