@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.found_schedules import BOXES, FULL, Contender, answered, boxes, costs
+from benchmarks.found_schedules import BOXES, FULL, Contender, answered, boxes, costs, macs, points
 from convert.embedded import EMBEDDED
 from evals.harness.cli import load_model
 from evals.harness.identity import versions
@@ -132,14 +132,9 @@ def markdown(told: Mapping[str, Mapping[str, Any]]) -> str:
     header = ["run", "tokens per layer", "prefill + scoring (+ merging), M MACs", *METRICS, "minus found (95%)"]
     rows = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     for name, run in told.items():
-        parts = [run["prefill_macs"], run["scoring_macs"], *filter(None, [run["merging_macs"]])]
-        pair = run.get("minus_found", {}).get(BOXES)
-        said = ""
-        if pair is not None:
-            said = "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * pair[part] for part in ("value", "low", "high")))
+        said = points(run["minus_found"][BOXES], "+") if "minus_found" in run else ""
         numbers = [f"{100 * run[metric]:.1f}" for metric in METRICS]
-        macs = " + ".join(f"{part / 1e6:.1f}" for part in parts)
-        rows.append("| " + " | ".join([name, f"{run['tokens']:.2f}", macs, *numbers, said]) + " |")
+        rows.append("| " + " | ".join([name, f"{run['tokens']:.2f}", macs(run), *numbers, said]) + " |")
     return "\n".join(rows)
 
 

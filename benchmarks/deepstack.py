@@ -21,11 +21,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.found_schedules import BOXES, FULL, Contender, answered, boxes, costs
+from benchmarks.found_schedules import BOXES, FULL, Contender, answered, boxes, costs, points
 from convert.embedded import EMBEDDED
 from evals.harness.cli import load_model
 from evals.harness.identity import versions
-from evals.harness.metrics import Interval, Resampler, difference, interval, means
+from evals.harness.metrics import Resampler, difference, interval, means
 from evals.table import listed
 from reroute_jax.commandline.parsing import DATA, OUTPUT, RUN, Parser, budget, exit_code, positive, whole
 from reroute_jax.engine.compilation import keep_programs
@@ -135,15 +135,10 @@ def markdown(found: Mapping[str, Any]) -> str:
     rows = ["| schedule | tokens | ACC@0.5 |", "|---|---|---|"]
     for name, run in found["runs"].items():
         tokens = f"{run['tokens']:.1f}" if "tokens" in run else "all"
-        rows.append(f"| {name} | {tokens} | {_points(Interval(**run[BOXES]))} |")
+        rows.append(f"| {name} | {tokens} | {points(run[BOXES])} |")
     rows += ["", "| difference | points of ACC@0.5 |", "|---|---|"]
-    rows += [f"| {name} | {_points(Interval(**pair[BOXES]), '+')} |" for name, pair in found["differences"].items()]
+    rows += [f"| {name} | {points(pair[BOXES], '+')} |" for name, pair in found["differences"].items()]
     return "\n".join(rows)
-
-
-def _points(value: Interval, sign: str = "") -> str:
-    middle, low, high = (format(100 * one, f"{sign}.1f") for one in (value.value, value.low, value.high))
-    return f"{middle} ({low} to {high})"
 
 
 def measure(args) -> None:

@@ -23,7 +23,7 @@ from jaxtyping import Float
 from tqdm import tqdm
 
 import reroute_jax
-from benchmarks.found_schedules import BOXES, boxes, scored
+from benchmarks.found_schedules import BOXES, boxes, points, scored
 from benchmarks.lines import line, read
 from convert.embedded import EMBEDDED
 from evals.harness.metrics import Resampler, difference
@@ -205,7 +205,7 @@ def table(found: dict[BitsCase, BitsOutcome]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for case, of in found.items():
-        minus = "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * one for one in (of.minus, of.low, of.high)))
+        minus = points({"value": of.minus, "low": of.low, "high": of.high}, "+")
         selected = " ".join(f"{100 * share:.1f}" for share in of.selected)
         lines.append(
             f"| {case.model} | {case.share} | {case.held} | {of.exact:.3f} | {of.fewer:.3f} | {minus} |"

@@ -235,18 +235,22 @@ def markdown(told: Mapping[str, Any], metrics: Sequence[str]) -> str:
     rows.append("|---" * (5 + len(metrics)) + "|")
     for name, run in told["runs"].items():
         pair = told["found minus the best by hand"].get(name, {}).get(metrics[0])
-        said = (
-            ""
-            if pair is None
-            else "{:+.1f} ({:+.1f} to {:+.1f}), {best}".format(
-                *(100 * pair[part] for part in ("value", "low", "high")), best=pair["best"]
-            )
-        )
-        parts = [run["prefill_macs"], run["scoring_macs"], *filter(None, [run["merging_macs"]])]
-        macs = " + ".join(f"{part / 1e6:.1f}" for part in parts)
+        said = "" if pair is None else f"{points(pair, '+')}, {pair['best']}"
         numbers = " | ".join(f"{100 * run[metric]:.1f}" for metric in metrics)
-        rows.append(f"| {name} | {run['schedule']} | {run['tokens']:.2f} | {macs} | {numbers} | {said} |")
+        rows.append(f"| {name} | {run['schedule']} | {run['tokens']:.2f} | {macs(run)} | {numbers} | {said} |")
     return "\n".join(rows)
+
+
+def points(of: Mapping[str, Any], sign: str = "") -> str:
+    """Of accuracy: an `Interval` as a record has it. sign: "+" shows that of a positive number, too."""
+    middle, low, high = (format(100 * of[part], f"{sign}.1f") for part in ("value", "low", "high"))
+    return f"{middle} ({low} to {high})"
+
+
+def macs(run: Mapping[str, Any]) -> str:
+    """Millions of a run of `costs`: prefill, scoring, and merging where there is any."""
+    parts = [run["prefill_macs"], run["scoring_macs"], *filter(None, [run["merging_macs"]])]
+    return " + ".join(f"{part / 1e6:.1f}" for part in parts)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

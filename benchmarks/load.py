@@ -191,11 +191,12 @@ def _data_url(image: Image.Image) -> str:
 def _plans(args: argparse.Namespace) -> list[tuple[str, dict[str, Any] | None]]:
     if args.url is not None:
         return [(args.name, None)]
-    plans = []
-    for text in args.plans:
-        words = dict(zip(("method", "budget", "action"), text.split(":"), strict=False))
-        plans.append((text, words))
-    return plans
+    return [(text, routing_of(text)) for text in args.plans]
+
+
+def routing_of(plan: str) -> dict[str, str]:
+    """What a request says to be answered by a plan METHOD:BUDGET:ACTION."""
+    return dict(zip(("method", "budget", "action"), plan.split(":"), strict=False))
 
 
 @contextmanager
@@ -244,6 +245,14 @@ async def _recorded(args: argparse.Namespace, url: str, model: str) -> list[dict
     return records
 
 
+def add_server_arguments(parser: Parser) -> None:
+    """What `server` takes beside plans and the length of answers."""
+    run = parser.group(RUN)
+    run.add_argument("--model", default="scenes-llava", help="(default: %(default)s)")
+    run.add_argument("--serve", metavar="ARGUMENTS", help="more of them for the server")
+    run.add_argument("--queue", type=positive, default=1024, help="of the server (default: %(default)s)")
+
+
 def _parser() -> Parser:
     examples = (
         "--rates 4 8 16 --requests 200",
@@ -252,9 +261,7 @@ def _parser() -> Parser:
     )
     parser = Parser("benchmarks.load", __doc__, examples)
     run, data, route = parser.group(RUN), parser.group(DATA), parser.group(ROUTE)
-    run.add_argument("--model", default="scenes-llava", help="(default: %(default)s)")
-    run.add_argument("--serve", metavar="ARGUMENTS", help="more of them for the server")
-    run.add_argument("--queue", type=positive, default=1024, help="of the server (default: %(default)s)")
+    add_server_arguments(parser)
     run.add_argument("--url", help="of a server that runs already, without /v1 and without routing")
     run.add_argument("--name", default="other", help="of that server in the table (default: %(default)s)")
     run.add_argument("--api-key", help="that it wants")

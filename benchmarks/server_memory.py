@@ -20,10 +20,9 @@ import httpx
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.load import Target, closed_loop, questions, server
-from reroute_jax.commandline.parsing import DATA, OUTPUT, ROUTE, RUN, Parser, exit_code, positive
+from benchmarks.load import Target, add_server_arguments, closed_loop, questions, routing_of, server
+from reroute_jax.commandline.parsing import DATA, OUTPUT, ROUTE, Parser, exit_code, positive
 from reroute_jax.errors import RerouteError
-from reroute_jax.serving.plans import plan_words
 
 PARTS = 10
 RESIDENT = re.compile(r"^process_resident_memory_bytes (\S+)$", re.MULTILINE)
@@ -33,11 +32,9 @@ async def measure(args: argparse.Namespace, url: str) -> AsyncIterator[dict[str,
     """A record before the first request, and one after each tenth of them."""
     asked = questions(args.images, args.new_tokens, np.random.default_rng(0))
     order = [asked[number % len(asked)] for number in range(args.requests)]
-    method, budget, action = plan_words(args.plans[0])
-    routing = {"method": method, "budget": budget and str(budget), "action": action}
+    plan = args.plans[0]
     async with httpx.AsyncClient(base_url=url, timeout=None) as client:
-        named = {part: word for part, word in routing.items() if word is not None}
-        target = Target(client, Path(args.model).name, args.plans[0], named)
+        target = Target(client, Path(args.model).name, plan, routing_of(plan))
         yield {"requests": 0, "resident_mb": await resident(client)}
         for part in range(PARTS):
             first, end = (args.requests * edge // PARTS for edge in (part, part + 1))
@@ -82,10 +79,8 @@ def _parser() -> Parser:
         '--plans pdrop:2/9:delete --serve "--max-batch 16"',
     )
     parser = Parser("benchmarks.server_memory", __doc__, examples)
-    run, data = parser.group(RUN), parser.group(DATA)
-    run.add_argument("--model", default="scenes-llava", help="(default: %(default)s)")
-    run.add_argument("--serve", metavar="ARGUMENTS", help="more of them for the server")
-    run.add_argument("--queue", type=positive, default=1024, help="of the server (default: %(default)s)")
+    add_server_arguments(parser)
+    data = parser.group(DATA)
     data.add_argument("--requests", type=positive, default=10000, help="(default: %(default)s)")
     data.add_argument("--images", type=positive, default=100, help="that differ (default: %(default)s)")
     data.add_argument("--clients", type=positive, default=16, help="(default: %(default)s)")

@@ -168,7 +168,7 @@ def test_vector_10_stage_two_score():
     other = torch.tensor([[0.3, 0.3, 0.2, 0.2], [0.1, 0.6, 0.1, 0.2], [0.5, 0.1, 0.1, 0.3]])
     earlier = torch.full((2, 1, 4), 9.0)
     weights = torch.cat([earlier, torch.stack([head, other])], dim=1)
-    np.testing.assert_allclose(last_three(weights), [0.3, 0.333333, 0.2, 0.4], atol=1e-6)
+    np.testing.assert_allclose(last_three(weights), [0.3, 0.333333, 0.2, 0.4], atol=1e-6)  # six digits are given
 
 
 # --- Whole models -----------------------------------------------------------------------------------------------------
@@ -204,7 +204,7 @@ def test_nuwa_reads_the_tower_where_the_specification_says(model, maps, order):
         hook.remove()
     result = run(model, ids, PIXELS[: 4 * FIRST], schedule, image_grid_thw=THW[:1])
     assert result.anchors.tolist() == anchors.tolist() and len(anchors) == 21
-    np.testing.assert_allclose(result.features, merged, atol=1e-5)
+    np.testing.assert_allclose(result.features, merged, atol=1e-5)  # fp32: measured 2.5e-6
     plain = features[anchors].numpy()
     assert (np.abs(result.features - plain).max(axis=1) > 1e-3).sum() == 2, "the lowest tenth of 21 is merged"
 
@@ -267,8 +267,9 @@ def test_last_three_scores_are_that_layers_attention(model, maps, bidirectional)
             del model.model.language_model.layers[3].self_attn.forward
     visual = np.flatnonzero(PROMPT == IMAGE)
     expected = maps[-8 + 3][:, -3:].mean(dim=1).max(dim=0).values[visual]
-    np.testing.assert_allclose(result.decisions[0].scores, expected, atol=1e-5)
-    np.testing.assert_allclose(result.hidden[3], out.hidden_states[4][0], atol=5e-5)
+    # fp32, torch's attention against explicit products: measured 2.4e-7 of scores, and 1.1e-5 of states up to 8.
+    np.testing.assert_allclose(result.decisions[0].scores, expected, atol=1e-6)
+    np.testing.assert_allclose(result.hidden[3], out.hidden_states[4][0], atol=3e-5)
     causal = np.triu(maps[-8 + 3][0], 1).max() == 0
     assert causal == (bidirectional is None)
 
@@ -291,7 +292,7 @@ def test_all_images_are_one_pool_unless_only_the_first_is_routed(model):
 def test_keeping_everything_changes_nothing(model, action):
     kept = run(model, PROMPT, PIXELS, decisions((0, 2, 7), (1.0,) * 3, action), image_grid_thw=THW, max_new_tokens=4)
     plain = run(model, PROMPT, PIXELS, image_grid_thw=THW, max_new_tokens=4)
-    np.testing.assert_allclose(kept.logits, plain.logits, atol=1e-5)
+    np.testing.assert_allclose(kept.logits, plain.logits, atol=1e-6)  # measured: equal
     assert kept.tokens == plain.tokens
 
 
