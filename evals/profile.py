@@ -1,7 +1,7 @@
 """`python -m evals.profile`: what a prefill computes, keeps and spends its time on, stage by stage.
 
 FLOPs stand twice: by the papers' formula, and by XLA's own count of the program. Cached tokens and bytes are those of
-the compiled program's buffers. Time is a trace of the program, by the scopes that the decoder names.
+the program's buffers. Time is a trace of the program, by the scopes that the decoder names.
 """
 
 from __future__ import annotations
@@ -101,11 +101,11 @@ def stage_costs(subject: Subject, schedule: Schedule, batch: int) -> list[StageC
     entering = schedule.merged_count(subject.visual, subject.grid)
     plan = schedule.resolve(entering)
     scored = iter(zip(scored_rows(schedule, entering), repair_macs(schedule, config, entering), strict=True))
-    cache = lowered(plan).compile().out_info.cache
     before = _flops(counted(replace(plan, stages=(_empty(plan.stages[0]),))))
-    for number, (stage, cached) in enumerate(zip(plan.stages, cache.stages, strict=True)):
+    for number, stage in enumerate(plan.stages):
+        program = counted(replace(plan, stages=plan.stages[: number + 1]))
+        cached, total = program.out_info.cache.stages[number], _flops(program)
         rows = subject.text + (entering if stage.cap is None else stage.cap + stage.proxies)
-        total = _flops(counted(replace(plan, stages=plan.stages[: number + 1])))
         (visual, score), repair = ((0, None), 0) if stage.cap is None else next(scored)
         scoring = 0 if score is None else score.macs(config, visual, subject.text) + repair
         reuses = score is not None and score.reuses_keys and plan.position_mode == "original" and not stage.proxies

@@ -53,6 +53,13 @@ def qwen3_pair(tied: bool = False) -> tuple[Qwen3VLForConditionalGeneration, Mod
 
 
 @cache
+def small_qwen3() -> Model:
+    """Of 4 decoder layers, of which 3 get DeepStack's features."""
+    folder = tiny_qwen3.tiny_qwen3(Path(mkdtemp()) / "small-qwen3", layers=4, seed=6)
+    return reroute_jax.load(folder, "float32")
+
+
+@cache
 def smallest(kv_heads: int = 2) -> Model:
     """Of 2 decoder layers and 2 of vision, where many programs are compiled."""
     folder = tiny_llava(Path(mkdtemp()) / "smallest", kv_heads=kv_heads, layers=2, vision_layers=2, seed=3)

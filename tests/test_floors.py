@@ -4,6 +4,7 @@ own."""
 import ast
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,11 @@ SHARED = {"PatchEmbed", "VisionAttention", "VisionLayer", "Merger", "MeanBypass"
 def modules() -> dict[str, Path]:
     files = (file for floor in FLOORS for file in sorted((ROOT / floor).rglob("*.py")))
     return {".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file for file in files}
+
+
+@cache
+def parsed(file: Path) -> ast.Module:
+    return ast.parse(file.read_text())
 
 
 def imported(tree: ast.AST, known: set[str], inside_functions: bool) -> Iterator[str]:
@@ -50,7 +56,7 @@ def upward(files: dict[str, Path]) -> list[tuple[str, str]]:
     found = []
     for name, file in files.items():
         floor = FLOORS.index(name.split(".")[0])
-        for other in imported(ast.parse(file.read_text()), set(files), inside_functions=True):
+        for other in imported(parsed(file), set(files), inside_functions=True):
             if FLOORS.index(other.split(".")[0]) > floor:
                 found.append((name, other))
     return found
@@ -58,7 +64,7 @@ def upward(files: dict[str, Path]) -> list[tuple[str, str]]:
 
 def circle(files: dict[str, Path]) -> list[str]:
     """Modules that import each other at import time, the first again at the end; empty where none do."""
-    arrows = {name: list(imported(ast.parse(file.read_text()), set(files), False)) for name, file in files.items()}
+    arrows = {name: list(imported(parsed(file), set(files), False)) for name, file in files.items()}
     done: set[str] = set()
 
     def walk(name: str, path: list[str]) -> list[str]:
@@ -86,10 +92,7 @@ def test_no_modules_import_each_other() -> None:
 def shared_names(files: dict[str, Path]) -> set[str]:
     """Of classes that stand in more than one module."""
     counts = Counter(
-        node.name
-        for file in files.values()
-        for node in ast.parse(file.read_text()).body
-        if isinstance(node, ast.ClassDef)
+        node.name for file in files.values() for node in parsed(file).body if isinstance(node, ast.ClassDef)
     )
     return {name for name, count in counts.items() if count > 1}
 

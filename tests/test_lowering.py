@@ -11,6 +11,7 @@ from evals.speed.subjects import Subject, random_model, sample
 
 ROUTES = {"none": {}, "pdrop": {"action": "reroute", "budget": 192}, "nuwa": {"action": "delete", "budget": 64}}
 GRIDS = {"llava-tiny-gqa": (4, 4), "qwen-tiny": (4, 6)}
+DTYPES = ("float32", "bfloat16")
 pytestmark = pytest.mark.usefixtures("unchecked_annotations")
 
 
@@ -36,15 +37,17 @@ def products(program, platform):
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    ("shape", "method"),
+    ("shape", "method", "dtype"),
     [
-        ("qwen-tiny", "pdrop"),
-        ("qwen-tiny", "nuwa"),
-        ("llava-tiny-gqa", "pdrop"),
-        pytest.param("llava-tiny-gqa", "nuwa", marks=pytest.mark.slow),
-        *(pytest.param(shape, "none", marks=pytest.mark.slow) for shape in GRIDS),
+        ("qwen-tiny", "pdrop", "float32"),
+        pytest.param("qwen-tiny", "pdrop", "bfloat16", marks=pytest.mark.slow),
+        ("qwen-tiny", "nuwa", "float32"),
+        ("qwen-tiny", "nuwa", "bfloat16"),
+        ("llava-tiny-gqa", "pdrop", "float32"),
+        ("llava-tiny-gqa", "pdrop", "bfloat16"),
+        *(pytest.param("llava-tiny-gqa", "nuwa", dtype, marks=pytest.mark.slow) for dtype in DTYPES),
+        *(pytest.param(shape, "none", dtype, marks=pytest.mark.slow) for shape in GRIDS for dtype in DTYPES),
     ],
 )
 def test_lowers_and_multiplies_fp32_in_full(shape, method, dtype, platform):

@@ -14,6 +14,7 @@ import pytest
 from reroute_jax.commandline.failures import one_line
 from reroute_jax.commandline.parsing import BAD_INPUT, Parser, exit_code
 from reroute_jax.errors import RerouteError
+from tests.marks import cases
 
 ROOT = Path(__file__).parents[2]
 
@@ -136,7 +137,7 @@ def test_a_full_disk_behind_stdout_is_one_line() -> None:
     assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("platform", ["cuda", "nonsense"])
+@pytest.mark.parametrize("platform", cases(["cuda", "nonsense"], {"nonsense"}))
 def test_a_device_that_is_not_there(platform: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JAX_PLATFORMS", platform)
     done = subprocess.run(

@@ -155,7 +155,10 @@ def test_vector_9(top_n, keep, anchors, merged):
     np.testing.assert_allclose(out, expected, atol=1e-4)
 
 
-@pytest.mark.parametrize(("override", "pad"), [(True, 0), (False, 0), (True, 13)])
+@pytest.mark.parametrize(
+    ("override", "pad"),
+    [(True, 13), *(pytest.param(override, 0, marks=pytest.mark.slow) for override in (True, False))],
+)
 @pytest.mark.parametrize(
     ("grid", "top_n", "keep", "radius"),
     [

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import reroute_jax
+from reroute_jax.decoder import Decoder
 from reroute_jax.engine import programs
 from reroute_jax.engine.model import Model
 from reroute_jax.engine.sampling import Sampling, row_sampling
@@ -22,11 +22,12 @@ from reroute_jax.routing.plan import Schedule
 from reroute_jax.routing.repair import REPAIRS
 from reroute_jax.routing.stages import ACTIONS
 from tests import tiny_qwen
-from tests.checkpoints import qwen3_pair, qwen_pair, small, smallest
+from tests.checkpoints import qwen_pair, small, small_qwen3, smallest
 from tests.ragged import padded
 from tests.tiny import random_ids, random_pixels
 
 MASKED = jax.jit(simulator.masked)
+LOGITS = jax.jit(Decoder.logits)
 NEW = 4  # tokens of an answer
 REPAIR_NAMES = tuple(filter(None, REPAIRS))
 ROWS = ((90, 6, 0), (60, 0, 1), (47, None, 2))  # length, where the image stands, seed: ragged, and one without image
@@ -48,7 +49,7 @@ def test_quantised_weights_are_simulated_as_they_are():
     model = reroute_jax.load(smallest().folder, "float32", quantise="int8")
     schedule = Schedule.from_decisions((1,), (0.5,), 2, "reroute")
     run = started(model, given_rows())
-    found = run.decoder.logits(simulator.simulate(run, schedule).final)
+    found = LOGITS(run.decoder, simulator.simulate(run, schedule).final)
     np.testing.assert_allclose(found[:, 0], model.prefill(**given_rows(), schedule=schedule).logits, atol=1e-4)
 
 
@@ -58,7 +59,7 @@ def check(model: Model, prompts: dict, schedule: Schedule) -> None:
     tokens = model.generate_ids(**prompts, schedule=schedule, max_new_tokens=NEW)
     run = started(model, prompts, tokens[:, :-1].tolist(), NEW - 1, kept=(0, 2))
     found = simulator.simulate(run, schedule)
-    logits = np.asarray(run.decoder.logits(found.final))
+    logits = np.asarray(LOGITS(run.decoder, found.final))
     np.testing.assert_allclose(logits[:, 0], walked.logits, atol=1e-4)
     np.testing.assert_array_equal(logits.argmax(axis=-1), tokens)
     for decision, selected in zip(found.decisions, walked.trace.selected, strict=True):
@@ -74,7 +75,7 @@ def check_masked(run: simulator.Started, schedule: Schedule, logits: np.ndarray)
     x, selected = MASKED(run.decoder, run.rows, run.last, run.prompt.feature, run.features, arrays)
     slots = run.last[:, None] + np.arange(NEW)
     final = np.take_along_axis(np.asarray(x), np.asarray(slots)[..., None], axis=1)
-    np.testing.assert_allclose(np.asarray(run.decoder.logits(jnp.asarray(final))), logits, atol=1e-4)
+    np.testing.assert_allclose(LOGITS(run.decoder, final), logits, atol=1e-4)
     assert np.asarray(selected).sum() == arrays.keep.sum()
 
 
@@ -103,7 +104,7 @@ def schedules(draw, repairs: bool) -> Schedule:
 
 def test_equals_the_walker():
     actions = ("reroute", "delete", "layout", "reroute")
-    check(small(), given_rows(), Schedule.from_decisions((0, 1, 2, 3), (30, 17, 9, 9), 4, action=actions))
+    check(small(), given_rows(), Schedule.from_decisions((0, 1, 2, 3), (17, 17, 9, 9), 4, action=actions))
 
 
 def test_repairs_equal_the_walker():
@@ -129,24 +130,24 @@ PROXIES = ("proxy_offset", None, None)
 
 
 @pytest.mark.parametrize(
-    ("pair", "repair"),
+    ("loaded", "repair"),
     [
-        pytest.param(qwen_pair, PROXIES, marks=pytest.mark.slow),
-        (qwen3_pair, None),
-        pytest.param(qwen3_pair, PROXIES, marks=pytest.mark.slow),
+        pytest.param(lambda: qwen_pair()[1], PROXIES, marks=pytest.mark.slow, id="qwen-repair"),
+        pytest.param(small_qwen3, None, id="qwen3"),
+        pytest.param(small_qwen3, PROXIES, marks=pytest.mark.slow, id="qwen3-repair"),
     ],
 )
-def test_equals_the_walker_under_m_rope(pair, repair):
+def test_equals_the_walker_under_m_rope(loaded, repair):
     """Three positions a token, and answers at positions of their own; decisions before, between and behind what
     DeepStack adds."""
-    _, model = pair()
+    model = loaded()
     grids = (((5, 6),), ((3, 4),))
     rows = [tiny_qwen.random_ids(size, own, start=4, seed=size) for size, own in zip((70, 40), grids, strict=True)]
     ids, mask = padded(rows, left=False)
     pixels, sizes = tiny_qwen.random_patches([grid for own in grids for grid in own])
     prompts = {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels, "image_grid_thw": sizes}
-    actions = ("reroute", "delete", "reroute")
-    schedule = Schedule.from_decisions((1, 2, 5), (0.7, 0.4, 0.2), 6, action=actions, repair=repair)
+    actions, depth = ("reroute", "delete", "reroute"), model.config.num_layers
+    schedule = Schedule.from_decisions((1, 2, depth - 1), (0.5, 0.5, 0.2), depth, action=actions, repair=repair)
     check(model, prompts, schedule)
 
 

@@ -1,6 +1,7 @@
 """The arithmetic of the speed report, and a whole run of it on tiny models."""
 
 import json
+from dataclasses import replace
 
 import jaxtyping
 import numpy as np
@@ -162,8 +163,13 @@ def test_what_a_number_takes_in_8_bits():
     assert 1 < found.weight < 1.5 and (found.activation, found.cached) == (4, (8 + 4) / 8)
 
 
-def tiny(name):
-    model, hf_config = random_model(SHAPES[name], "float32")
+def shallow(name):
+    """The shape of two decoder layers."""
+    return replace(SHAPES[name], decoder=replace(SHAPES[name].decoder, layers=2))
+
+
+def tiny(name, shape=None, **more):
+    model, hf_config = random_model(shape or SHAPES[name], "float32", **more)
     return Subject(name, model, hf_config, model.config.vision.grid if "llava" in name else (4, 4), 7)
 
 
@@ -172,7 +178,7 @@ def parse(*arguments):
 
 
 def test_variants():
-    subject = tiny("llava-tiny")
+    subject = tiny("llava-tiny", shapes_only=True)
     args = parse("--methods", "fastv", "pdrop:every", "pool", "--budgets", "0.65", "7/10", "--first-decision", "2")
     names = [variant.name for variant in bench.plan_variants(subject, args)]
     assert names[:4] == ["none", "fastv delete 13/20", "fastv reroute 13/20", "fastv delete 7/10"]
@@ -186,22 +192,23 @@ def test_variants():
 @pytest.mark.parametrize("name", cases(["llava-tiny-gqa", "qwen-tiny"], {"llava-tiny-gqa"}))
 def test_peers_run_the_same_weights(name):
     """Tokens of transformers unrouted, and of the eager reference routed, are ours."""
-    subject = tiny(name)
+    subject = tiny(name, shallow(name))
     given = sample(subject, 2)
     model = bench_torch.torch_model(subject, "cpu", threads=1)
-    full, routed = subject.plan("none"), subject.plan("pdrop", budget=0.6)
-    ours = compile_programs(subject, full, given, compile_tower(subject, full, given), 6)
+    full, routed = subject.plan("none"), subject.plan("fastv", action="reroute", budget=0.6)
+    tower = compile_tower(subject, full, given)
+    ours = compile_programs(subject, full, given, tower, 6)
     seconds, tokens = bench_torch.unrouted(subject, model, given, 6)()
     assert len(seconds) == 3 and min(seconds) > 0
     np.testing.assert_array_equal(tokens, ours.run(ours.prepare(given))[1])
-    one = given.row(1)
-    alone = compile_programs(subject, routed, one, compile_tower(subject, routed, one), 6)
-    _, tokens = bench_torch.routed(subject, model, one, routed, 6)()
-    np.testing.assert_array_equal(tokens, alone.run(alone.prepare(one))[1])
+    ours = compile_programs(subject, routed, given, tower, 6)
+    _, tokens = bench_torch.routed(subject, model, given.row(1), routed, 6)()
+    np.testing.assert_array_equal(tokens, ours.run(ours.prepare(given))[1][1:])
 
 
 def test_a_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, "measure_machine", lambda dtype: Machine(1e11, 1e10))
+    monkeypatch.setitem(SHAPES, "llava-tiny", shallow("llava-tiny"))
     arguments = ["--random", "llava-tiny", "--text", "7", "--methods", "fastv", "--actions", "reroute"]
     arguments += [
         "--budgets",
@@ -222,9 +229,9 @@ def test_a_run(tmp_path, monkeypatch, capsys):
     rows = {(row["variant"], row["batch"]): row for row in result["rows"]}
     assert len(rows) == 4 and rows["fastv reroute 3/5", 2]["rows_unchanged"] == "2 of 2"
     assert len(result["seconds"]["none, batch 2"]) == 2
-    # Four layers, keys and values of 32 numbers: 16 + 7 prompt tokens in a bucket of 16 + 16, and 3 new ones.
-    assert rows["none", 1]["kv_mb"] == 4 * 2 * 32 * 4 * 23 / 1e6
-    assert rows["none", 1]["cache_mb"] == 4 * 2 * 32 * 4 * (32 + ROOM) / 1e6
+    # Two layers, keys and values of 32 numbers: 16 + 7 prompt tokens in a bucket of 16 + 16, and 3 new ones.
+    assert rows["none", 1]["kv_mb"] == 2 * 2 * 32 * 4 * 23 / 1e6
+    assert rows["none", 1]["cache_mb"] == 2 * 2 * 32 * 4 * (32 + ROOM) / 1e6
     assert (tmp_path / "table.md").read_text() in capsys.readouterr().out
     figure(result["rows"], tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 1000

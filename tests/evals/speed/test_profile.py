@@ -15,7 +15,7 @@ from reroute_jax.routing.plan import Schedule
 from tests.marks import cases
 
 # Wide enough that norms, rotations and softmax are few of all operations.
-SHAPE = LlavaShape(DecoderShape(384, 256, 688, 4, 4, 4), 16, 32, 2, 2, 112)
+SHAPE = LlavaShape(DecoderShape(384, 256, 688, 3, 4, 4), 16, 32, 2, 2, 112)
 
 
 @pytest.fixture(autouse=True)
@@ -42,17 +42,17 @@ def costs_of(subject) -> Callable[[Schedule], list[profile.StageCost]]:
 def test_formula_and_compiler_agree(subject, costs_of, action):
     schedule = subject.plan("pdrop", budget=0.6, action=action)
     costs = costs_of(schedule)
-    assert [(cost.lo, cost.hi) for cost in costs] == [(0, 1), (1, 2), (2, 3), (3, 4)]
+    assert [(cost.lo, cost.hi) for cost in costs] == [(0, 1), (1, 2), (2, 3)]
     for cost in costs:
         assert cost.xla == pytest.approx(cost.expected, rel=0.03)
     theory = subject.account(schedule)
-    assert [cost.reused > 0 for cost in costs] == [False, True, True, True]
+    assert [cost.reused > 0 for cost in costs] == [False, True, True]
     assert sum(cost.formula for cost in costs) == pytest.approx(4e-12 * theory.prompt.gqa)
     assert sum(cost.scoring for cost in costs) == pytest.approx(4e-12 * theory.prompt.scoring)
 
 
 @pytest.mark.parametrize("method", ["none", "pdrop", "nuwa"])
-def test_compiled_buffers_hold_what_the_plan_says(subject, costs_of, method):
+def test_buffers_hold_what_the_plan_says(subject, costs_of, method):
     schedule = subject.plan(method, budget={"none": None, "pdrop": 0.6, "nuwa": 0.5}[method])
     costs = costs_of(schedule)
     per_layer = [(cost.kv_tokens, cost.kv_bytes) for cost in costs for _ in range(cost.lo, cost.hi)]
