@@ -48,12 +48,8 @@ def groups(
     one of its own at the end, and behind it what cannot be asked. shards: as of `padded_rows`. encodes: as of
     `make_batch`.
 
-    Raises RerouteError for a batch size or a budget that is no whole number from 1 on, and for a schedule of another
-    depth.
+    Raises RerouteError for a schedule of another depth.
     """
-    _check_whole("batch_size", batch_size)
-    if token_budget is not None:
-        _check_whole("token_budget", token_budget)
     schedule.check_depth(files.config.num_layers)
     failed: list[Failed] = []
 
@@ -85,6 +81,14 @@ def groups(
             left += members
     yield from map(group, similar(left, lambda one: one[1].shape, batch_size, token_budget))
     yield from failed
+
+
+def check_limits(batch_size: Any, token_budget: Any) -> None:
+    """Raises RerouteError for a batch size, and for a token budget other than None, that is no whole number from 1
+    on."""
+    _check_whole("batch_size", batch_size)
+    if token_budget is not None:
+        _check_whole("token_budget", token_budget)
 
 
 def _check_whole(name: str, value: Any) -> None:

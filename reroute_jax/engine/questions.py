@@ -60,7 +60,7 @@ def question_of(item: Any, files: SideFiles, *, text_special_tokens: bool = True
 
 
 def _check_own(folder: Path, files: SideFiles, what: str, instead: str) -> None:
-    if folder.resolve() != files.folder.resolve():
+    if folder != files.folder and folder.resolve() != files.folder.resolve():
         raise RerouteError(f"{what} that was made for {folder}, asked of {files.folder}: give {instead}")
 
 

@@ -200,6 +200,8 @@ def test_a_prompt_beyond_the_token_budget_is_refused():
         model.generate([(None, "how many")], token_budget=-1)
     with pytest.raises(RerouteError, match="batch_size is 0, expected a whole number of at least 1"):
         model.generate([(None, "how many")], batch_size=0)
+    with pytest.raises(RerouteError, match="batch_size is 0, expected a whole number of at least 1"):
+        model.warm_up([(None, "how many")], batch_size=0)
 
 
 def test_warm_up_compiles_what_generate_needs(unchecked_annotations):
