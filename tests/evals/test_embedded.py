@@ -38,6 +38,7 @@ QWENS = {
     "scenes-qwen3": (Qwen3VLForConditionalGeneration, qwen3.Qwen3Images),
 }
 NAMES = (*LLAVAS, *QWENS)
+QUESTIONS, SCENES = 24, 16
 
 
 @cache
@@ -46,17 +47,17 @@ def model_of(name: str):
 
 
 @cache
-def questions(family: str, count: int = 48):
-    return list(rec_docs(rec_source("scenes", "val", family), 0, count, 0))
+def questions(family: str):
+    return list(rec_docs(rec_source("scenes", "val", family), 0, QUESTIONS, 0))
 
 
 @cache
 def answers_of(name: str) -> list[str]:
-    """To all questions, in the words that the family is asked in."""
+    """To all questions, in one batch, in the words that the family is asked in."""
     model, family = model_of(name), model_of(name).config.family
     style = FAMILIES[family].evaluation.rec_style
     asked = [(doc.image, prompts.rec(doc.text, style)) for doc in questions(family)]
-    return model.generate(asked, max_new_tokens=8)
+    return model.generate(asked, max_new_tokens=8, batch_size=QUESTIONS)
 
 
 def hits(docs, answers, family: str) -> list[bool]:
@@ -121,7 +122,7 @@ def test_transformers_reads_qwen_unchanged_and_answers_the_same(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_it_is_trained(name):
-    """Far above chance on 48 validation questions: a broken conversion or prompt would not be."""
+    """Far above chance on the first validation questions: a broken conversion or prompt would not be."""
     family = model_of(name).config.family
     assert np.mean(hits(questions(family), answers_of(name), family)) > 0.6
 
@@ -144,12 +145,12 @@ def received_metric(read, tower, images):
 
 @cache
 def scenes(family: str):
-    return pack("val", 0, 50, TRAINING_QUESTIONS, family)
+    return pack("val", 0, SCENES, TRAINING_QUESTIONS, family)
 
 
 @pytest.mark.parametrize("name", LLAVAS)
 def test_class_attention_falls_on_objects(name):
-    """Nuwa ranks patches by it. On objects: more attention a patch than on the background, over 50 scenes."""
+    """Nuwa ranks patches by it. On objects: more attention a patch than on the background, over all scenes."""
     model = model_of(name)
     packed = scenes("llava")
     metric = class_metric(model.module, pixels(jnp.asarray(packed.images)))
@@ -160,7 +161,7 @@ def test_class_attention_falls_on_objects(name):
 
 @pytest.mark.parametrize("name", QWENS)
 def test_received_attention_falls_on_objects(name):
-    """Nuwa ranks the Qwen families' tokens by what they receive in the last block, over 50 scenes."""
+    """Nuwa ranks the Qwen families' tokens by what they receive in the last block, over all scenes."""
     model, (_, read) = model_of(name), QWENS[name]
     packed, first = scenes(model.config.family), targets(model.config.family).first_image
     metric = np.asarray(received_metric(read, model.module.vision, packed.images))

@@ -33,7 +33,7 @@ def test_image_features(kv_heads):
     np.testing.assert_array_equal(anchors, np.tile(np.arange(36), (2, 1)))
 
 
-@pytest.mark.parametrize("start", [0, 5])
+@pytest.mark.parametrize("start", [0, pytest.param(5, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kv_heads", QUICK)
 def test_all_position_logits(kv_heads, start):
     theirs, ours = pair(kv_heads)

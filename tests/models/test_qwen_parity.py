@@ -52,18 +52,17 @@ def test_image_features(grids):
 @pytest.mark.parametrize("tied", QUICK)
 def test_positions_and_all_position_logits(tied):
     theirs, ours = qwen_pair(tied)
-    grids = GRIDS[:2]
-    ids, (pixels, thw) = random_ids(LENGTH, grids, start=11), random_patches(grids)
+    ids, (pixels, thw) = random_ids(LENGTH, GRIDS, start=11), random_patches(GRIDS)
     given = in_torch(ids, pixels, thw)
     with torch.no_grad():
         expected = theirs(**given).logits.numpy()
         wanted, delta = theirs.model.get_rope_index(
             given["input_ids"], given["mm_token_type_ids"], given["image_grid_thw"]
         )
-    positions, next_position = ours.family.positions(ids, grids, ours.config)
+    positions, next_position = ours.family.positions(ids, GRIDS, ours.config)
     np.testing.assert_array_equal(positions, wanted[:, 0])
     assert next_position == LENGTH + int(delta)
-    visual, features = np.flatnonzero(ids == IMAGE), features_of(ours, pixels, grids)
+    visual, features = np.flatnonzero(ids == IMAGE), features_of(ours, pixels, GRIDS)
     found = all_logits(ours.module.decoder, ids, positions[:, None], visual, features)
     np.testing.assert_allclose(found, expected, atol=1e-4)
     last = ours.prefill(input_ids=ids[None], pixel_values=pixels, image_grid_thw=thw).logits

@@ -46,7 +46,7 @@ ROUTES = {
 }
 EDGES = {
     "every-layer": Schedule.from_decisions((0, 1, 2, 3, 4), (0.5, 9, 14, 5, 9), LAYERS, "reroute"),
-    "mixed": Schedule.from_decisions((0, 2, 3), (20, 8, 5), LAYERS, ("reroute", "delete", "reroute")),
+    "mixed": Schedule.from_decisions((0, 2, 3), (20, 8, 5), LAYERS, ("reroute", "layout", "delete")),
 }
 # Nuwa reaches 4/7; before a first decision at layer 3 half of the budget is spent.
 BUDGETS = {"nuwa-delete": 0.4, "nuwa-reroute": 0.4, "pdrop-late": 0.7}

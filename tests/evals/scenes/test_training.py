@@ -205,7 +205,7 @@ def test_subjects_of_questions():
 def test_shared_prefix_equals_the_plain_layer(family, bypassed):
     """A question behind the shared prefix comes out as it does in one sequence of its own."""
     config, slots = model_config(family).decoder, SLOTS[family]
-    layer = nnx.jit(lambda: DecoderLayer(config, rngs=nnx.Rngs(0), dtype=jnp.float32))()
+    layer = DecoderLayer(config, rngs=nnx.Rngs(0), dtype=jnp.float32)
     image, rng = image_prefix(family, (8, 8)), np.random.default_rng(1)
     length = len(image.ids)
     prefix, x = (rng.standard_normal((2, rows, 128), np.float32) for rows in (length, 3 * slots))
@@ -316,8 +316,8 @@ def test_deepstack_is_trained_as_the_decoder_runs_it(monkeypatch):
     config["text_config"]["num_hidden_layers"], config["vision_config"]["depth"] = 3, 2
     config["vision_config"]["deepstack_visual_indexes"] = [0, 1]
     monkeypatch.setitem(spec._HF_CONFIGS, "qwen3_vl", lambda: config)
-    model = nnx.jit(lambda: qwen3_vl.Qwen3VL(model_config("qwen3_vl"), rngs=nnx.Rngs(0), dtype=jnp.float32))()
-    heads, asked = nnx.jit(lambda: AuxiliaryHeads("qwen3_vl", 96, 128, rngs=nnx.Rngs(1)))(), targets("qwen3_vl")
+    model = qwen3_vl.Qwen3VL(model_config("qwen3_vl"), rngs=nnx.Rngs(0), dtype=jnp.float32)
+    heads, asked = AuxiliaryHeads("qwen3_vl", 96, 128, rngs=nnx.Rngs(1)), targets("qwen3_vl")
     packed = pack("train", 0, 1, TRAINING_QUESTIONS, "qwen3_vl")
     runs = np.asarray(packed.prefix.runs[0])
 
@@ -352,16 +352,18 @@ def test_deepstack_is_trained_as_the_decoder_runs_it(monkeypatch):
     used = int(packed.ask[0, 0]) + 1
     expected = np.asarray(answers(seen.features, seen.deepstack))
     np.testing.assert_array_equal(predicted[0, 0, :used], expected[:used])
-    assert (np.asarray(answers(seen.features, []))[:used] != expected[:used]).any()  # DeepStack makes a difference
+    without = np.asarray(answers(seen.features, [jnp.zeros_like(added) for added in seen.deepstack]))
+    assert (without[:used] != expected[:used]).any()  # DeepStack makes a difference
 
 
 @pytest.fixture
 def short(monkeypatch):
-    """Training of towers of two blocks and decoders of two or four layers on batches that are packed in the same
-    process."""
+    """Training of towers of one or two blocks and decoders of two or four layers on batches that are packed in the
+    same process."""
     qwen, qwen3 = spec.hf_config("qwen2_5_vl"), spec.hf_config("qwen3_vl")
-    qwen["text_config"]["num_hidden_layers"] = qwen["vision_config"]["depth"] = qwen3["vision_config"]["depth"] = 2
-    qwen["vision_config"]["fullatt_block_indexes"] = [1]
+    qwen["text_config"]["num_hidden_layers"], qwen["vision_config"]["depth"] = 2, 1
+    qwen["vision_config"]["fullatt_block_indexes"] = [0]
+    qwen3["vision_config"]["depth"] = 2
     qwen3["text_config"]["num_hidden_layers"] = 4
     qwen3["vision_config"]["deepstack_visual_indexes"] = [0, 1]
     for family, config in (("qwen2_5_vl", qwen), ("qwen3_vl", qwen3)):
