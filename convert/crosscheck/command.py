@@ -101,7 +101,8 @@ def _schedule(args: argparse.Namespace, config: ModelConfig, grid: Grid, folder:
     switches = given_switches(args)
     if args.method == FOUND:
         others = switches | ({"action": args.action} if args.action else {})
-        return found_schedule(folder, args.budget or DEFAULT_BUDGET, **others)
+        budget = DEFAULT_BUDGET if args.budget is None else args.budget
+        return found_schedule(folder, budget, **others)
     default = DEFAULT_BUDGET if METHODS[args.method].has_budget and not set(AMOUNTS) & set(switches) else None
     return plan(
         args.method,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
@@ -16,6 +15,9 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 from reroute_jax.buckets import MOST_NEW_TOKENS
 from reroute_jax.errors import RerouteError
 from reroute_jax.types import AnyArray
+
+# What programs take in fp32: a smaller one is 0 there, a larger one infinite.
+_SMALLEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -36,15 +38,16 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check("temperature", self.temperature, Real, lambda given: 0 <= given < math.inf, "a finite number from 0 on")
+        finite = f"up to {_LARGEST:.2g}, as float32 holds it"
+        _check("temperature", self.temperature, Real, lambda given: 0 <= given <= _LARGEST, f"a number from 0 {finite}")
         _check("top_p", self.top_p, Real, lambda given: 0 < given <= 1, "a number above 0 and up to 1")
-        penalty = self.repetition_penalty
-        _check("repetition_penalty", penalty, Real, lambda given: 0 < given < math.inf, "a finite number above 0")
+        penalty, positive = self.repetition_penalty, f"a number above 0, from {_SMALLEST:.2g} {finite}"
+        _check("repetition_penalty", penalty, Real, lambda given: _SMALLEST <= given <= _LARGEST, positive)
         limits = f"a whole number from 1 to {MOST_NEW_TOKENS}"
         _check("max_new_tokens", self.limit, Integral, lambda given: 1 <= given <= MOST_NEW_TOKENS, limits)
         _check("seed", self.seed, Integral, lambda given: 0 <= given < 2**32, "a whole number from 0 to 4294967295")
         for token in self.stop:
-            _check("a stop id", token, Integral, lambda given: given >= 0, "ids of tokens")
+            _check("a stop id", token, Integral, lambda given: 0 <= given < 2**31, "ids of tokens")
 
 
 def _check(name: str, value: Any, kind: type, right: Callable[[Any], bool], expected: str) -> None:
@@ -73,19 +76,19 @@ class RowSampling:
 
 
 _STOP_SLOTS = 8
-_SMALLEST = float(np.finfo(np.float32).tiny)
 
 
 def row_sampling(sampling: Sampling, numbers: Sequence[int]) -> RowSampling:
     """The same for every row. numbers: of the questions that the rows hold."""
     slots = -(-max(1, len(sampling.stop)) // _STOP_SLOTS) * _STOP_SLOTS
-    # Below fp32's smallest normal number a temperature is that of the most likely token.
+    # Below fp32's smallest normal number a temperature, or a share, is that of the most likely token.
     temperature = sampling.temperature if sampling.temperature >= _SMALLEST else 0
+    top_p = max(sampling.top_p, _SMALLEST)
     stop = [*sampling.stop, *[-1] * (slots - len(sampling.stop))]
     rows = len(numbers)
     return RowSampling(
         np.full(rows, temperature, np.float32),
-        np.full(rows, sampling.top_p, np.float32),
+        np.full(rows, top_p, np.float32),
         np.full(rows, sampling.repetition_penalty, np.float32),
         np.tile(np.array(stop, np.int32), (rows, 1)),
         np.full(rows, sampling.limit, np.int32),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from fractions import Fraction
 
 from reroute_jax.errors import RerouteError
@@ -9,14 +10,29 @@ from reroute_jax.errors import RerouteError
 # The tiers of the papers, named by their tokens of LLaVA-1.5's 576, as shares of an image's own visual tokens.
 TIERS = {192: Fraction(1, 3), 128: Fraction(2, 9), 64: Fraction(1, 9)}
 
+# What a `Fraction` is made of at once: 1e-999999999 would take all memory.
+_SHORT = re.compile(r"\s*[+-]?[0-9./]{1,40}(e[+-]?[0-9]{1,3})?\s*", re.IGNORECASE)
+
 
 def parsed_budget(text: str) -> int | Fraction:
     """ "192", "128", "64" or a share such as "0.15" or "2/9". Raises RerouteError for anything else."""
     try:
-        return int(text) if text.isdigit() else Fraction(text)
-    except (ValueError, ZeroDivisionError):
+        return exact_number(text)
+    except ValueError:
         known = ", ".join(map(str, TIERS))
-        raise RerouteError(f"{text!r} is neither {known} nor a share such as 0.15 or 1/9") from None
+        raise RerouteError(f"{text[:40]!r} is neither {known} nor a share such as 0.15 or 1/9") from None
+
+
+def exact_number(text: str) -> int | Fraction:
+    """ "12", "0.15", "1e-3" or "2/9", whose value nothing rounds. Raises ValueError for anything else, and for more
+    than 40 digits or an exponent of more than 3."""
+    if not _SHORT.fullmatch(text):
+        raise ValueError(f"{text[:40]!r} is no number such as 12, 0.15 or 1/9")
+    try:
+        number = Fraction(text)
+    except ZeroDivisionError as error:
+        raise ValueError(f"{text[:40]!r} divides by 0") from error
+    return int(number) if text.strip().isdigit() else number
 
 
 def share_of(budget: int | float | Fraction | None, visual: int) -> Fraction:

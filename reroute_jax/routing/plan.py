@@ -84,6 +84,10 @@ class Schedule:
         one_of("deepstack", self.deepstack, DEEPSTACK)
         if self.seed < 0:
             raise RerouteError(f"the seed is {self.seed}, expected a whole number from 0 on")
+        if self.bidirectional_layer is not None and not 0 <= self.bidirectional_layer < self.num_layers:
+            raise RerouteError(
+                f"bidirectional_layer is {self.bidirectional_layer}, expected a layer in 0..{self.num_layers - 1}"
+            )
         self._check_scores()
         self._check_floors()
         self._check_repairs()
@@ -300,15 +304,18 @@ class Schedule:
         return records.plain(self)
 
     @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> Schedule:
+    def from_record(cls, record: Any) -> Schedule:
         """What `to_record` gave. Raises RerouteError for anything else."""
+        if not isinstance(record, Mapping):
+            raise RerouteError(f"a schedule cannot be read from {str(record)[:40]!r}, expected its record")
         try:
             fields = dict(record)
             fields["stages"] = tuple(_stage(stage) for stage in fields["stages"])
             if fields.get("merge") is not None:
                 fields["merge"] = records.made(MERGES[fields["merge"]["kind"]], fields["merge"])
+            records.check_types(cls, fields)
             return cls(**fields)
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, OverflowError) as error:
             raise RerouteError(f"a schedule cannot be read from its record: {type(error).__name__}: {error}") from error
 
     def to_file(self, path: str | Path, about: Mapping[str, Any] | None = None) -> None:
@@ -320,7 +327,7 @@ class Schedule:
         """What `to_file` wrote. Raises RerouteError, naming the file, for anything else."""
         try:
             record = json.loads(Path(path).read_text())["schedule"]
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
             raise RerouteError(
                 f"{path} is not a schedule file ({type(error).__name__}: {error}): give one that Schedule.to_file wrote"
             ) from error

@@ -6,7 +6,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from fractions import Fraction
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+from reroute_jax.errors import RerouteError
 
 Made = TypeVar("Made")
 
@@ -28,9 +31,30 @@ def _told(value: Any) -> Any:
 
 
 def made(kind: type[Made], record: Mapping[str, Any]) -> Made:
-    """The dataclass that `plain` wrote. Raises TypeError for surplus or missing fields."""
-    return kind(**{name: _exact(value) for name, value in record.items() if name != "kind"})
+    """The dataclass that `plain` wrote. Raises TypeError for surplus or missing fields, and RerouteError for one of
+    another type."""
+    given = {name: _exact(value) for name, value in record.items() if name != "kind"}
+    check_types(kind, given)
+    return kind(**given)
+
+
+def check_types(kind: type, given: Mapping[str, Any]) -> None:
+    """Raises RerouteError naming a value that is not what the dataclass says of the field; fields that are tuples are
+    not looked into."""
+    for name, hint in get_type_hints(kind).items():
+        if name in given and not _fits(given[name], hint):
+            shown = hint.__name__ if isinstance(hint, type) else str(hint)
+            raise RerouteError(f"{name} of a {kind.__name__} is {given[name]!r}, expected {shown}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    if isinstance(value, bool):
+        return bool in kinds
+    if isinstance(value, int) and float in kinds:
+        return True
+    return isinstance(value, tuple(get_origin(kind) or kind for kind in kinds))
 
 
 def _exact(value: Any) -> Any:
-    return Fraction(value) if isinstance(value, str) and re.fullmatch(r"\d+/\d+", value) else value
+    return Fraction(value) if isinstance(value, str) and re.fullmatch(r"\d+/[1-9]\d*", value) else value

@@ -10,6 +10,7 @@ from fractions import Fraction
 from typing import Any
 
 from reroute_jax.errors import RerouteError, one_of
+from reroute_jax.routing.budget import exact_number
 from reroute_jax.routing.hiprune import NEIGHBOURS
 from reroute_jax.routing.nuwa import SIM_ORDERS
 from reroute_jax.routing.plan import DEEPSTACK, POSITION_MODES
@@ -45,7 +46,7 @@ class Switch:
 
 def numbers(text: str) -> tuple[int | Fraction, ...]:
     """ "3,8" or "2/9,0.1". Raises ValueError for anything else."""
-    return tuple(int(part) if part.strip().isdigit() else Fraction(part) for part in text.split(","))
+    return tuple(exact_number(part) for part in text.split(","))
 
 
 def shown(value: Any) -> Any:

@@ -44,7 +44,8 @@ def planned(
 ) -> Plan:
     """budget, action: None for the defaults. Raises RerouteError for what `Model.plan` refuses."""
     budgeted = method == FOUND or METHODS[method].has_budget
-    amount = (budget or DEFAULT_BUDGET) if budgeted and not set(AMOUNTS) & set(switches) else None
+    asked = DEFAULT_BUDGET if budget is None else budget
+    amount = asked if budgeted and not set(AMOUNTS) & set(switches) else None
     acts = method != FOUND and METHODS[method].has_actions
     action = (action or DEFAULT_ACTION) if acts else None
     given = {"action": action} if acts else {}

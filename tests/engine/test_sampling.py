@@ -37,6 +37,13 @@ def test_nucleus_is_transformers(top_p):
     np.testing.assert_array_equal(np.isfinite(ours), np.isfinite(theirs))
 
 
+def test_a_share_that_float32_has_no_number_for_is_that_of_the_most_likely_token():
+    logits = np.array([[0.0, 1.0, 3.0, 2.0]], np.float32)
+    theirs = TopPLogitsWarper(1e-60)(None, torch.from_numpy(logits)).numpy()
+    assert np.isfinite(theirs).sum() == 1 and theirs.argmax() == 2
+    assert chosen(logits, temperature=1.0, top_p=1e-60)[0] == 2
+
+
 def test_sampling_follows_the_distribution():
     logits = np.array([[1.0, 0.0, -1.0, 2.0]], np.float32)
     warped = TopPLogitsWarper(0.95)(None, TemperatureLogitsWarper(0.7)(None, torch.from_numpy(logits)))
@@ -61,8 +68,12 @@ def test_greedy_and_sampled_rows_share_a_batch():
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"seed": 1.5}, {"seed": True}, {"limit": 2.5}, {"temperature": "0.5"}, {"top_p": None}, {"stop": (2.5,)}],
-    ids=str,
+    [
+        *({"seed": 1.5}, {"seed": True}, {"limit": 2.5}, {"temperature": "0.5"}, {"top_p": None}, {"stop": (2.5,)}),
+        *({"temperature": 1e39}, {"temperature": 10**400}, {"stop": (2**31,)}),  # no number of the programs' kind
+        *({"repetition_penalty": 1e-50}, {"repetition_penalty": 1e39}),
+    ],
+    ids=lambda wrong: str(wrong)[:40],
 )
 def test_what_is_no_number_of_its_kind_is_refused(wrong):
     """Where annotations are not checked, as in tests they are."""

@@ -49,6 +49,27 @@ FILES = {
     "surplus": ('{"schedule": {"stages": [{"lo": 0, "hi": 4}], "speed": 2}}', "unexpected keyword argument 'speed'"),
     "bad": ('{"schedule": {"stages": [{"lo": 0, "hi": 4, "count": 0}]}}', "keeps 0 visual tokens"),
     "unknown merge": ('{"schedule": {"stages": [{"lo": 0, "hi": 4}], "merge": {"kind": "Mix"}}}', "KeyError: 'Mix'"),
+    "text": ('{"schedule": "pdrop"}', "cannot be read from 'pdrop'"),
+    "deep": ("[" * 100_000, "is not a schedule file"),
+    "half a layer": ('{"schedule": {"stages": [{"lo": 0, "hi": 3.5}]}}', "hi of a Stage is 3.5, expected int"),
+    "half a token": (
+        '{"schedule": {"stages": [{"lo": 0, "hi": 4, "count": 2.5, "action": "delete", "score": "last_token"}]}}',
+        "count of a Stage is 2.5, expected int",
+    ),
+    "a ratio as text": ('{"schedule": {"stages": [{"lo": 0, "hi": 4, "ratio": "0.5"}]}}', "ratio of a Stage is '0.5'"),
+    "a fraction of 0": ('{"schedule": {"stages": [{"lo": 0, "hi": 4, "ratio": "2/0"}]}}', "ratio of a Stage is '2/0'"),
+    "a switch as text": (
+        '{"schedule": {"stages": [{"lo": 0, "hi": 4}], "first_image_only": "no"}}',
+        "first_image_only of a Schedule is 'no', expected bool",
+    ),
+    "a merge of true": (
+        '{"schedule": {"stages": [{"lo": 0, "hi": 4}], "merge": {"kind": "PoolMerge", "share": true}}}',
+        "share of a PoolMerge is True, expected Fraction",
+    ),
+    "a layer that is not there": (
+        '{"schedule": {"stages": [{"lo": 0, "hi": 4}], "bidirectional_layer": 4}}',
+        r"expected a layer in 0\.\.3",
+    ),
 }
 
 
