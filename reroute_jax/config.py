@@ -123,6 +123,7 @@ def with_generation(config: ModelConfig, generation: Mapping) -> ModelConfig:
             "neither generation_config.json nor config.json names a stop token: set eos_token_id in one of them"
         )
     pad = (stops[0] if config.pad_token is None else config.pad_token) if pad is None else pad
+    pad = stops[0] if pad == config.image_token else pad  # or rows that fill a batch up would hold images
     for name, token in [*(("eos_token_id", stop) for stop in stops), ("pad_token_id", pad)]:
         if type(token) is not int or not 0 <= token < config.decoder.vocab_size:
             raise RerouteError(f"{name} is {token!r}, expected ids from 0 to {config.decoder.vocab_size - 1}")

@@ -26,6 +26,7 @@ from reroute_jax.commandline.routes import (
     given_route,
     given_switches,
 )
+from reroute_jax.errors import RerouteError
 from reroute_jax.serving.plans import Plan, plan_words, planned
 from reroute_jax.types import FLOATS
 
@@ -51,6 +52,7 @@ def _serve(args: argparse.Namespace) -> None:
 
     _log_warnings()
     check_fixed(args, given_route(args))
+    key = args.api_key or _key(os.environ.get(KEY_VARIABLE, ""), KEY_VARIABLE)
     listener = open_socket(args.host, args.port)
     if args.compilation_cache is not None:
         keep_programs(args.compilation_cache)
@@ -64,7 +66,6 @@ def _serve(args: argparse.Namespace) -> None:
         new_tokens=args.max_tokens,
         image_cache=args.image_cache * 2**20,
     )
-    key = args.api_key or os.environ.get(KEY_VARIABLE) or None
     options = Options(Path(args.model).name, limits, args.queue, args.max_body * 2**20, args.allow_fetch, key)
     serve(model, plans_of(args, model), options, listener)
 
@@ -77,6 +78,21 @@ def plans_of(args: argparse.Namespace, model: Model) -> list[Plan]:
     else:
         first = planned(model, args.method or DEFAULT_METHOD, args.budget, args.action, switches)
     return [first, *(planned(model, method, budget, action, {}) for method, budget, action in args.also or ())]
+
+
+def _key(text: str, where: str) -> str | None:
+    """None for no text. Raises RerouteError for what no header can bear."""
+    if text and not re.fullmatch(r"[!-~]+", text):
+        raise RerouteError(f"{where} is no key, expected ASCII characters without spaces")
+    return text or None
+
+
+@argument_of
+def _api_key(text: str) -> str:
+    """argparse type."""
+    if not text:
+        raise RerouteError("an empty key would let everybody in: leave --api-key out for that")
+    return _key(text, "this")
 
 
 def _log_warnings() -> None:
@@ -195,7 +211,9 @@ def _parser() -> Parser:
         help="hosts, with commas between them, that images are fetched from (default: none, images come as data URLs)",
     )
     served.add_argument(
-        "--api-key", help=f"that requests must bear as a token (default: {KEY_VARIABLE} of the environment, if any)"
+        "--api-key",
+        type=_api_key,
+        help=f"that requests must bear as a token (default: {KEY_VARIABLE} of the environment, if any)",
     )
     return parser
 

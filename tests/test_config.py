@@ -242,3 +242,9 @@ def test_generation_settings_that_change_greedy_answers_are_refused(setting):
 def test_generation_settings_that_change_nothing_pass():
     neutral = {"num_beams": 1, "guidance_scale": 1.0, "min_length": 0, "suppress_tokens": None, "temperature": 0.1}
     assert read_config(HUB_7B, neutral | {"do_sample": True, "max_length": 20}) == read_config(HUB_7B)
+
+
+def test_a_placeholder_does_not_pad():
+    """Rows that fill a batch up would hold an image that is not there."""
+    assert read_config({**HUB_7B, "pad_token_id": HUB_7B["image_token_index"]}).pad_token == 2
+    assert read_config(HUB_7B, {"pad_token_id": HUB_7B["image_token_index"], "eos_token_id": [7, 2]}).pad_token == 7

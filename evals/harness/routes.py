@@ -66,12 +66,16 @@ def check_routes(args: argparse.Namespace) -> None:
 
 
 def plan_routes(args: argparse.Namespace, model: Answerer) -> Routes:
-    """The runs that `args` ask for on `model`, the run with all tokens always among them."""
+    """The runs that `args` ask for on `model`, the run with all tokens always among them. Raises RerouteError for a
+    schedule that is called as that run."""
     method, action = args.method or DEFAULT_METHOD, args.action or DEFAULT_ACTION
     full = Run(FULL, model.plan("none"))
     fixed = fixed_schedule(args, model.config.num_layers)
     if fixed is not None:
-        return Routes((full, named_run(fixed)) if fixed.decisions or fixed.merge else (full,), ())
+        run = named_run(fixed)
+        if run.name.lower() == FULL:
+            raise RerouteError(f"the schedule is called {run.name}, as the run with all tokens: give it another label")
+        return Routes((full, run) if fixed.decisions or fixed.merge else (full,), ())
     if not args.compare:
         routed = _planned(args, model, method, action)
         return Routes((full,) if method == "none" else (full, routed), ())

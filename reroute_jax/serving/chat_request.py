@@ -29,6 +29,8 @@ _NEUTRAL = {
 }
 # These change no answer.
 _UNUSED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"}
+# What a message may bear. An answer that is sent back has empty fields of its own, which say nothing.
+_OF_MESSAGE = {"role", "content", "name"}
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,9 @@ def _message(number: int, message: Any) -> tuple[str, str | list[str | ImageUrl]
     expected = 'a message {"role": ..., "content": ...} with a string or a list of parts'
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise Refusal(400, f"message {number} is not {expected}", "invalid_value", "messages")
+    if said := [name for name, value in message.items() if value and name not in _OF_MESSAGE]:
+        known = "expected role and content alone, with images among its parts"
+        raise Refusal(400, f"message {number} has {said[0][:40]!r}, {known}", "unknown_parameter", "messages")
     content = message.get("content")
     if isinstance(content, str):
         return message["role"], content
@@ -158,7 +163,7 @@ def _limit(given: dict[str, Any], most: int) -> int:
 
 def _stops(given: dict[str, Any]) -> tuple[str, ...]:
     stop = given.get("stop")
-    stops = [stop] if isinstance(stop, str) else stop or []
+    stops = [stop] if isinstance(stop, str) else [] if stop is None else stop
     if not isinstance(stops, list) or not all(isinstance(one, str) and one for one in stops) or len(stops) > MOST_STOPS:
         raise _wrong(given, "stop", f"a string, or up to {MOST_STOPS} of them")
     return tuple(stops)

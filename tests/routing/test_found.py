@@ -90,3 +90,13 @@ def test_the_embedded_models_come_with_theirs(model, share):
     assert (about["kept"], about["model"], schedule.label) == ("found", model, f"found {share}")
     assert sum(visual_per_layer(schedule, 64)) <= Fraction(share) * 12 * 64
     assert about["model_files"] == fingerprint(folder)
+
+
+def test_a_schedule_is_no_run_of_all_tokens_by_its_name(tmp_path):
+    """Both would be one file of answers."""
+    schedule = Schedule.from_decisions((1, 5), (0.3, 0.1), 12)
+    for name in ("full", "mine"):
+        schedule.to_file(tmp_path / f"{name}.json")
+    assert runs(Found(tmp_path), schedule=str(tmp_path / "mine.json")) == ["full", "mine"]
+    with pytest.raises(RerouteError, match="called full, as the run with all tokens"):
+        runs(Found(tmp_path), schedule=str(tmp_path / "full.json"))

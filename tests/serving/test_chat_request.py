@@ -27,6 +27,11 @@ def read(**more):
     return read_chat_request(json.dumps(GOOD | more).encode(), SERVED)
 
 
+def test_an_answer_may_be_sent_back_as_it_came():
+    answer = {"role": "assistant", "content": "yes", "refusal": None, "annotations": [], "tool_calls": None}
+    assert read(messages=[*GOOD["messages"], answer]).messages[-1] == ("assistant", "yes")
+
+
 def test_no_more_answers_than_can_wait():
     with pytest.raises(RerouteError, match="n is 3, expected a whole number from 1 to 2"):
         read_chat_request(json.dumps(GOOD | {"n": 3}).encode(), replace(SERVED, choices=2))
@@ -84,6 +89,12 @@ def test_a_body_that_is_none(body, said):
         ({"messages": []}, 400, "messages is [], expected a list"),
         ({"messages": ["hi"]}, 400, "message 1 is not a message"),
         ({"messages": [{"role": "user", "content": []}]}, 400, "the content of message 1"),
+        (
+            {"messages": [{"role": "user", "content": "hi", "images": ["AAAA"]}]},
+            400,
+            "message 1 has 'images', expected",
+        ),
+        ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}, 400, "message 1 has 'tool_calls'"),
         ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, 400, "message 1 has a part that is neither"),
         ({"temperature": -1}, 400, "temperature is -1"),
         ({"temperature": True}, 400, "temperature is true, expected a number"),
@@ -95,6 +106,12 @@ def test_a_body_that_is_none(body, said):
         ({"max_tokens": 3, "max_completion_tokens": 3}, 400, "only one of max_tokens and max_completion_tokens"),
         ({"n": 9}, 400, "n is 9, expected a whole number from 1 to 8"),
         ({"stop": [""]}, 400, 'stop is [""], expected a string, or up to 4 of them'),
+        ({"stop": 0}, 400, "stop is 0, expected a string"),
+        ({"stop": {}}, 400, "stop is {}, expected a string"),
+        ({"temperature": 10**400}, 400, "expected a number from 0 up to 3.4e+38"),
+        ({"top_p": 0}, 400, "top_p is 0"),
+        ({"routing": {"budget": "1e-999999999"}}, 400, "is neither"),
+        ({"routing": {"budget": 0}}, 400, "routing names no plan"),
         ({"routing": {"method": "nuwa"}}, 400, "expected one of: pdrop 2/9 reroute, pdrop 1/9 delete, none"),
         ({"routing": {"layers": 4}}, 400, "routing is no object of method, budget, action"),
         ({"routing": {"budget": "much"}}, 400, "'much' is neither"),
