@@ -223,6 +223,7 @@ class _Marks:
 
     def __init__(self):
         self._nonce = secrets.randbits(128)
+        self._pattern = re.compile(rf"\ue000{self._nonce}-(\d+)\ue001")
         self._texts: list[str] = []
 
     def put(self, text: str) -> str:
@@ -235,11 +236,12 @@ class _Marks:
 
     def lost(self, layout: str) -> str | None:
         """The first text whose mark is not in `layout`."""
-        return next((text for number, text in enumerate(self._texts) if self._mark(number) not in layout), None)
+        found = {int(number) for number in self._pattern.findall(layout)}
+        return next((text for number, text in enumerate(self._texts) if number not in found), None)
 
     def split(self, layout: str) -> list[str]:
         """The template's own pieces and, between them at odd places, the texts."""
-        pieces = re.split(rf"\ue000{self._nonce}-(\d+)\ue001", layout)
+        pieces = self._pattern.split(layout)
         return [self._texts[int(piece)] if place % 2 else piece for place, piece in enumerate(pieces)]
 
     def _mark(self, number: int) -> str:

@@ -166,8 +166,25 @@ def _seen_part(size: Size, processor) -> tuple[float, float, float, float]:
     return x / width, y / height, (x + crop[0]) / width, (y + crop[1]) / height
 
 
+def _check_form(image: Image.Image, processor) -> None:
+    """Raises RerouteError for an image so long that, before it is cropped, its resize takes more than Pillow opens."""
+    (width, height), side, limit = image.size, processor.crop_size["width"], Image.MAX_IMAGE_PIXELS
+    longest = side * max(image.size) // min(image.size)
+    if limit is not None and longest * side > limit:
+        raise RerouteError(
+            f"{getattr(image, 'filename', '') or 'an image'} has {width} x {height} pixels, whose resize to "
+            f"{side} x {longest} is above the limit of {limit} (PIL.Image.MAX_IMAGE_PIXELS): crop it"
+        )
+
+
+def _visual_grid(image: Image.Image, config: ModelConfig, processor) -> Grid:
+    _check_form(image, processor)
+    return config.vision.grid
+
+
 def _fit(image: Image.Image, processor) -> UInt8[np.ndarray, "height width 3"]:
     """The RGB image resized and cropped."""
+    _check_form(image, processor)
     seen = processor(images=image, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"]
     return np.ascontiguousarray(seen[0].astype(np.uint8).transpose(1, 2, 0))
 
@@ -207,7 +224,7 @@ FAMILY = Family(
     preprocess=lambda images, processor: _pixels([_fit(image, processor) for image in images], processor),
     fit=_fit,
     pixels=_pixels,
-    visual_grid=lambda image, config, processor: config.vision.grid,
+    visual_grid=_visual_grid,
     model_size=lambda size, processor: (processor.crop_size["width"], processor.crop_size["height"]),
     typical_grid=lambda config, open_processor: config.vision.grid,
     settings=lambda config, open_processor: {"vicuna_system": config.vicuna_system},

@@ -50,6 +50,17 @@ def test_an_image_that_was_fitted_before_is_neither_opened_nor_resized_again(fam
         model.image(path)
 
 
+def test_an_image_whose_resize_would_take_all_memory_is_refused(monkeypatch, tmp_path):
+    """Of a line of 1 x 100,000 pixels, a file of some hundred bytes, LLaVA's resize makes 34 GB."""
+    photo(2, 200).save(tmp_path / "line.png")
+    assert small().question((tmp_path / "line.png", "what ?")).grids
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50_000)
+    with pytest.raises(
+        RerouteError, match=r"line.png has 2 x 200 pixels, whose resize to \d+ x \d+ is above the limit"
+    ):
+        small().question((tmp_path / "line.png", "what ?"))
+
+
 @pytest.mark.parametrize("family", MODELS)
 def test_what_was_made_for_another_checkpoint_is_refused(family):
     """Its size, its grid and its ids are another tokenizer's and image processor's: the answer would be about nothing.
