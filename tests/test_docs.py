@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import io
 import re
 import runpy
 import shlex
@@ -109,13 +110,13 @@ def _sections(text: str) -> Iterator[str]:
 
 
 def _prose(path: Path) -> Iterator[tuple[int, str]]:
-    """Docstrings and comments with the lines they stand on."""
-    with tokenize.open(path) as file:
-        yield from (
-            (t.start[0], t.string) for t in tokenize.generate_tokens(file.readline) if t.type == tokenize.COMMENT
-        )
+    """Docstrings, and comments with numbers, with the lines they stand on."""
+    source = path.read_text(encoding="utf-8")
+    if re.search(r"#.*\d", source):  # reading tokens takes long
+        tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+        yield from ((t.start[0], t.string) for t in tokens if t.type == tokenize.COMMENT)
     documented = ast.Module | ast.ClassDef | ast.FunctionDef
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, documented) and (text := ast.get_docstring(node)) is not None:
             yield getattr(node, "lineno", 1), text
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from reroute_jax.errors import RerouteError
 
 RESAMPLES = 2000
+DRAWN_AT_ONCE = 2**18  # numbers
 CONFIDENCE = 0.95
 
 # Means of columns -> metrics made from them, both along the last axis; any axes before it are resamples.
@@ -46,13 +47,18 @@ class Resampler:
             raise RerouteError(f"{len(columns)} rows of metrics for {len(cluster)} cluster labels, expected one each")
         sums = np.zeros((len(labels), 2 * columns.shape[1]))
         np.add.at(sums, cluster, np.column_stack([np.nan_to_num(columns), ~np.isnan(columns)]))
-        rng = np.random.default_rng(self.seed)
         totals = np.empty((RESAMPLES, sums.shape[1]))
-        for draw in range(RESAMPLES):
-            totals[draw] = np.bincount(rng.integers(len(labels), size=len(labels)), minlength=len(labels)) @ sums
+        for number, drawn in enumerate(self._draws(len(labels))):
+            totals[number] = np.bincount(drawn, minlength=len(labels)) @ sums
         values, counts = np.split(totals, 2, axis=1)
         with np.errstate(invalid="ignore"):
             return values / counts
+
+    def _draws(self, clusters: int) -> Iterator[Int[np.ndarray, " clusters"]]:
+        """RESAMPLES of them, many from one call: a call takes longer than the numbers of a small draw."""
+        rng, many = np.random.default_rng(self.seed), max(1, DRAWN_AT_ONCE // clusters)
+        for first in range(0, RESAMPLES, many):
+            yield from rng.integers(clusters, size=(min(many, RESAMPLES - first), clusters))
 
 
 def matrix(scores: Sequence[Mapping[str, float]], names: Sequence[str]) -> Float[np.ndarray, "rows names"]:

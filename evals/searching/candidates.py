@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
 
 import numpy as np
@@ -100,8 +100,9 @@ def repaired(candidate: Candidate, space: Space, budget: Budget) -> Candidate | 
     def scaled(factor: float) -> tuple[int, ...]:
         return _capped([max(1, int(factor * count)) for count in candidate.keep], candidate.actions, space.visual)
 
-    def fits(keep: Sequence[int]) -> bool:
-        return budget.holds(replace(candidate, keep=tuple(keep)))
+    @cache  # most of the bisection's numbers are cut to the same counts
+    def fits(keep: tuple[int, ...]) -> bool:
+        return budget.holds(replace(candidate, keep=keep))
 
     low, high = 0.0, float(space.visual)
     if not candidate.layers or not fits(scaled(low)):

@@ -1,5 +1,7 @@
-"""A run that takes its time, so that it can be killed: `python -m tests.evals.slow_run FOLDER`."""
+"""A run that takes its time, so that it can be killed: `python -m tests.evals.slow_run FOLDER < config.pickle`. The
+model's configuration is handed over because reading it imports PyTorch, half of what the process would cost."""
 
+import pickle
 import sys
 import time
 import zlib
@@ -10,6 +12,7 @@ from pathlib import Path
 from evals.harness.data import rec_source
 from evals.harness.runner import Record, Run, Task, answer
 from evals.refcoco import make_task
+from reroute_jax.config import ModelConfig
 from reroute_jax.engine.answers import Answer
 from tests.evals.stub import StubModel
 
@@ -20,8 +23,8 @@ TOTAL = 43  # several windows, the last one with a short batch
 class MixedModel(StubModel):
     """Sees images in four sizes. An answer depends on its whole batch. pause: seconds a batch."""
 
-    def __init__(self, pause: float = 0.0) -> None:
-        super().__init__()
+    def __init__(self, pause: float = 0.0, config: ModelConfig | None = None) -> None:
+        super().__init__(config=config)
         self.pause = pause
         self.sizes: list[list[int]] = []
 
@@ -44,4 +47,4 @@ def run(model: StubModel, folder: Path) -> list[Record]:
 
 
 if __name__ == "__main__":
-    run(MixedModel(pause=0.2), Path(sys.argv[1]))
+    run(MixedModel(0.2, pickle.load(sys.stdin.buffer)), Path(sys.argv[1]))

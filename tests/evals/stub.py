@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 from evals.harness.data import Doc
 from evals.scenes.spec import model_config
+from reroute_jax.config import ModelConfig
 from reroute_jax.engine.answers import Answer
 from reroute_jax.routing import methods
 from reroute_jax.routing.plan import Schedule
@@ -19,13 +20,14 @@ NUWA_END = " in this image and output the bbox coordinates in JSON format."
 
 
 class StubModel:
-    """Boxes drawn from a hash of image, prompt and schedule. interrupt_after: batches until Ctrl-C."""
+    """Boxes drawn from a hash of image, prompt and schedule. interrupt_after: batches until Ctrl-C. config: of the
+    embedded LLaVA unless given."""
 
     dtype = "float32"
     folder = Path("stub")
 
-    def __init__(self, interrupt_after: int | None = None) -> None:
-        self.config = model_config()
+    def __init__(self, interrupt_after: int | None = None, config: ModelConfig | None = None) -> None:
+        self.config = config or model_config()
         self.batches: list[int] = []
         self.max_new_tokens: set[int] = set()
         self.prompts: list[str] = []

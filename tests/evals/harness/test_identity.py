@@ -25,6 +25,7 @@ def model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> StubModel:
     stub = StubModel()
     for module in (refcoco, vqa, table):
         monkeypatch.setattr(module, "load_model", lambda *arguments, **options: stub)
+    monkeypatch.setattr(table, "draw", lambda sheets, files: None)
     monkeypatch.chdir(tmp_path)
     return stub
 

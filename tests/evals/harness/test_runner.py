@@ -1,4 +1,5 @@
 import json
+import pickle
 import signal
 import subprocess
 import sys
@@ -257,9 +258,11 @@ def test_sorted_batches_cut_anywhere_resume_to_the_same_bytes(mixed: bytes, tmp_
 
 def test_killed_run_resumes_to_the_same_bytes(mixed: bytes, tmp_path: Path) -> None:
     """kill -9 from outside, in the middle of the second window or behind it."""
-    file, least = tmp_path / "full.jsonl", 15
+    file, config, least = tmp_path / "full.jsonl", tmp_path / "config.pickle", 15
+    config.write_bytes(pickle.dumps(slow_run.MixedModel().config))
     command = [sys.executable, "-m", "tests.evals.slow_run", str(tmp_path)]
-    process = subprocess.Popen(command, cwd=Path(__file__).parents[3])
+    with config.open("rb") as given:
+        process = subprocess.Popen(command, cwd=Path(__file__).parents[3], stdin=given)
     while process.poll() is None and (not file.exists() or file.read_bytes().count(b"\n") < least):
         time.sleep(0.01)
     process.kill()

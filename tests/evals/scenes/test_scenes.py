@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import math
 from collections import Counter
+from functools import cache
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ SCENES = [sample_scene(scene_seed("val", index)) for index in range(400)]
 ALL = dict.fromkeys(KINDS, 1000)
 
 
+@cache
 def every_question(index: int) -> list[SceneQuestion]:
     return questions(SCENES[index], np.random.default_rng(index), ALL)
 
