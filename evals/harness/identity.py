@@ -20,6 +20,7 @@ from reroute_jax.routing.found import is_found
 
 # Whose code makes pixels, ids, logits or tokens: another version of these may answer differently.
 PACKAGES = ("jax", "jaxlib", "flax", "transformers", "tokenizers", "numpy", "pillow")
+QUANTISER = "qwix"  # of an extra: makes the numbers of int8 and int4 weights
 SOURCES = (reroute_jax, convert, evals)
 
 _READ_WHOLE = 1 << 30  # bytes: what is together no larger is read as a whole, in a second or two
@@ -98,16 +99,26 @@ def software() -> dict[str, Any]:
     return {
         "python": ".".join(platform.python_version_tuple()[:2]),  # a patch release mends, and draws no other numbers
         **versions(),
+        QUANTISER: _version_if_any(QUANTISER),
         "sources": sources_digest(),
         "device": device.device_kind,
         "backend": " ".join(device.client.platform_version.split()),
         "matmul_precision": jax.config.jax_default_matmul_precision,
+        "x64": jax.config.jax_enable_x64,
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "libtpu_init_args": os.environ.get("LIBTPU_INIT_ARGS", ""),
     }
 
 
 def versions() -> dict[str, str]:
     return {package: metadata.version(package) for package in PACKAGES}
+
+
+def _version_if_any(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 @cache

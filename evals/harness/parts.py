@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -115,7 +116,9 @@ class Parts:
 
     def _files(self, name: str) -> list[Path]:
         """Of a run, of all processes and of earlier ones."""
-        return [self.processes.folder / f"{name}.jsonl", *sorted(self.folder.glob(f"{name}.*.jsonl"))]
+        of_a_process = re.compile(rf"{re.escape(name)}\.\d+\.jsonl")  # a run may be called full.1
+        parts = (file for file in self.folder.iterdir() if of_a_process.fullmatch(file.name))
+        return [self.processes.folder / f"{name}.jsonl", *sorted(parts)]
 
     def _done(self, name: str) -> set[int]:
         return set().union(*(self._read.setdefault(file, _Answers(file)).numbers() for file in self._files(name)))

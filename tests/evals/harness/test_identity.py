@@ -211,3 +211,12 @@ def test_every_version_that_matters_is_in_the_settings(tmp_path: Path) -> None:
     assert {package: found[package] for package in identity.PACKAGES} == identity.versions()
     assert found["numpy"] == metadata.version("numpy")
     assert (found["device"], found["backend"]) == ("cpu", "cpu")
+
+
+def test_what_only_some_runs_depend_on_is_told_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_tpu_x=1")
+    monkeypatch.setattr(identity.metadata, "version", lambda package: f"{package} 9")
+    found = identity.software()
+    assert (found["qwix"], found["x64"], found["libtpu_init_args"]) == ("qwix 9", False, "--xla_tpu_x=1")
+    monkeypatch.undo()
+    assert identity._version_if_any("no-such-package") is None

@@ -76,6 +76,16 @@ def test_a_file_is_read_on_from_where_it_was(tmp_path):
     assert parts.missing(range(3)) == []
 
 
+def test_a_run_gets_no_answers_of_one_whose_name_begins_like_its_own(tmp_path):
+    """A schedule's file may be called full.v2.json."""
+    parts = Parts(Processes(0, 1, tmp_path), 1, 3, ["full", "full.v2"], tmp_path / "parts")
+    append(parts.file("full.v2"), [{"doc_id": 0, "text": "routed"}])
+    assert parts.missing(range(1)) == [0]
+    append(parts.file("full"), [{"doc_id": 0, "text": "all"}])
+    parts.merge()
+    assert "all" in (tmp_path / "full.jsonl").read_text() and "routed" in (tmp_path / "full.v2.jsonl").read_text()
+
+
 def test_shares_are_whole_windows_side_by_side(tmp_path):
     for count in (1, 2, 3, 8):
         shares = [
