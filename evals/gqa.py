@@ -14,6 +14,7 @@ from evals.harness.data import Doc
 from evals.harness.runner import Record
 from evals.scenes.data import vqa_rows
 from evals.scenes.world import SPLIT_LENGTH
+from reroute_jax.errors import RerouteError
 
 NAME = "gqa"
 HUB = Hub(
@@ -39,6 +40,8 @@ def gqa_match(text: str, answer: str) -> float:
 
 def score(text: str, doc: Doc) -> Record:
     answer = doc.truth["answer"]
+    if not _plain(answer).strip():
+        raise RerouteError(f"question {doc.question_id}: answer is {answer!r}, which nothing can be compared with")
     unparsed = not _plain(text.strip())
     return {"truth": answer, "unparsed": unparsed, "metrics": {"exact_match": gqa_match(text, answer)}}
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from evals.harness import prompts, vqa
 from evals.harness.columns import DataRow, Hub
-from evals.harness.data import Doc
+from evals.harness.data import Doc, identifier
 from evals.harness.metrics import ratio
 from evals.harness.runner import Record
 from evals.scenes.data import vqa_rows
@@ -97,7 +97,7 @@ BENCHMARK = vqa.Benchmark(
     stand_in=stand_in,
     max_new_tokens=MAX_NEW_TOKENS,
     key="id",
-    cluster=lambda row: str(row["image_source"]),  # an image is asked about several times
+    cluster=lambda row: identifier("image_source", row["image_source"]),  # an image is asked about several times
     derived={"pope_precision": precision, "pope_recall": recall, "pope_f1_score": f1_score},
 )
 main = partial(vqa.main, BENCHMARK)

@@ -47,6 +47,7 @@ NAME = "refcoco"
 SCENES_MAX_NEW_TOKENS = 64  # the embedded models need four tokens for a coordinate
 SCENES_LIMIT = 200  # both runs of the first command in under 3 minutes on 2 CPU cores
 BEYOND = "true box reaches out of the image"
+EMPTY = "expression is empty"
 METRICS = (*REC_METRICS, *(name + RESIZED for name in REC_METRICS))
 
 
@@ -77,7 +78,9 @@ def make_task(
         if pad is not None:
             box = from_square(box, doc.size)
         record = {"parsed": parsed, "unparsed": found is None, "box": box, "truth": doc.truth}
-        record |= {"metrics": rec_metrics(box, doc.truth)} | ({"noted": BEYOND} if beyond_image(doc.truth) else {})
+        record |= {"metrics": rec_metrics(box, doc.truth)}
+        noted = EMPTY if not doc.text.strip() else BEYOND if beyond_image(doc.truth) else None
+        record |= {} if noted is None else {"noted": noted}
         if model_size is None:
             return record
         resized = normalise_box(parsed, coord_format, shrunk(model_size(doc.image), doc.shrinking))

@@ -18,7 +18,7 @@ from reroute_jax.errors import RerouteError
 
 def prompt(row: DataRow) -> str:
     """Context where there is one, question, and the options with their letters."""
-    context = f"Context: {row['hint']}\n" if row["hint"] else ""
+    context = "" if row["hint"] in ("", None) or _is_nan(row["hint"]) else f"Context: {row['hint']}\n"
     options = "\n".join(f"{letter}. {choice}" for letter, choice in zip(ascii_uppercase, row["choices"], strict=False))
     return prompts.option_letter(f"{context}{row['question']}\n{options}")
 
@@ -26,11 +26,18 @@ def prompt(row: DataRow) -> str:
 def score(text: str, doc: Doc) -> Record:
     """1 for the right letter alone, whatever its case, or for an answer that begins with it and a period."""
     index, choices = doc.truth["answer"], doc.truth["choices"]
+    if any(choice is None or _is_nan(choice) for choice in choices):
+        raise RerouteError(f"question {doc.question_id}: choices are {choices}, expected the text of each")
     if not 0 <= index < min(len(choices), len(ascii_uppercase)):
         raise RerouteError(f"question {doc.question_id}: answer is {index}, expected the place of one of {choices}")
     letter, letters = ascii_uppercase[index], ascii_uppercase[: len(choices)]
     hit, read = _says(text, letter), any(_says(text, one) for one in letters)
     return {"truth": letter, "unparsed": not read, "metrics": {"exact_match": float(hit)}}
+
+
+def _is_nan(value: object) -> bool:
+    """As tables have for a missing text."""
+    return value != value
 
 
 def _says(text: str, letter: str) -> bool:

@@ -24,7 +24,7 @@ def prompt(row: DataRow) -> str:
 def score(text: str, doc: Doc) -> Record:
     """Agreement with the people's answers, both sides cleaned; a person's own answer does not count for them."""
     answers = doc.truth["answers"]
-    if not answers:
+    if not any(answers):  # where they are kept secret they are ten empty ones
         raise RerouteError(f"question {doc.question_id} has no answers to compare with: choose a split that has them")
     parsed, truths = clean(text), [clean(answer) for answer in answers]
     others = [truths[:person] + truths[person + 1 :] for person in range(len(truths))]

@@ -31,8 +31,10 @@ def score(text: str, doc: Doc) -> Record:
     Another person's answer is one whose dictionary differs, which its answer_id always brings about.
     """
     people = doc.truth["answers"]
-    if not people:
+    if not any(person["answer"] for person in people):
         raise RerouteError(f"question {doc.question_id} has no answers to compare with: choose a split that has them")
+    if any(person in people[:place] for place, person in enumerate(people)):
+        raise RerouteError(f"question {doc.question_id}: people cannot be told apart, expected an answer_id each")
     parsed, people = clean(text), [{**person, "answer": one_line(person["answer"])} for person in people]
     if len({person["answer"] for person in people}) > 1:
         parsed = normalise(parsed)

@@ -22,7 +22,7 @@ from PIL import Image
 from evals.harness.boxes import Box
 from evals.harness.columns import ColumnKind, DataRow, DataSet, Hub, a_list, is_number, is_text, open_table
 from reroute_jax.engine.images import decode_image
-from reroute_jax.errors import RerouteError
+from reroute_jax.errors import RerouteError, named
 
 SCENES = "scenes"
 REC_COLUMNS = ("question_id", "image", "answer", "bbox")
@@ -100,7 +100,8 @@ def _checked_questions(table: DataSet) -> Iterator[int]:
     for number, row in enumerate(table.rows(("question_id", "answer", "bbox"))):
         expressions = _expressions(row["answer"], f"{table.name}, row {number}")
         if expressions:
-            _float32_box(row["bbox"], f"{table.name}, row {number}, question_id {row['question_id']}")
+            question_id = identifier("question_id", row["question_id"], f"{table.name}, row {number}")
+            _float32_box(row["bbox"], f"{table.name}, row {number}, question_id {question_id}")
         yield len(expressions)
 
 
@@ -148,19 +149,27 @@ def row_docs(
     as in Doc and rec_docs. Raises RerouteError naming a row that cannot be asked.
     """
     for doc_id, row in enumerate(islice(source.rows(), start, stop), start):
-        question_id = str(doc_id if key is None else row[key])
+        question_id = str(doc_id) if key is None else identifier(key, row[key], f"{source.name}, row {doc_id}")
         where = f"{source.name}, {key or 'row'} {question_id}"
         for name, kind in columns.items():
-            if not isinstance(row[name], kind):
+            if not isinstance(row[name], kind) or (kind is int and isinstance(row[name], bool)):
                 raise RerouteError(f"{where}: {name} is {row[name]!r}, expected {kind.__name__}")
         truth = {name: value for name, value in row.items() if name != "image"}
-        with bad_row_named(where):
+        with bad_row_named(where), named(where):
             text, label = prompt(row), "" if cluster is None else cluster(row)
         image, bad = _image_or_reason(row["image"], where, skip_bad, jpeg_roundtrips=0)
         if image is None:
             yield Doc(doc_id, question_id, None, None, text, None, cluster=label, bad=bad)
         else:
             yield Doc(doc_id, question_id, image, image.size, text, truth, cluster=label)
+
+
+def identifier(name: str, value: Any, where: str = "") -> str:
+    """What tells questions, or what they are about, apart. Raises RerouteError for what is missing: all rows without
+    one would count as one in the intervals."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float) or value != value or value == "":
+        raise RerouteError(f"{where}{where and ': '}{name} is {value!r}, expected a text or a number of its own")
+    return str(value)
 
 
 @contextmanager

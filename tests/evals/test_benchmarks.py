@@ -378,6 +378,38 @@ def test_vqav2_leaves_the_rows_answers_alone() -> None:
     assert truth["answers"][0]["answer"] == " A\ncat"
 
 
+@pytest.mark.parametrize(("benchmark", "row"), [(textvqa, {"answers": [""] * 10}), (vqav2, people(*[""] * 10))])
+def test_secret_answers_are_none(benchmark: Any, row: dict[str, Any]) -> None:
+    """As splits for a challenge have them: an empty answer would be right, and any other wrong."""
+    with pytest.raises(RerouteError, match="question q has no answers to compare with: choose a split"):
+        benchmark.score("x", doc(row))
+
+
+def test_vqav2_refuses_people_who_cannot_be_told_apart() -> None:
+    """None of them would be another, and a right answer count for nothing."""
+    with pytest.raises(RerouteError, match="question q: people cannot be told apart, expected an answer_id"):
+        vqav2.score("cat", doc({"answers": [{"answer": "cat"}] * 10}))
+
+
+@pytest.mark.parametrize("answer", ["", " .", "?!"])
+def test_gqa_refuses_a_truth_that_is_nothing(answer: str) -> None:
+    if answer.strip():
+        assert gqa.gqa_match("", answer.strip()) == 1
+    with pytest.raises(RerouteError, match=r"question q: answer is .*, which nothing can be compared with"):
+        gqa.score("x", doc({"answer": answer}))
+
+
+@pytest.mark.parametrize("hint", ["", None, float("nan")])
+def test_scienceqa_has_no_context_of_a_missing_hint(hint: object) -> None:
+    assert scienceqa.prompt(SCIENCE | {"hint": hint}).startswith("Which?\nA. one")
+
+
+@pytest.mark.parametrize("missing", [None, float("nan")])
+def test_scienceqa_refuses_a_missing_choice(missing: object) -> None:
+    with pytest.raises(RerouteError, match=r"question q: choices are .*, expected the text of each"):
+        scienceqa.score("B", doc(SCIENCE | {"choices": ["one", "two", missing]}))
+
+
 @pytest.mark.parametrize("benchmark", [textvqa, vqav2])
 def test_questions_without_peoples_answers_are_refused(benchmark: Any) -> None:
     with pytest.raises(RerouteError, match="question q has no answers to compare with"):
@@ -412,5 +444,5 @@ def test_scienceqa_score(text: str, hit: int) -> None:
 
 
 def test_scienceqa_refuses_an_answer_outside_the_choices() -> None:
-    with pytest.raises(RerouteError, match="question q: answer is 3, expected the place of one of"):
+    with pytest.raises(RerouteError, match=r"question q: answer is 3, expected the place of one of"):
         scienceqa.score("B", doc(SCIENCE | {"answer": 3}))

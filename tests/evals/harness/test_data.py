@@ -12,6 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import ExifTags, Image
 
+from evals import pope, scienceqa, textvqa
+from evals.harness import vqa
 from evals.harness.columns import _hub
 from evals.harness.data import REC_COLUMNS, BadImage, DocSource, rec_docs, rec_source
 from evals.scenes.data import refcoco_rows
@@ -244,6 +246,29 @@ def test_boxes_that_are_no_numbers_are_refused_before_any_image_is_read(tmp_path
     (tmp_path / "x.jsonl").write_text(json.dumps(row))
     with pytest.raises(RerouteError, match=r"row 0, question_id q0: bbox is .*expected 4 finite numbers"):
         rec_source(str(tmp_path / "x.jsonl"), None)
+
+
+@pytest.mark.parametrize("missing", [None, float("nan"), "", True], ids=str)
+def test_rows_without_an_id_are_refused(tmp_path: Path, missing: Any) -> None:
+    """All of them would be one cluster, and their intervals those of a single question."""
+    with pytest.raises(
+        RerouteError, match=r"x.jsonl, row 0: question_id is .*, expected a text or a number of its own"
+    ):
+        rec_source(str(jsonl(tmp_path, question_id=missing, answer=["a"], bbox=[1, 2, 3, 4])), None)
+    for benchmark, row in (
+        (textvqa.BENCHMARK, {"question_id": missing, "question": "q", "answers": ["a"]}),
+        (pope.BENCHMARK, {"id": missing, "question": "q", "answer": "yes", "image_source": "x"}),
+        (pope.BENCHMARK, {"id": 1, "question": "q", "answer": "yes", "image_source": missing}),
+        (scienceqa.BENCHMARK, {"question": "q", "choices": ["a", "b"], "answer": True, "hint": ""}),
+    ):
+        source = vqa.row_source(benchmark, str(jsonl(tmp_path, **row)), None)
+        with pytest.raises(RerouteError, match=r"x.jsonl, (row|id) \d: \w+ is .*, expected"):
+            list(vqa.make_task(benchmark, source, None, 16).docs(0))
+
+
+def jsonl(folder: Path, **row: Any) -> Path:
+    (folder / "x.jsonl").write_text(json.dumps({**row, "image": "none.png"}))
+    return folder / "x.jsonl"
 
 
 def test_text_that_is_not_utf8_in_parquet_is_refused(tmp_path: Path, png: bytes) -> None:
