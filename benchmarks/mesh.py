@@ -23,6 +23,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+import reroute_jax
 from benchmarks.lines import line, read
 from evals.speed.checkpoint_shapes import SHAPES, DecoderShape, Shape
 from evals.speed.collectives import collectives
@@ -32,7 +33,8 @@ from reroute_jax.engine import programs
 from reroute_jax.engine.running import run_decode
 from reroute_jax.engine.sampling import Sampling
 from reroute_jax.errors import RerouteError
-from reroute_jax.mesh import mesh_sizes
+from reroute_jax.mesh import mesh_sizes, open_mesh
+from reroute_jax.nn.sharding import on_mesh
 from reroute_jax.routing.stages import ACTIONS
 
 DEVICES = 8
@@ -123,16 +125,24 @@ def cases(args: argparse.Namespace) -> Iterator[MeshCase]:
 
 def outcomes(todo: Sequence[MeshCase]) -> Iterator[tuple[MeshCase, MeshOutcome]]:
     for (family, method, action), group in groupby(todo, lambda case: (case.family, case.method, case.action)):
-        subject = opened(family, None)
+        subject = opened(family)
         given = sample(subject, ROWS)
         alone = answered(subject, method, action, given)
         for case in group:
-            yield case, outcome(alone, answered(opened(family, case.mesh), method, action, given), subject)
+            yield case, outcome(alone, answered(split(subject, case.mesh), method, action, given), subject)
 
 
-def opened(family: str, mesh: str | None) -> Subject:
+def opened(family: str) -> Subject:
     shape, grid = FAMILIES[family]
-    return Subject(family, *random_model(shape, "float32", mesh=mesh), grid, TEXT)
+    return Subject(family, *random_model(shape, "float32"), grid, TEXT)
+
+
+def split(subject: Subject, mesh: str) -> Subject:
+    """The same weights on a mesh."""
+    model = subject.model
+    shapes = on_mesh(reroute_jax.abstract_params(model.config), open_mesh(mesh, model.config.decoder))
+    module = jax.tree.map(lambda value, shape: jax.device_put(value, shape.sharding), model.module, shapes)
+    return replace(subject, model=replace(model, module=module))
 
 
 def outcome(alone: MeshAnswer, split: MeshAnswer, subject: Subject) -> MeshOutcome:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+# The classes of transformers are looked up where they are used: image processors import PyTorch, which takes seconds.
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast, Qwen2VLImageProcessorPil
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,8 @@ class LlavaShape:
         """Tokenizer and image processor files."""
         special = {0: "<unk>", 1: "<s>", 2: "</s>", self.image_token: "<image>", self.image_token + 1: "<pad>"}
         names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-        LlavaProcessor(
-            image_processor=CLIPImageProcessorPil(
+        transformers.LlavaProcessor(
+            image_processor=transformers.CLIPImageProcessorPil(
                 size={"shortest_edge": self.image}, crop_size={"height": self.image, "width": self.image}
             ),
             tokenizer=_byte_tokenizer(self.decoder.vocab, special, {"image_token": "<image>"}, **names),
@@ -151,7 +152,7 @@ class QwenShape:
         """Tokenizer and image processor files."""
         _qwen_tokenizer(self.decoder.vocab, self.first_special).save_pretrained(folder)
         fewest, most = (tokens * 28**2 for tokens in self.limits)
-        Qwen2VLImageProcessorPil(min_pixels=fewest, max_pixels=most).save_pretrained(folder)
+        transformers.Qwen2VLImageProcessorPil(min_pixels=fewest, max_pixels=most).save_pretrained(folder)
 
 
 @dataclass(frozen=True)
@@ -223,7 +224,7 @@ class Qwen3Shape:
         _qwen_tokenizer(self.decoder.vocab, self.first_special).save_pretrained(folder)
         fewest, most = (tokens * (2 * self.patch) ** 2 for tokens in self.limits)
         half = [0.5] * 3
-        Qwen2VLImageProcessorPil(
+        transformers.Qwen2VLImageProcessorPil(
             patch_size=self.patch, min_pixels=fewest, max_pixels=most, image_mean=half, image_std=half
         ).save_pretrained(folder)
 
@@ -270,7 +271,7 @@ SHAPES: dict[str, Shape] = {
 }
 
 
-def _qwen_tokenizer(vocab: int, first_special: int) -> PreTrainedTokenizerFast:
+def _qwen_tokenizer(vocab: int, first_special: int) -> transformers.PreTrainedTokenizerFast:
     """Special tokens at the hub's distances."""
     names = {0: "endoftext", 1: "im_start", 2: "im_end", 9: "vision_start", 10: "vision_end", 12: "image_pad"}
     names |= {13: "video_pad"}
@@ -281,11 +282,11 @@ def _qwen_tokenizer(vocab: int, first_special: int) -> PreTrainedTokenizerFast:
 
 def _byte_tokenizer(
     vocab: int, special: dict[int, str], extra: dict[str, str], **tokens: str
-) -> PreTrainedTokenizerFast:
+) -> transformers.PreTrainedTokenizerFast:
     """Bytes as tokens. Every id of the model has a name, so that random output can be decoded."""
     free = iter([*sorted(pre_tokenizers.ByteLevel.alphabet()), *(f"<extra_{i}>" for i in range(vocab))])
     names = [special[i] if i in special else next(free) for i in range(vocab)]
     core = Tokenizer(models.BPE(vocab={name: i for i, name in enumerate(names)}, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=core, extra_special_tokens=extra, **tokens)
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=core, extra_special_tokens=extra, **tokens)

@@ -31,8 +31,9 @@ def compiled(**jit_options) -> Callable[[Callable], Callable]:
 
     The wrapped function offers `jitted(platform)`, the function that `jax.jit` made for it ("cpu", "gpu", "tpu"; None:
     that of the default device), for those who lower and compile ahead of time; `compile(...)`, which compiles for
-    arguments like these, arrays or shapes, and returns the program and its results' shapes, with their places on a
-    mesh; and `ahead(...)`, the same for later calls, which returns the shapes alone.
+    arguments like these, arrays or shapes, and returns the program and its results' shapes, with their places if one of
+    the arguments has one: for arguments that lie elsewhere or nowhere JAX compiles again; and `ahead(...)`, the same
+    for later calls, which returns the shapes alone.
     """
 
     def decorate(function: Callable) -> Callable:
@@ -53,8 +54,8 @@ def compiled(**jit_options) -> Callable[[Callable], Callable]:
             with _on_mesh_at(place):
                 traced = jitted(_platform(place)).trace(*args, **kwargs)
                 program = traced.lower().compile()
-            shapes, on_mesh = traced.out_info, mesh_at(place) is not None
-            return program, jax.tree.map(_placed, shapes, program.output_shardings) if on_mesh else shapes
+            shapes = traced.out_info
+            return program, shapes if place is None else jax.tree.map(_placed, shapes, program.output_shardings)
 
         call.jitted, call.compile, call.ahead = jitted, compile_for, lambda *args, **kw: compile_for(*args, **kw)[1]
         return call

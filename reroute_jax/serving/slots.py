@@ -30,9 +30,13 @@ Told = tuple[Int[Array, "R steps"], Float[Array, "R steps"], Bool[Array, " R"], 
 _SLOTS = {"indices_are_sorted": True, "unique_indices": True, "mode": "promise_in_bounds"}
 
 
-@compiled(static_argnames=("slots", "room"))
+@compiled(static_argnames=("slots", "room"), keep_unused=True)
 def empty_pool(logits: Float[Array, "R vocab"], cache: KVCache, slots: int, room: int) -> DecodeState:
-    """Slots for rows of a prefill like this one and `room >= ROOM` more tokens, all of them free."""
+    """Slots for rows of a prefill like this one and `room >= ROOM` more tokens, all of them free.
+
+    They lie where the prefill lies, of which nothing but shapes is used: as the slots that other programs return, so
+    that none of these is compiled for either.
+    """
     log.info("compiling %d empty slots with room for %d tokens", slots, room)
 
     def zeros(array: Array) -> Array:
