@@ -15,7 +15,8 @@ from reroute_jax.engine.sampling import Sampling, row_sampling
 from reroute_jax.errors import RerouteError
 from reroute_jax.nn.cache import ROOM, grown
 from reroute_jax.routing.plan import Schedule
-from tests.checkpoints import small, smallest
+from tests.checkpoints import smallest
+from tests.compiling import xla_programs
 from tests.marks import cases
 from tests.tiny import random_ids, random_pixels
 
@@ -38,8 +39,8 @@ def test_decode_equals_prefill():
 @pytest.mark.parametrize("action", cases(["none", "reroute"], {"none"}))
 def test_a_long_answer_crosses_segments_and_room_unchanged(action):
     """Tokens with a room of 32 that grows twice are those of one that never has to."""
-    model = small()
-    schedule = unrouted(model) if action == "none" else Schedule.from_decisions((1, 3), (0.5, 0.25), 4, action)
+    model = smallest()
+    schedule = unrouted(model) if action == "none" else Schedule.from_decisions((1,), (0.5,), 2, action)
     limit = 3 * ROOM + 5
     found = model.generate_ids(**given(), schedule=schedule, max_new_tokens=limit)[0]
     short = [model.generate_ids(**given(), schedule=schedule, max_new_tokens=n)[0] for n in (1, 2, ROOM, ROOM + 2)]
@@ -74,10 +75,10 @@ def test_no_limit_and_no_value_of_sampling_compiles_anything():
 
 def test_warm_up_compiles_what_drawn_answers_take(unchecked_annotations):
     model, items = smallest(), [(None, "how many cups")]
-    model.warm_up(items, batch_size=1, temperature=1.0)
-    with compilations() as compiled:
+    model.warm_up(items, batch_size=1, temperature=1.0, max_new_tokens=8)
+    with compilations() as compiled, xla_programs() as built:
         model.answer(items, temperature=0.4, top_p=0.8, max_new_tokens=4, seed=7)
-    assert compiled == []
+    assert compiled == built == []
 
 
 def test_cost_follows_the_answer_and_not_the_limit():
@@ -155,14 +156,13 @@ def test_each_row_writes_at_its_own_slot_and_a_done_row_stands_still():
 
 
 def test_a_sampled_answer_depends_on_its_number_alone():
-    """Twelve copies of a prompt: all differ, and at any batch size each is what it is."""
+    """Twelve copies of a prompt: they differ, and alone each is what it is among others."""
     model = smallest()
     items = [(None, "where is the red cup ?")] * 12
     how = {"max_new_tokens": 8, "temperature": 2.0, "seed": 3}
     by_four = [found.token_ids for found in model.answer(items, batch_size=4, **how)]
     assert len(set(by_four)) > 10
     assert [found.token_ids for found in model.answer(items, batch_size=1, **how)] == by_four
-    assert [found.token_ids for found in model.answer(items, batch_size=12, **how)] == by_four
     other = [found.token_ids for found in model.answer(items, batch_size=4, **how | {"seed": 4})]
     assert other != by_four
 

@@ -18,6 +18,7 @@ from reroute_jax.errors import RerouteError
 from reroute_jax.prefix import Opening, PrefixStates
 from reroute_jax.routing.plan import Schedule
 from tests.checkpoints import qwen3_pair, qwen_pair, small, smallest
+from tests.compiling import xla_programs
 from tests.marks import cases
 
 
@@ -96,10 +97,11 @@ def test_warm_up_compiles_what_answers_from_a_cache_need(unchecked_annotations):
         model.warm_up([long], **options)
     assert sum("prefill behind" in one for one in compiled) == 4
     assert (len(cache), cache.hits, cache.misses) == (0, 0, 0)
-    with compilations() as compiled:
+    with compilations() as compiled, xla_programs() as built:
         for items in ([short], [long], [long, short], [(SECOND, long[1]), (picture(2), short[1])]):
             model.answer(items, **options)
     assert compiled == [] and (cache.hits, cache.misses) == (3, 3)
+    assert built == []
 
 
 def test_the_new_images_of_a_batch_run_together(monkeypatch):

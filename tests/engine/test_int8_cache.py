@@ -23,7 +23,7 @@ from reroute_jax.nn.quantised import plain
 from reroute_jax.routing import simulator
 from reroute_jax.routing.plan import Schedule
 from tests import tiny_qwen
-from tests.checkpoints import small, smallest
+from tests.checkpoints import smallest
 from tests.ragged import padded
 from tests.tiny import random_ids, random_pixels
 
@@ -32,11 +32,11 @@ STEPS = 3
 
 @cache
 def models(family):
-    """(exact, with an int8 cache) of 4 layers, with 2 KV heads for 4."""
+    """(exact, with an int8 cache) of 2 layers, with 2 KV heads for 4."""
     if family == "llava":
-        exact = small()
+        exact = smallest()
     else:
-        exact = reroute_jax.load(tiny_qwen.tiny_qwen(Path(mkdtemp()) / "tiny", layers=4, vision_layers=3, seed=5))
+        exact = reroute_jax.load(tiny_qwen.tiny_qwen(Path(mkdtemp()) / "tiny", layers=2, vision_layers=3, seed=6))
     return exact, reroute_jax.load(exact.folder, "float32", kv_cache="int8")
 
 
@@ -64,9 +64,9 @@ def stepped(model, given, schedule):
 
 
 ROUTES = {
-    "none": Schedule.from_decisions((), (), 4),
-    "reroute": Schedule.from_decisions((1, 3), (0.5, 0.25), 4, "reroute"),
-    "delete-cut": Schedule.from_decisions((2,), (0.5,), 4, "delete", cut_caches="all"),
+    "none": Schedule.from_decisions((), (), 2),
+    "reroute": Schedule.from_decisions((1,), (0.5,), 2, "reroute"),
+    "delete-cut": Schedule.from_decisions((1,), (0.5,), 2, "delete", cut_caches="all"),
 }
 
 
@@ -76,14 +76,14 @@ ROUTES = {
 )
 def test_decoding_is_as_far_off_as_eight_bits(family, route):
     """Rounding leaves a key or value of 16 numbers off by about 0.5% of its length: half a 127th of its largest number,
-    which is twice the others, over the square root of 3. Four layers of peaked attention make up to four times that."""
+    which is twice the others, over the square root of 3. Two layers of peaked attention make one to three times that."""
     exact, rounded = models(family)
     given, schedule = ragged(family), ROUTES[route]
     wanted, held = stepped(exact, given, schedule)
     found, cache = stepped(rounded, given, schedule)
     np.testing.assert_allclose(found[0], wanted[0], atol=1e-5)  # a prefill reads no cache
     off = np.linalg.norm(found - wanted, axis=-1)[1:] / np.linalg.norm(wanted, axis=-1)[1:]
-    assert off.min() > 0.001 and off.max() < 0.03
+    assert off.min() > 0.001 and off.max() < 0.02
     np.testing.assert_array_equal(cache.tokens_per_layer(), held.tokens_per_layer())
     dim = exact.config.decoder.head_dim
     assert cache.nbytes * 4 * dim == held.nbytes * (dim + 4)
@@ -94,7 +94,7 @@ def test_int8_weights_write_the_cache_of_the_same_weights_in_fp32():
     both = reroute_jax.load(smallest().folder, "float32", quantise="int8", kv_cache="int8")
     values = {path: plain(value) for path, value in named_parameters(both.module).items()}
     same = replace(both, module=with_parameters(reroute_jax.abstract_params(both.config), values))
-    given, schedule = ragged("llava"), Schedule.from_decisions((1,), (0.5,), 2, "reroute")
+    given, schedule = ragged("llava"), ROUTES["reroute"]
     found, cache = stepped(both, given, schedule)
     wanted, held = stepped(same, given, schedule)
     np.testing.assert_allclose(found, wanted, atol=1e-3)  # where a number is rounded the other way
@@ -110,7 +110,7 @@ def test_a_long_answer_crosses_rooms_and_outlives_its_neighbour():
     """The caches of a batch of two grow when one of them goes on: it says the same as with room from the start. Where a
     number is rounded the other way, a log-probability moves by less than 0.002."""
     model = reroute_jax.load(smallest().folder, "float32", kv_cache="int8")
-    batch = model.inputs(**ragged("llava"), schedule=Schedule.from_decisions((1,), (0.5,), 2, "reroute"))
+    batch = model.inputs(**ragged("llava"), schedule=ROUTES["reroute"])
     _, prefilled = run_prefill(model.weights, batch)
     limit = ROOM + 20
     logits, tokens, logprobs = prefilled.logits, [], []
@@ -147,4 +147,4 @@ def test_what_is_refused():
     features, anchors = programs.encode(model.weights, batch.images)
     started = simulator.start(model.module.decoder, batch.prompt, features, anchors, [[], []], 0)
     with pytest.raises(RerouteError, match="load the model without kv_cache"):
-        simulator.simulate(started, Schedule.from_decisions((1,), (0.5,), 2, "reroute"))
+        simulator.simulate(started, ROUTES["reroute"])

@@ -18,7 +18,7 @@ from reroute_jax.routing.plan import Schedule
 from tests.checkpoints import small, smallest
 from tests.compiling import xla_programs
 from tests.ragged import padded
-from tests.tiny import BOS, random_ids, random_pixels
+from tests.tiny import BOS, WORDS, random_ids, random_pixels
 
 
 def test_padding_side_and_bucket_do_not_matter():
@@ -61,7 +61,7 @@ def test_one_program_per_bucket():
     ids = random_ids(36 + TEXT_BUCKETS[4], start=2)[None]
     with compilations() as compiled:
         model.prefill(input_ids=ids, pixel_values=random_pixels(1), schedule=schedule)
-        model.generate_ids(input_ids=ids, pixel_values=random_pixels(1), schedule=schedule, max_new_tokens=3)
+        model.generate_ids(input_ids=ids, pixel_values=random_pixels(1), schedule=schedule, max_new_tokens=1)
     assert sum("prefill" in one for one in compiled) == 1  # logits and answers share it
 
 
@@ -176,8 +176,8 @@ def test_generate_compiles_one_program_a_bucket_and_keeps_the_token_budget(monke
     model = smallest(kv_heads=1)  # nobody else's
     picture = Image.fromarray(np.zeros((80, 70, 3), np.uint8))
     texts = ["red cup " * (length * 8) for length in (1, 3, 7)] * 12
-    pairs = [(picture, f"{text} {number}") for number, text in enumerate(texts)]
-    sizes = []
+    pairs = [(picture, f"{text} {WORDS[number]}") for number, text in enumerate(texts)]
+    sizes, how = [], {"max_new_tokens": 1, "logprobs": True}
 
     def spy(decoder, prompt, *rest):
         sizes.append(prompt.ids.shape)
@@ -186,11 +186,15 @@ def test_generate_compiles_one_program_a_bucket_and_keeps_the_token_budget(monke
     original = programs.prefill
     monkeypatch.setattr(programs, "prefill", spy)
     with compilations() as compiled:
-        answers = model.generate(pairs, max_new_tokens=3, batch_size=4, token_budget=300)
+        answers = model.answer(pairs, batch_size=4, token_budget=300, **how)
     assert Counter(sizes) == {(4, 68): 3, (3, 100): 4, (1, 164): 12}
     assert sum("prefill" in one for one in compiled) == 3
     monkeypatch.undo()
-    assert answers == [model.generate([pair], max_new_tokens=3)[0] for pair in pairs]
+    alone = [model.answer([pair], **how)[0] for pair in pairs]
+    assert [one.token_ids for one in answers] == [one.token_ids for one in alone]
+    found, wanted = (np.array([one.logprobs[0] for one in of]) for of in (answers, alone))
+    np.testing.assert_allclose(found, wanted, atol=1e-4)
+    assert np.diff(np.sort(wanted)).min() > 2e-4  # so that no answer is taken for another
 
 
 def test_a_prompt_beyond_the_token_budget_is_refused():
