@@ -2,9 +2,9 @@
 
 import json
 import subprocess
-import sys
 
 from evals.speed.collectives import Collective, collectives
+from tests.processes import module_without_torch
 
 LAYERS, DECISIONS = 4, 3
 
@@ -13,7 +13,7 @@ def test_a_mesh_answers_as_one_device_does_and_tells_no_more_than_it_must(tmp_pa
     """Two KV heads for four devices. In the prefill there are two all-reduces a layer, one for the embeddings, and a
     small one for each decision."""
     case = ["--families", "qwen2.5", "--meshes", "data=2,model=4", "--methods", "pdrop", "--actions", "reroute"]
-    command = [sys.executable, "-m", "benchmarks.mesh", *case, "--out", str(tmp_path / "mesh.jsonl")]
+    command = module_without_torch("benchmarks.mesh", *case, "--out", str(tmp_path / "mesh.jsonl"))
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "mesh.jsonl").read_text())

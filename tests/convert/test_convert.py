@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -33,6 +32,7 @@ from reroute_jax.errors import RerouteError
 from reroute_jax.models import read_config
 from reroute_jax.types import FLOATS
 from tests.marks import cases
+from tests.processes import python_without_torch
 from tests.tiny import SPELLINGS, load_torch, tiny_llava
 
 ROOT = Path(__file__).parents[2]
@@ -278,7 +278,8 @@ cli.main(sys.argv[1:])
 def test_a_killed_conversion_goes_on_where_it_was(hf, tmp_path, capsys, monkeypatch):
     out, partial = tmp_path / "out", tmp_path / "out.partial"
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, "-c", KILLED, hf, out], cwd=ROOT, env=environment, capture_output=True)
+    command = python_without_torch(KILLED, str(hf), str(out))
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
     assert not out.exists()
     with pytest.raises(RerouteError, match=r"has no config\.json"):

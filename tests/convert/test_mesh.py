@@ -3,11 +3,11 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.processes import python_without_torch
 from tests.tiny_qwen import tiny_qwen
 
 # Of eight devices that the CPU plays: this process has one.
@@ -83,7 +83,7 @@ def told(tmp_path_factory):
     tiny_qwen(folder / "hf", heads=8, kv_heads=2, hidden=64, layers=2, vision_layers=3)
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
     done = subprocess.run(
-        [sys.executable, "-c", LOADING, str(folder / "hf"), str(folder / "converted")],
+        python_without_torch(LOADING, str(folder / "hf"), str(folder / "converted")),
         capture_output=True,
         text=True,
         cwd=Path(__file__).parents[2],

@@ -76,7 +76,7 @@ ROUTES = {
 )
 def test_decoding_is_as_far_off_as_eight_bits(family, route):
     """Rounding leaves a key or value of 16 numbers off by about 0.5% of its length: half a 127th of its largest number,
-    which is twice the others, over the square root of 3. Two layers of peaked attention make one to three times that."""
+    which is twice the others, over the square root of 3. Two layers of peaked attention make up to thrice that."""
     exact, rounded = models(family)
     given, schedule = ragged(family), ROUTES[route]
     wanted, held = stepped(exact, given, schedule)

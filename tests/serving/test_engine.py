@@ -22,9 +22,14 @@ from reroute_jax.serving.engine import Busy, Engine, Stopping
 from reroute_jax.serving.pool import Pool
 from reroute_jax.serving.requests import News, Request
 from tests.checkpoints import qwen_pair, smallest
+from tests.compiling import xla_programs
 from tests.marks import cases
 
 LIMITS = Limits(slots=2, token_budget=52, text=(16,), images=1, image_sizes=((84, 84), (30, 30)), new_tokens=40)
+
+
+def where(number: int) -> tuple[None, str]:
+    return None, f"where is {number} ?"
 
 
 def picture(seed: int) -> Image.Image:
@@ -39,8 +44,9 @@ def plans():
 
 @pytest.fixture(scope="module")
 def pools(plans):
+    """One for questions without an image, which enter two at a time as well, and one for those that are routed."""
     model = smallest()
-    asked = kinds(model, tuple(plans.values()), LIMITS)
+    asked = kinds(model, [plans["routed"]], LIMITS)
     return Pools(model, LIMITS, tuple(make_pool(model, kind, LIMITS) for kind in asked))
 
 
@@ -83,10 +89,10 @@ class Asked:
 
 
 def test_answers_are_those_of_answer_whatever_runs_beside_them(engine, pools, plans):
-    """Three plans of work, greedy and drawn, more than there are slots; the late ones join while others decode."""
+    """Two pools at work, greedy and drawn, more than there are slots; the late ones join while others decode."""
     model = smallest()
     cases = [
-        ("all", (picture(0), "where is the red cup ?"), {"limit": 40}),
+        ("all", (None, "where is the red cup ?"), {"limit": 40}),
         ("routed", (picture(1), "what is left of the dog ?"), {"limit": 33}),
         ("routed", (picture(2), "how many cups"), {"limit": 9, "temperature": 1.5, "top_p": 0.9, "seed": 4}),
         ("routed", (None, "name the colour"), {"limit": 25, "repetition_penalty": 1.3}),
@@ -100,7 +106,7 @@ def test_answers_are_those_of_answer_whatever_runs_beside_them(engine, pools, pl
 
     wanted = [expected(*case) for case in cases]
     log = []
-    with compilations() as compiled:
+    with compilations() as compiled, xla_programs() as built:
         early = [Asked(engine, pools, item, plans[plan], log=log, **how) for plan, item, how in cases[:2]]
         for one in early:
             one.next()
@@ -111,7 +117,7 @@ def test_answers_are_those_of_answer_whatever_runs_beside_them(engine, pools, pl
             assert last.finish_reason == answer.finish_reason and last.usage == answer.usage
             logprobs = [value for news in one.told for value in news.logprobs]
             np.testing.assert_allclose(logprobs, answer.logprobs, atol=1e-4)
-    assert compiled == []
+    assert compiled == built == []
     firsts = [next(place for place, (who, _) in enumerate(log) if who is one) for one in late]
     ends = [place for place, (_, news) in enumerate(log) if news.last]
     assert min(firsts) < max(ends[:2]), "the late ones waited for the early ones to end"
@@ -119,18 +125,17 @@ def test_answers_are_those_of_answer_whatever_runs_beside_them(engine, pools, pl
 
 @pytest.mark.parametrize("image_cache", cases([0, 2**24], slow={0}))
 def test_answers_from_8_bits_are_those_of_answer(image_cache, unchecked_annotations):
-    """Weights and KV cache in int8: the third request enters a slot that another left, while the second still runs; the
-    last one asks about an image that was there."""
+    """Weights and KV cache in int8: the third request enters the slot that the first one left, while the second still
+    runs, and asks about an image that was there."""
     pytest.importorskip("qwix")
     model = reroute_jax.load(smallest().folder, "float32", quantise="int8", kv_cache="int8")
     schedule = model.plan("fastv", budget="3/4", first_decision=1)
     limits = replace(LIMITS, image_sizes=((84, 84),), image_cache=image_cache)
     cache = model.image_cache(image_cache) if image_cache else None
-    pools = Pools(
-        model, limits, tuple(make_pool(model, kind, limits, cache) for kind in kinds(model, [schedule], limits))
-    )
+    kind = next(kind for kind in kinds(model, [schedule], limits) if kind.shape.images)
+    pools = Pools(model, limits, (make_pool(model, kind, limits, cache),))
     items = [(picture(0), "where is the red cup ?"), (picture(1), "how many ?"), (picture(0), "a dog ?")]
-    limited = list(zip(items, (3, 40, 9), strict=True))
+    limited = list(zip(items, (3, 33, 9), strict=True))
     engine = Engine(pools.all, limits.token_budget, most_waiting=8)
     asked = [Asked(engine, pools, item, schedule, limit=limit) for item, limit in limited]
     for one, (item, limit) in zip(asked, limited, strict=True):
@@ -144,7 +149,7 @@ def test_answers_from_8_bits_are_those_of_answer(image_cache, unchecked_annotati
 
 def test_the_answers_to_one_question_are_those_of_its_copies(engine, pools, plans):
     item, how = (picture(3), "what is it ?"), {"temperature": 1.5, "seed": 7}
-    wanted = smallest().answer([item] * 3, schedule=plans["routed"], max_new_tokens=6, **how)
+    wanted = smallest().answer([item] * 3, schedule=plans["routed"], max_new_tokens=6, batch_size=1, **how)
     asked = [Asked(engine, pools, item, plans["routed"], number, limit=6, **how) for number in range(3)]
     assert [one.tokens for one in asked] == [answer.token_ids for answer in wanted]
     assert len({one.tokens for one in asked}) > 1
@@ -153,13 +158,11 @@ def test_the_answers_to_one_question_are_those_of_its_copies(engine, pools, plan
 def test_who_is_cancelled_makes_room(engine, pools, plans):
     """Both slots are taken; the third request begins when the first is cancelled, while the second still runs."""
     log = []
-    first, second, third = (
-        Asked(engine, pools, (picture(seed), "where ?"), plans["all"], log=log, limit=40) for seed in range(3)
-    )
+    first, second, third = (Asked(engine, pools, where(n), plans["all"], log=log, limit=40) for n in range(3))
     first.next()
     second.next()
     first.request.cancelled = True
-    wanted = smallest().answer([(picture(2), "where ?")], schedule=plans["all"], max_new_tokens=40)[0]
+    wanted = smallest().answer([where(2)], schedule=plans["all"], max_new_tokens=40)[0]
     assert third.tokens == wanted.token_ids and len(second.tokens) == 40
     places = {id(who): [at for at, (one, _) in enumerate(log) if one is who] for who in (first, second, third)}
     assert places[id(third)][0] < places[id(second)][-1]
@@ -168,12 +171,12 @@ def test_who_is_cancelled_makes_room(engine, pools, plans):
 
 
 def test_who_waits_may_be_cancelled_too(engine, pools, plans):
-    running = [Asked(engine, pools, (picture(seed), "where ?"), plans["all"], limit=40) for seed in range(2)]
-    waiting = Asked(engine, pools, (picture(2), "where ?"), plans["all"], limit=40)
+    running = [Asked(engine, pools, where(number), plans["all"], limit=40) for number in range(2)]
+    waiting = Asked(engine, pools, where(2), plans["all"], limit=40)
     waiting.request.cancelled = True
     for one in running:
         one.all()
-    after = Asked(engine, pools, (picture(3), "where ?"), plans["all"], limit=2)
+    after = Asked(engine, pools, where(3), plans["all"], limit=2)
     after.all()
     assert waiting.news.empty() and engine.waiting == 0
 
@@ -199,7 +202,7 @@ def test_a_program_that_fails_ends_its_own_pool_and_no_other(engine, pools, plan
             array.delete()  # as a donated buffer is
         raise RuntimeError("boom")
 
-    fine = Asked(engine, pools, (picture(0), "where ?"), plans["all"], limit=20)
+    fine = Asked(engine, pools, where(0), plans["all"], limit=20)
     fine.next()
     monkeypatch.setattr(routed, "advance", lambda: fail_once(routed))
     wrong = Asked(engine, pools, (picture(0), "where ?"), plans["routed"], limit=20)
@@ -231,7 +234,7 @@ def test_nothing_grows_with_the_number_of_requests(engine, pools, plans):
 
 def test_the_end_is_told(pools, plans):
     engine = Engine(pools.all, LIMITS.token_budget, most_waiting=8)
-    asked = [Asked(engine, pools, (picture(seed), "where ?"), plans["all"], limit=40) for seed in range(3)]
+    asked = [Asked(engine, pools, where(number), plans["all"], limit=40) for number in range(3)]
     asked[0].next()
     engine.close()
     assert not engine.alive
@@ -264,7 +267,8 @@ def test_a_pool_with_an_image_cache_answers_the_same_and_compiles_nothing_later(
     cache.clear()
     engine = Engine(pools.all, limits.token_budget, most_waiting=64)
     items = [(picture(0), "where ?"), (picture(0), "is it a dog ?"), (picture(1), "where ?"), (picture(0), "how ?")]
-    wanted = [answer.token_ids for answer in model.answer(items, schedule=plans["routed"], max_new_tokens=4)]
+    alone = model.answer(items, schedule=plans["routed"], max_new_tokens=4, batch_size=1)
+    wanted = [answer.token_ids for answer in alone]
     with compilations() as compiled:
         first = Asked(engine, pools, items[0], plans["routed"], limit=4)
         assert first.tokens == wanted[0]

@@ -22,6 +22,7 @@ import pytest
 from PIL import Image
 
 from tests.checkpoints import smallest
+from tests.processes import module_without_torch
 
 ROOT = Path(__file__).parents[2]
 KEY = "a-key"
@@ -38,7 +39,7 @@ class Server:
     def __init__(self, folder: Path, output: Path, *more: str):
         self.output = output
         with output.open("w") as file:
-            command = [sys.executable, "-m", "reroute_jax.serve", "--model", str(folder), *OPTIONS, *more]
+            command = module_without_torch("reroute_jax.serve", "--model", str(folder), *OPTIONS, *more)
             self.process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
         while (found := re.search(r"listening on (\S+)/v1", output.read_text())) is None:
             assert self.process.poll() is None, output.read_text()
