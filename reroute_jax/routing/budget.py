@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+from decimal import Decimal
 from fractions import Fraction
+from numbers import Rational, Real
+from typing import Any
 
 from reroute_jax.errors import RerouteError
 
@@ -35,15 +38,16 @@ def exact_number(text: str) -> int | Fraction:
     return int(number) if text.strip().isdigit() else number
 
 
-def share_of(budget: int | float | Fraction | None, visual: int) -> Fraction:
+def share_of(budget: Any, visual: int) -> Fraction:
     """The share that a budget names. Raises RerouteError where it is none, or leaves less than one token."""
-    if budget in TIERS:
+    is_number = isinstance(budget, Real | Decimal) and not isinstance(budget, bool)
+    if is_number and budget in TIERS:
         share = TIERS[budget]
-    elif budget is None or not 0 < budget < 1:
+    elif not is_number or not 0 < budget < 1:
         raise RerouteError(f"budget is {budget}, expected one of {', '.join(map(str, TIERS))} or a share in (0, 1)")
     else:
         # 0.15 means 15/100 and not its binary neighbour; likewise 1 / 3.
-        share = Fraction(budget).limit_denominator(10**6)
+        share = Fraction(budget if isinstance(budget, Rational) else float(budget)).limit_denominator(10**6)
     if share * visual < 1:
         raise RerouteError(f"a budget of {float(share):.4g} leaves fewer than one of {visual} visual tokens, raise it")
     return share

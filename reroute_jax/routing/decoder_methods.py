@@ -159,6 +159,10 @@ def _spans(layers: Sequence[int], decisions: int, depth: int) -> list[int]:
 def _share(request: PlanRequest, first: int, weight: Fraction, tail: Fraction = Fraction(0)) -> Fraction:
     """The share of the visual tokens that the first decision keeps, where later layers run `weight` times as many
     tokens as it keeps, and `tail` (as a share) on top."""
+    if first >= request.num_layers:
+        raise RerouteError(
+            f"method {request.method!r} decides at layer {first} first, of a decoder with {request.num_layers}"
+        )
     share = (request.budget * request.num_layers - first - tail) / weight
     wanted = f"method {request.method!r}: an average of {float(request.average):.4g} of {request.visual} visual tokens"
     if share * request.visual < 1:

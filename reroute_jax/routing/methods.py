@@ -58,6 +58,7 @@ def plan(
     one_of("family", family, tuple(FAMILIES))
     for name in switches:
         one_of("switch", name, tuple(SWITCHES))
+    switches = {name: tuple(value) if isinstance(value, list) else value for name, value in switches.items()}
     if isinstance(switches.get("keep"), Real):
         switches["keep"] = (switches["keep"],)
     given, known = Switches(**switches), METHODS[method]
@@ -67,7 +68,7 @@ def plan(
     needs_budget = known.has_budget and given.amount is None
     budget = parsed_budget(budget) if isinstance(budget, str) else budget
     share = share_of(budget, visual) if needs_budget else Fraction(1)
-    tier = int(budget) if budget in TIERS else None
+    tier = int(budget) if needs_budget and budget in TIERS else None
     asked = str(tier or f"{float(share):.4g}") if needs_budget else None
     label = _label(method, action if known.has_actions else None, asked, given)
     rules = FAMILIES[family].nuwa

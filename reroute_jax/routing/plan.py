@@ -82,7 +82,7 @@ class Schedule:
         one_of("position_mode", self.position_mode, POSITION_MODES)
         one_of("cut_caches", self.cut_caches, CUTS)
         one_of("deepstack", self.deepstack, DEEPSTACK)
-        if self.seed < 0:
+        if not isinstance(self.seed, Integral) or self.seed < 0:
             raise RerouteError(f"the seed is {self.seed}, expected a whole number from 0 on")
         if self.bidirectional_layer is not None and not 0 <= self.bidirectional_layer < self.num_layers:
             raise RerouteError(
@@ -187,7 +187,7 @@ class Schedule:
         parts = {name: _for_each(value, len(layers)) for name, value in given.items()}
         for name in parts["action"] or [action]:
             one_of("action", name, ACTIONS)
-        if repair is None or isinstance(repair, str):
+        if not isinstance(repair, list | tuple):
             parts["repair"] = [repair if name == "reroute" else None for name in parts["action"]]
             if repair is not None and layers and "reroute" not in parts["action"]:
                 raise RerouteError(
@@ -313,7 +313,7 @@ class Schedule:
             fields["stages"] = tuple(_stage(stage) for stage in fields["stages"])
             if fields.get("merge") is not None:
                 fields["merge"] = records.made(MERGES[fields["merge"]["kind"]], fields["merge"])
-            records.check_types(cls, fields)
+            records.check_types(cls, fields, " of a schedule")
             return cls(**fields)
         except (KeyError, TypeError, AttributeError, OverflowError) as error:
             raise RerouteError(f"a schedule cannot be read from its record: {type(error).__name__}: {error}") from error

@@ -6,12 +6,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from fractions import Fraction
+from numbers import Integral, Real
 from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from reroute_jax.errors import RerouteError
 
 Made = TypeVar("Made")
+_NUMBERS = {int: Integral, float: Real}
 
 
 def plain(value: Any) -> Any:
@@ -34,26 +36,24 @@ def made(kind: type[Made], record: Mapping[str, Any]) -> Made:
     """The dataclass that `plain` wrote. Raises TypeError for surplus or missing fields, and RerouteError for one of
     another type."""
     given = {name: _exact(value) for name, value in record.items() if name != "kind"}
-    check_types(kind, given)
+    check_types(kind, given, f" of a {kind.__name__}")
     return kind(**given)
 
 
-def check_types(kind: type, given: Mapping[str, Any]) -> None:
-    """Raises RerouteError naming a value that is not what the dataclass says of the field; fields that are tuples are
-    not looked into."""
+def check_types(kind: type, given: Mapping[str, Any], where: str = "") -> None:
+    """Raises RerouteError naming a value that is not what the dataclass says of the field, numpy's numbers aside;
+    fields that are tuples are not looked into. where: behind the name in the message."""
     for name, hint in get_type_hints(kind).items():
         if name in given and not _fits(given[name], hint):
             shown = hint.__name__ if isinstance(hint, type) else str(hint)
-            raise RerouteError(f"{name} of a {kind.__name__} is {given[name]!r}, expected {shown}")
+            raise RerouteError(f"{name}{where} is {given[name]!r}, expected {shown}")
 
 
 def _fits(value: Any, hint: Any) -> bool:
     kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
     if isinstance(value, bool):
         return bool in kinds
-    if isinstance(value, int) and float in kinds:
-        return True
-    return isinstance(value, tuple(get_origin(kind) or kind for kind in kinds))
+    return isinstance(value, tuple(_NUMBERS.get(kind) or get_origin(kind) or kind for kind in kinds))
 
 
 def _exact(value: Any) -> Any:

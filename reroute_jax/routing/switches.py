@@ -3,10 +3,12 @@ line's arguments, the checks of `plan` and the table of the documentation are ma
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
+from numbers import Real
 from typing import Any
 
 from reroute_jax.errors import RerouteError, one_of
@@ -14,6 +16,7 @@ from reroute_jax.routing.budget import exact_number
 from reroute_jax.routing.hiprune import NEIGHBOURS
 from reroute_jax.routing.nuwa import SIM_ORDERS
 from reroute_jax.routing.plan import DEEPSTACK, POSITION_MODES
+from reroute_jax.routing.records import check_types
 from reroute_jax.routing.repair import REPAIRS
 from reroute_jax.routing.visionzip import CLASS_TOKENS
 
@@ -47,6 +50,10 @@ class Switch:
 def numbers(text: str) -> tuple[int | Fraction, ...]:
     """ "3,8" or "2/9,0.1". Raises ValueError for anything else."""
     return tuple(exact_number(part) for part in text.split(","))
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def shown(value: Any) -> Any:
@@ -212,14 +219,17 @@ class Switches:
     first_image_only: bool = _switch(False, "of several images in a row, route the first one only", _ROUTED, kind=bool)
 
     def __post_init__(self) -> None:
+        check_types(Switches, vars(self))
         for name, switch in SWITCHES.items():
             value = getattr(self, name)
             if switch.choices and value is not None:
                 one_of(name, value, switch.choices)
         if self.decisions is not None and not re.fullmatch(r"every(:[1-9]\d*)?", self.decisions):
             raise RerouteError(f"decisions is {self.decisions!r}, expected 'every' or 'every:K' with K from 1 on")
-        if self.layers is not None and any(layer < 0 for layer in self.layers):
-            raise RerouteError(f"layers are {shown(self.layers)}, expected layers from 0 on")
+        if not all(_is_real(layer) and layer == int(layer) >= 0 for layer in self.layers or ()):
+            raise RerouteError(f"layers are {shown(self.layers)}, expected whole numbers from 0 on")
+        if not all(map(_is_real, self.keep or ())):
+            raise RerouteError(f"keep is {shown(self.keep)}, expected numbers of visual tokens or shares of them")
         if self.ratios == "official" and (self.decisions is not None or self.first_decision is not None):
             raise RerouteError("ratios='official' belongs to a method's own decisions, use ratios='solved' here")
 

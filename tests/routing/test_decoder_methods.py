@@ -115,6 +115,10 @@ REFUSED = {
     "too large": (lambda: made("v2drop", Fraction(9, 10)), "more than its decisions"),
     "wrong decisions": (lambda: made("v2drop", 128, layers=(3, 9)), "expected 3 ascending layers"),
     "layer 0": (lambda: made("ivc", keep=9, layers=(0,)), "layer 0 has no previous layer"),
+    "layer that is not there": (
+        lambda: made("ivc", 128, layers=(32,)),
+        "decides at layer 32 first, of a decoder with 32",
+    ),
     "twice": (lambda: made("ivc", 128, keep=64), "budget and keep both set"),
     "other method": (lambda: made("fastv", 128, stride=2), "no use for stride=2"),
     "union under reroute": (lambda: made("feather", 128, "reroute", floor_count="union"), "belongs to action='delete'"),

@@ -60,7 +60,7 @@ FILES = {
     "a fraction of 0": ('{"schedule": {"stages": [{"lo": 0, "hi": 4, "ratio": "2/0"}]}}', "ratio of a Stage is '2/0'"),
     "a switch as text": (
         '{"schedule": {"stages": [{"lo": 0, "hi": 4}], "first_image_only": "no"}}',
-        "first_image_only of a Schedule is 'no', expected bool",
+        "first_image_only of a schedule is 'no', expected bool",
     ),
     "a merge of true": (
         '{"schedule": {"stages": [{"lo": 0, "hi": 4}], "merge": {"kind": "PoolMerge", "share": true}}}',
