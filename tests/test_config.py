@@ -189,7 +189,7 @@ def test_generation_configs_that_are_refused(generation, telling):
     ("hf", "billions", "route"),
     [
         pytest.param(HUB_7B, 7.063, ("pdrop", "reroute"), id="7b-pdrop", marks=pytest.mark.slow),
-        pytest.param(HUB_7B, 7.063, ("nuwa", "delete"), id="7b-nuwa"),
+        pytest.param(HUB_7B, 7.063, ("nuwa", "delete"), id="7b-nuwa", marks=pytest.mark.slow),
         # 13.351 with its 40 layers, of which each has 0.317.
         pytest.param(config_13b(num_hidden_layers=8), 3.200, ("nuwa", "reroute"), id="8-layers-of-13b-nuwa"),
     ],

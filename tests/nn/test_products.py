@@ -1,5 +1,7 @@
 """Every form of the product against NumPy, in each dtype and at both sides of every switch."""
 
+from itertools import product
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,9 +9,17 @@ import pytest
 
 from reroute_jax.nn.products import FEW_ROWS, _plain, matmul
 
+SHAPES = ((1,), (2,), (FEW_ROWS,), (FEW_ROWS + 1,), (3, 1), (2, 5, 40))
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("shape", [(1,), (2,), (FEW_ROWS,), (FEW_ROWS + 1,), (3, 1), (2, 5, 40)])
+
+@pytest.mark.parametrize(
+    ("dtype", "shape"),
+    [
+        *product((jnp.float32, jnp.bfloat16), SHAPES),
+        *product((jnp.float16,), SHAPES[2:4]),
+        *(pytest.param(jnp.float16, shape, marks=pytest.mark.slow) for shape in (*SHAPES[:2], *SHAPES[4:])),
+    ],
+)
 def test_product(dtype, shape):
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.standard_normal((*shape, 48)), dtype)

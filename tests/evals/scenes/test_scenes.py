@@ -350,7 +350,7 @@ def test_words_are_closed_and_used():
 
 
 def test_refcoco_rows():
-    rows = list(refcoco_rows("val", 300, start=7))
+    rows = list(refcoco_rows("val", 150, start=7))
     kinds: Counter = Counter()
     for index, row in enumerate(rows, start=7):
         assert {name: type(value) for name, value in row.items() if name != "image"} == {
@@ -371,18 +371,18 @@ def test_refcoco_rows():
             (target,) = referred(scene, text)
             assert list(scene.things[target].box) == row["bbox"]
             kinds["place" if "most " in text else "relation" if " the " in text else "attribute"] += 1
-    assert len({row["question_id"] for row in rows}) == len({row["file_name"] for row in rows}) == 300
+    assert len({row["question_id"] for row in rows}) == len({row["file_name"] for row in rows}) == 150
     assert min(kinds.values()) > 0.25 * kinds.total() and set(kinds) == set(REFERRING)
     assert next(refcoco_rows("val", 1, start=9))["answer"] == rows[2]["answer"]
 
 
 def test_vqa_rows():
-    rows = list(vqa_rows("test", 300, start=3))
+    rows = list(vqa_rows("test", 150, start=3))
     assert all(list(row) == ["question_id", "image", "question", "answer", "category"] for row in rows)
     for index, row in enumerate(rows, start=3):
         assert answered(sample_scene(scene_seed("test", index)), row["question"]) == row["answer"]
-    assert Counter(row["category"] for row in rows) == dict.fromkeys(VQA, 100)
-    assert Counter(row["answer"] for row in rows if row["category"] == "yesno") == {"yes": 50, "no": 50}
+    assert Counter(row["category"] for row in rows) == dict.fromkeys(VQA, 50)
+    assert Counter(row["answer"] for row in rows if row["category"] == "yesno") == {"yes": 25, "no": 25}
     assert {row["category"] for row in vqa_rows("test", 5, kinds=("count",))} == {"count"}
 
 
