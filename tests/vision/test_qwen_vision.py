@@ -234,9 +234,8 @@ def test_gradients_are_finite_and_padding_has_none(pixels):
     assert not np.asarray(for_patches)[~real].any()
 
 
-def test_bf16():
+def test_bf16(pixels):
     """The type runs through, and the result is the fp32 one within bf16's rounding."""
-    pixels = pack(random_patches([(3, 5)]), [(3, 5)], CONFIG, 1)
     graph, weights = nnx.split(tower())
     half = nnx.merge(graph, jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf).astype(jnp.bfloat16)), weights))
     found, expected = nuwa(half, pixels, order="raster"), nuwa(tower(), pixels, order="raster")

@@ -21,7 +21,7 @@ from evals.scenes.questions import REFERRING
 from evals.scenes.spec import IMAGE_SLOTS, model_config
 from evals.scenes.tokenizer import DIALECTS, build_tokenizer, vocabulary
 from evals.scenes.train import random_bypass
-from evals.scenes.training import losses
+from evals.scenes.training import losses, recipes
 from evals.scenes.training.export import _SAVE_PROCESSOR, export
 from evals.scenes.training.losses import AuxiliaryHeads, answer_loss, shared_prefix_layer, targets
 from evals.scenes.training.packing import (
@@ -358,8 +358,8 @@ def test_deepstack_is_trained_as_the_decoder_runs_it(monkeypatch):
 
 @pytest.fixture
 def short(monkeypatch):
-    """Training of towers of one or two blocks and decoders of two or four layers on batches that are packed in the
-    same process."""
+    """Training of towers of one or two blocks and decoders of two or four layers, of few matrices with Muon, on
+    batches that are packed in the same process."""
     qwen, qwen3 = spec.hf_config("qwen2_5_vl"), spec.hf_config("qwen3_vl")
     qwen["text_config"]["num_hidden_layers"], qwen["vision_config"]["depth"] = 2, 1
     qwen["vision_config"]["fullatt_block_indexes"] = [0]
@@ -374,6 +374,8 @@ def short(monkeypatch):
         ("CORNER_LAYER", 1),
     ):
         monkeypatch.setattr(losses, name, layers)
+    monkeypatch.setitem(recipes.MUON, ("qwen2_5_vl", "vision"), ("model.vision.merger.",))
+    monkeypatch.setitem(recipes.MUON, ("qwen2_5_vl", "joint"), ("model.decoder.layers.1.attn.",))
     monkeypatch.setattr(train, "VALIDATION_SCENES", 2)
 
     def batches(phase, first):
