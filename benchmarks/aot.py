@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shlex
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 # Without it libtpu looks for a TPU's own machine and its metadata server.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -67,21 +69,22 @@ class Wanted:
 @dataclass(frozen=True)
 class ProgramCost:
     """Bytes, FLOPs and collectives are a chip's. compile_seconds: from the lowered text on; compile_cpu_seconds: of all
-    threads, which depends less on what else runs. flops, moved_bytes: of a run, by the compiler. operations, sorts,
-    scatters: in the lowered text. collectives: how many of each kind; told: numbers that they give."""
+    threads, which depends less on what else runs. operations, sorts, scatters: in the lowered text. needs: what the
+    compiler says of a program that a chip's memory does not hold, of which it tells nothing else; None of any other."""
 
     trace_seconds: float
     compile_seconds: float
     compile_cpu_seconds: float
-    argument_bytes: int
-    temporary_bytes: int
-    flops: float
-    moved_bytes: float
     operations: int
     sorts: int
     scatters: int
-    collectives: dict[str, int]
-    told: int
+    needs: str | None
+    argument_bytes: int | None = None
+    temporary_bytes: int | None = None
+    flops: float | None = None  # of a run, by the compiler
+    moved_bytes: float | None = None
+    collectives: dict[str, int] | None = None  # how many of each kind
+    told: int | None = None  # numbers that they give
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -165,24 +168,45 @@ def account(program: jax.stages.Traced, device: jax.Device, seconds: float) -> P
     start = time.perf_counter()
     lowered = program.lower(lowering_platforms=(device.platform,))
     middle, busy = time.perf_counter(), time.process_time()
-    done = lowered.compile()
+    done, needs = None, None
+    try:
+        done = lowered.compile()
+    except jax.errors.JaxRuntimeError as problem:
+        needs = memory_needed(str(problem))
     end, busy = time.perf_counter(), time.process_time() - busy
-    memory, cost, text = done.memory_analysis(), done.cost_analysis(), lowered.as_text()
-    told = list(collectives(done.as_text()))
-    return ProgramCost(
+    text = lowered.as_text()
+    cost = ProgramCost(
         trace_seconds=seconds + middle - start,
         compile_seconds=end - middle,
         compile_cpu_seconds=busy,
-        argument_bytes=memory.argument_size_in_bytes,
-        temporary_bytes=memory.temp_size_in_bytes,
-        flops=cost.get("flops", 0.0),
-        moved_bytes=cost.get("bytes accessed", 0.0),
         operations=text.count(" = stablehlo.") + text.count(' = "stablehlo.'),
         sorts=text.count("stablehlo.sort") + text.count("chlo.top_k"),
         scatters=text.count('"stablehlo.scatter"('),
-        collectives=dict(Counter(one.kind for one in told)),
-        told=sum(one.size for one in told),
+        needs=needs,
     )
+    return cost if done is None else replace(cost, **told_by(done))
+
+
+def memory_needed(said: str) -> str:
+    """What the compiler says of a program that is too large for a chip. Raises RerouteError for any other failure."""
+    found = re.search(r"RESOURCE_EXHAUSTED.*?\(([\d.]+G)\) exceeds available \w+ \(([\d.]+G)\)", said, re.DOTALL)
+    if found is None:
+        raise RerouteError(f"the compiler fails: {' '.join(said.split())[:300]}")
+    return "{} of {}".format(*found.groups())
+
+
+def told_by(done: jax.stages.Compiled) -> dict[str, Any]:
+    """The fields of a `ProgramCost` that only a compiled program has."""
+    memory, cost = done.memory_analysis(), done.cost_analysis()
+    found = list(collectives(done.as_text()))
+    return {
+        "argument_bytes": memory.argument_size_in_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "flops": cost.get("flops", 0.0),
+        "moved_bytes": cost.get("bytes accessed", 0.0),
+        "collectives": dict(Counter(one.kind for one in found)),
+        "told": sum(one.size for one in found),
+    }
 
 
 def table(known: dict[Wanted, ProgramCost]) -> str:
@@ -196,12 +220,19 @@ def table(known: dict[Wanted, ProgramCost]) -> str:
         method = " ".join(str(part) for part in (one.method, one.action, one.budget) if part is not None)
         cells = [one.model, one.mesh or "", str(one.batch), method, one.program]
         cells += [f"{of.trace_seconds:.1f}", f"{of.compile_seconds:.1f}", f"{of.compile_cpu_seconds:.1f}"]
-        cells += [f"{of.argument_bytes / 1e9:.2f}", f"{of.temporary_bytes / 1e9:.2f}"]
-        cells += [f"{of.flops / 1e12:.2f}", f"{of.moved_bytes / 1e9:.1f}"]
+        cells += _memory(of)
         cells += [str(of.operations), str(of.sorts), str(of.scatters)]
-        cells += [", ".join(f"{count} {kind}" for kind, count in sorted(of.collectives.items())), f"{of.told:,}"]
+        told = sorted((of.collectives or {}).items())
+        cells += [", ".join(f"{count} {kind}" for kind, count in told), "" if of.told is None else f"{of.told:,}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _memory(of: ProgramCost) -> list[str]:
+    if of.needs is not None:
+        return [f"does not fit: {of.needs}", "", "", ""]
+    gigabytes = [f"{of.argument_bytes / 1e9:.2f}", f"{of.temporary_bytes / 1e9:.2f}"]
+    return [*gigabytes, f"{of.flops / 1e12:.2f}", f"{of.moved_bytes / 1e9:.1f}"]
 
 
 def _place(one: Wanted) -> tuple:

@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks import aot
 from evals.speed.subjects import random_model
+from reroute_jax.errors import RerouteError
 
 ARGUMENTS = ["--random", "llava-tiny-gqa", "--dtype", "float32", "--text", "16", "--batch-sizes", "2"]
 
@@ -74,6 +75,29 @@ def test_towers_are_compiled_once_for_each_merge():
 def test_an_unknown_topology_is_one_line(capsys, tmp_path):
     assert aot.main([*ARGUMENTS, "--platform", "cpu", "--topology", "v9:2x2", "--out", str(tmp_path)]) == 2
     assert "no compiler for the topology 'v9:2x2' of 'cpu' here" in capsys.readouterr().err
+
+
+def test_a_program_that_a_chip_does_not_hold_is_a_row_and_any_other_failure_ends_the_run(monkeypatch):
+    said = (
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (15.77G) exceeds "
+        "available HBM (15.75G)."
+    )
+    traced = jax.jit(lambda x: x + 1).trace(1.0)
+
+    def account(problem: str) -> aot.ProgramCost:
+        def fail(self):
+            raise jax.errors.JaxRuntimeError(problem)
+
+        monkeypatch.setattr(jax.stages.Lowered, "compile", fail)
+        return aot.account(traced, jax.devices("cpu")[0], 0.0)
+
+    found = account(said)
+    assert (found.needs, found.flops) == ("15.77G of 15.75G", None) and found.operations > 0
+    one = aot.Wanted("llava-1.5-7b", "bfloat16", "a chip", "0", 64, 8, "none", None, None, "prefill", None)
+    (row,) = aot.table({one: found}).splitlines()[2:]
+    assert "| 8 | none | prefill |" in row and "| does not fit: 15.77G of 15.75G |" in row
+    with pytest.raises(RerouteError, match="the compiler fails: INTERNAL: a pass"):
+        account("INTERNAL: a pass")
 
 
 def _decoder():
