@@ -27,7 +27,7 @@ def told(path):
 def test_the_file_says_how_the_schedule_was_found(stand_ins, tmp_path, capsys):
     stand_ins(Prompts(), Prompts())
     out = tmp_path / "found.json"
-    command = ["--budget", "1/3,64", "--rounds", "3", "--seeds", "2", "--seed", "5", "--out", str(out)]
+    command = ["--budget", "1/3,64", "--rounds", "2", "--seeds", "2", "--seed", "5", "--out", str(out)]
     assert search.main(command) == 0
     files = [tmp_path / "found_1-3.json", tmp_path / "found_1-9.json"]
     for path, share in zip(files, ("1/3", "1/9"), strict=True):

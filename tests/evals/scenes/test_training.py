@@ -299,11 +299,16 @@ def test_training_starts_from_known_layers():
 def test_towers_attend_locally_before_they_have_learnt_anything():
     """Each head most of all to the patch at its offset, and hardly to any that is not near it."""
     place = np.stack(np.indices((22, 22)), axis=-1).reshape(1, -1, 2)
-    queries, keys, values = (jnp.asarray(part)[None, :, None] for part in local_biases(32))
-    assert not np.asarray(values).any()
+    queries, keys, values = (np.asarray(part)[None, :, None] for part in local_biases(32))
+    assert not values.any()
     shape = (1, len(OFFSETS), 484, 32)
-    q, k = (rotate(jnp.broadcast_to(part, shape), rotary(jnp.asarray(place), 32)) for part in (queries, keys))
-    seen = jax.nn.softmax(jnp.einsum("bnth,bnsh->bnts", q, k) / 32**0.5)[0].reshape(-1, 22, 22, 22, 22)
+
+    @jax.jit
+    def probabilities(queries, keys):
+        q, k = (rotate(jnp.broadcast_to(part, shape), rotary(jnp.asarray(place), 32)) for part in (queries, keys))
+        return jax.nn.softmax(jnp.einsum("bnth,bnsh->bnts", q, k) / 32**0.5)[0]
+
+    seen = np.asarray(probabilities(queries, keys)).reshape(-1, 22, 22, 22, 22)
     for head, (down, right) in enumerate(OFFSETS):
         row, col = 11 + down, 11 + right
         near = seen[head, 11, 11, row - 2 : row + 3, col - 2 : col + 3]

@@ -24,7 +24,7 @@ def searched(seed=0, prompts=None, rounds=4, seconds=1e9, **more) -> Search:
 
 
 def test_it_finds_better_ones_and_depends_on_the_seed_alone():
-    first, again, other = searched(), searched(), searched(seed=1)
+    first, again, other = searched(), searched(), searched(seed=1, rounds=1)
     assert first.pool == again.pool and first.pool != other.pool
     by_hand = {share: min(map(first.ledger.decide, STARTS[share])) for share in BUDGETS}
     assert first.ledger.decide(first.pool[THIRD][0]) < by_hand[THIRD]
