@@ -75,8 +75,12 @@ class ModelConfig:
 
 
 def decoder_config(text, *, qkv_bias: bool, rope_sections: tuple[int, ...], tied_head: bool) -> DecoderConfig:
-    """The decoder of a `text_config` as transformers reads it. Raises RerouteError for another activation than SiLU."""
+    """The decoder of a `text_config` as transformers reads it. Raises RerouteError for another activation than SiLU and
+    a base of rotary angles that is none."""
     require("text_config.hidden_act", text.hidden_act, ("silu",))
+    theta = float(text.rope_parameters["rope_theta"])
+    if not 1 < theta < math.inf:
+        raise RerouteError(f"config.json: rope_theta is {theta:g}, expected a finite number above 1")
     return DecoderConfig(
         vocab_size=text.vocab_size,
         hidden_size=text.hidden_size,
@@ -85,7 +89,7 @@ def decoder_config(text, *, qkv_bias: bool, rope_sections: tuple[int, ...], tied
         num_heads=text.num_attention_heads,
         num_kv_heads=text.num_key_value_heads,
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
-        rope_theta=float(text.rope_parameters["rope_theta"]),
+        rope_theta=theta,
         norm_eps=text.rms_norm_eps,
         qkv_bias=qkv_bias,
         rope_sections=rope_sections,

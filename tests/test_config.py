@@ -147,6 +147,23 @@ def test_rotary_settings_of_qwen_that_are_refused(change, telling):
     assert_refused({**QWEN, **change}, telling)
 
 
+@pytest.mark.parametrize(
+    ("change", "telling"),
+    [
+        ({"vision_config": {"rope_parameters": {"rope_type": "axial", "rope_theta": 20000.0}}}, "rope_theta = 20000.0"),
+        ({"text_config": {**QWEN, "layer_types": ["sliding_attention"] * 28}}, "layer_types = 'sliding_attention'"),
+        ({"text_config": {**QWEN, "rope_theta": 0}}, "rope_theta is 0, expected a finite number above 1"),
+        ({"text_config": {**QWEN, "num_attention_heads": 0}}, "config.json cannot be read"),
+        ({"vision_config": {"patch_size": [14, 14]}}, "config.json cannot be read"),
+        ({"vision_config": {"spatial_merge_size": 0}}, "config.json cannot be read"),
+        ({"model_type": []}, "unknown architecture []"),
+    ],
+    ids=lambda value: str(value)[:60] if isinstance(value, dict) else "",
+)
+def test_settings_of_qwen_that_would_be_overlooked_or_raise_are_refused(change, telling):
+    assert_refused({**QWEN, **change}, telling)
+
+
 @pytest.mark.parametrize("change", [{}, {"rope_scaling": None}])
 def test_qwen_without_sections_has_those_of_transformers(change):
     config = {key: value for key, value in QWEN.items() if key != "rope_scaling"}
@@ -248,3 +265,9 @@ def test_a_placeholder_does_not_pad():
     """Rows that fill a batch up would hold an image that is not there."""
     assert read_config({**HUB_7B, "pad_token_id": HUB_7B["image_token_index"]}).pad_token == 2
     assert read_config(HUB_7B, {"pad_token_id": HUB_7B["image_token_index"], "eos_token_id": [7, 2]}).pad_token == 7
+
+
+def test_the_mapping_that_is_read_stays_as_it_is():
+    config = {**QWEN, "rope_theta": 5e5, "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}}
+    assert read_config(config).decoder.rope_theta == 5e5
+    assert config["rope_scaling"] == {"type": "mrope", "mrope_section": [16, 24, 24]}

@@ -8,6 +8,7 @@ installed it brings torch along, 8 of the 12 CPU seconds that every command took
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from types import MappingProxyType
 
 from huggingface_hub.errors import StrictDataclassError
@@ -19,6 +20,9 @@ from reroute_jax.models.family import Family
 
 FAMILIES: dict[str, Family] = {module.FAMILY.name: module.FAMILY for module in (llava, qwen2_5_vl, qwen3_vl)}
 
+# What a value of another type or size causes, here and in transformers.
+_UNREADABLE = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, StrictDataclassError)
+
 
 def read_config(config: Mapping, generation: Mapping = MappingProxyType({})) -> ModelConfig:
     """The configuration of a `config.json` and a `generation_config.json` that were parsed to mappings.
@@ -29,14 +33,16 @@ def read_config(config: Mapping, generation: Mapping = MappingProxyType({})) -> 
     Raises RerouteError for an architecture or a setting that is not implemented, and where nothing names a stop token.
     """
     name = config.get("model_type")
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         known = " or ".join(repr(family) for family in FAMILIES)
         raise RerouteError(f"unknown architecture {name!r} in config.json: expected model_type {known}")
     from transformers import AutoConfig
 
     try:
-        hf = AutoConfig.for_model(**config)
-    except (AttributeError, KeyError, TypeError, ValueError, StrictDataclassError) as problem:
+        hf = AutoConfig.for_model(**deepcopy(config))  # transformers writes into what is nested
+        return with_generation(FAMILIES[name].read_config(hf), generation)
+    except RerouteError:
+        raise
+    except _UNREADABLE as problem:
         reason = " ".join(str(problem).split())
         raise RerouteError(f"config.json cannot be read ({reason}): restore it from the original") from problem
-    return with_generation(FAMILIES[name].read_config(hf), generation)

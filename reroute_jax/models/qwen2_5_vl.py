@@ -22,6 +22,7 @@ from reroute_jax.models.family import Evaluation, Family, Released
 from reroute_jax.models.qwen_shared import (
     NUWA_RULES,
     TURNS,
+    check_rotary_tower,
     image_grids,
     open_processor,
     pixel_limits,
@@ -64,6 +65,9 @@ def _read_config(hf: Any) -> ModelConfig:
     require("use_sliding_window", text.use_sliding_window, (False,))
     rope_type = text.rope_parameters.get("rope_type", "default")
     require("rope_parameters.rope_type", rope_type, ("default", "mrope"))
+    for kind in text.layer_types:
+        require("text_config.layer_types", kind, ("full_attention",))
+    check_rotary_tower(vision)
     require("vision_config.hidden_act", vision.hidden_act, ("silu",))
     require("vision_config.out_hidden_size", vision.out_hidden_size, (text.hidden_size,))
     patches = vision.window_size // vision.patch_size

@@ -24,6 +24,7 @@ from reroute_jax.models.family import Evaluation, Family, Released
 from reroute_jax.models.qwen_shared import (
     NUWA_RULES,
     TURNS,
+    check_rotary_tower,
     image_grids,
     open_processor,
     pixel_limits,
@@ -45,7 +46,6 @@ from reroute_jax.vision.qwen_images import fit_once, grid_of, patches, preproces
 NAME = "qwen3_vl"
 # Of transformers, where config.json names none.
 _DEFAULT_SECTIONS = (24, 20, 20)
-_VISION_THETA = 10000.0
 # The layout of the hub's Instruct checkpoints: no system sentence unless a chat brings one.
 CHAT_TEMPLATE = "{% for message in messages %}" + TURNS
 
@@ -66,7 +66,7 @@ def _read_config(hf: Any) -> ModelConfig:
     require("text_config.rope_parameters.rope_type", text.rope_parameters.get("rope_type", "default"), ("default",))
     require("vision_config.hidden_act", vision.hidden_act, ("gelu_pytorch_tanh",))
     require("vision_config.out_hidden_size", vision.out_hidden_size, (text.hidden_size,))
-    require("vision_config.rope_parameters.rope_theta", vision.rope_parameters["rope_theta"], (_VISION_THETA,))
+    check_rotary_tower(vision)
     sections = tuple(text.rope_parameters.get("mrope_section") or _DEFAULT_SECTIONS)
     if len(sections) != 3:
         raise RerouteError(f"config.json: mrope_section is {list(sections)}, expected three numbers of rotary pairs")

@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 
 from reroute_jax.buckets import VISUAL_BUCKETS, bucket
-from reroute_jax.config import ModelConfig, token_ids
+from reroute_jax.config import ModelConfig, require, token_ids
 from reroute_jax.errors import RerouteError
 from reroute_jax.models.family import check_processor
 from reroute_jax.routing.nuwa_rules import NuwaRules
 from reroute_jax.routing.tower import TowerSizes
 from reroute_jax.types import Grid, Size
+from reroute_jax.vision.qwen_layers import ROPE_THETA
 
 # What stands in a chat for an image, and the turns, as the hub's checkpoints write them.
 TURNS = (
@@ -52,6 +53,13 @@ def vision_sizes(vision) -> dict[str, int]:
         "temporal_patch_size": vision.temporal_patch_size,
         "merge": vision.spatial_merge_size,
     }
+
+
+def check_rotary_tower(vision) -> None:
+    """Raises RerouteError for a vision_config whose patches turn with other angles."""
+    rotary = vision.rope_parameters
+    require("vision_config.rope_parameters.rope_type", rotary["rope_type"], ("axial",))
+    require("vision_config.rope_parameters.rope_theta", rotary["rope_theta"], (ROPE_THETA,))
 
 
 def tower_sizes(config: ModelConfig) -> TowerSizes:
