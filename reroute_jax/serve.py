@@ -124,8 +124,26 @@ def _port(text: str) -> int:
     return number
 
 
+@argument_of
+def _host(text: str) -> str:
+    """argparse type: what a socket can be bound to."""
+    try:
+        text.encode("idna")
+    except UnicodeError:
+        raise RerouteError(f"{text[:40]!r} is no host") from None
+    if not text:
+        raise RerouteError("an empty host would be all addresses: give 0.0.0.0 for that")
+    return text
+
+
+@argument_of
 def _hosts(text: str) -> frozenset[str]:
-    return frozenset(host.strip().lower() for host in text.split(",") if host.strip())
+    """argparse type: names of hosts, as they stand in URLs, with commas between them."""
+    hosts = frozenset(host.strip().lower() for host in text.split(",") if host.strip())
+    for host in hosts:
+        if "/" in host or host.count(":") == 1:
+            raise RerouteError(f"{host[:40]!r} is no host, expected such as example.org, without scheme, port and path")
+    return hosts
 
 
 def _parser() -> Parser:
@@ -194,7 +212,9 @@ def _parser() -> Parser:
         "the first decision is kept, and later questions begin behind it (default: %(default)s, none)",
     )
     run.add_argument("--compilation-cache", type=Path, metavar="DIR", help="keep compiled programs there")
-    served.add_argument("--host", default="127.0.0.1", help="to listen on, 0.0.0.0 for all (default: %(default)s)")
+    served.add_argument(
+        "--host", type=_host, default="127.0.0.1", help="to listen on, 0.0.0.0 for all (default: %(default)s)"
+    )
     served.add_argument("--port", type=_port, default=8000, help="0 takes a free one (default: %(default)s)")
     served.add_argument(
         "--queue",

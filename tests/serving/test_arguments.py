@@ -1,4 +1,4 @@
-"""The key that lets clients in. No model runs."""
+"""Who may ask a server, and where it listens. No model runs."""
 
 import pytest
 
@@ -22,3 +22,25 @@ def test_no_request_could_bear_any_other(key, said, capsys):
     with pytest.raises(SystemExit):
         _parser().parse_args(["--api-key", key])
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        (["--host", ""], "an empty host would be all addresses"),
+        (["--host", "a" * 70 + ".org"], "is no host"),
+        (["--allow-fetch", "https://example.org"], "'https://example.org' is no host, expected such as example.org"),
+        (["--allow-fetch", "a.org,b.org:8080"], "'b.org:8080' is no host"),
+    ],
+    ids=str,
+)
+def test_what_is_no_host_is_refused(argument, said, capsys):
+    """Of a URL or a port no image would ever be fetched, and nobody be told why."""
+    with pytest.raises(SystemExit):
+        _parser().parse_args(argument)
+    assert said in capsys.readouterr().err
+
+
+def test_hosts_are_read():
+    args = _parser().parse_args(["--host", "::1", "--allow-fetch", " A.org, ::1,b.org ,"])
+    assert (args.host, args.allow_fetch) == ("::1", {"a.org", "::1", "b.org"})
