@@ -93,13 +93,18 @@ def _restore(source: Source, target: Target, dtype: str | None, progress: Progre
     found: dict[str, Any] = {}
     for piece in pieces.restored(source.folder, wanted):
         for name, value in piece.items():
-            if jnp.issubdtype(value.dtype, jnp.floating) and not jnp.isfinite(value).all():
+            if jnp.issubdtype(value.dtype, jnp.floating) and not _finite(value):
                 raise RerouteError(not_finite(name, dtype))
             found[name] = value if source.manifest.quantise else fitted(value, target[name])
         progress(sum(stored[name].size * stored[name].dtype.itemsize for name in piece))
     if not source.manifest.quantise:
         return found
     return jax.tree.unflatten(jax.tree.structure(dict(target)), [found[name] for name in places])
+
+
+@jax.jit
+def _finite(value: jax.Array) -> jax.Array:
+    return jnp.isfinite(value).all()
 
 
 def _restored_dtype(stored: np.dtype, dtype: str | None) -> np.dtype:

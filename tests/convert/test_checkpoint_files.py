@@ -262,8 +262,14 @@ def test_an_adapter_or_gguf_alone_is_one_line(tmp_path):
 # Numbers that are none
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def not_finite():
+    """Every kind of number in every dtype; the plain run has each once."""
+    for at, dtype in enumerate((torch.float32, torch.float16, torch.bfloat16)):
+        for kind, value in enumerate((float("nan"), float("inf"), float("-inf"))):
+            yield pytest.param(dtype, value, marks=[] if at == kind else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("dtype", "value"), not_finite())
 def test_weights_that_are_not_finite_are_named(tmp_path, dtype, value):
     folder = write("llava", tmp_path / "hf", dtype=dtype)
     edit(folder, lambda tensors: tensors[f"{LINEAR}.weight"].__setitem__((5, 7), value))

@@ -22,7 +22,7 @@ from tests import tiny, tiny_qwen
 from tests.marks import cases
 from tests.ragged import padded
 
-LAYERS = 4
+LAYERS = 3
 LENGTHS = (300, 260, 200, 140, 100, 80)
 GRID = (6, 6)
 FAMILIES = ("llava", "qwen2_5_vl")
@@ -36,7 +36,7 @@ ROUTES = {
 @cache
 def folder(family: str) -> Path:
     write = {"llava": tiny.tiny_llava, "qwen2_5_vl": tiny_qwen.tiny_qwen}[family]
-    return write(Path(mkdtemp()) / family, kv_heads=2, layers=LAYERS, vision_layers=4, dtype=torch.bfloat16)
+    return write(Path(mkdtemp()) / family, kv_heads=2, layers=LAYERS, vision_layers=3, dtype=torch.bfloat16)
 
 
 @cache
