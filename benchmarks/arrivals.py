@@ -33,6 +33,7 @@ from reroute_jax.commandline.parsing import (
     new_tokens,
     positive,
     positive_number,
+    whole,
 )
 from reroute_jax.engine.compilation import compilations, keep_programs
 from reroute_jax.engine.model import Model
@@ -144,7 +145,7 @@ def _parser() -> Parser:
     data.add_argument("--rate", type=positive_number, default=8.0, help="requests a second (default: %(default)s)")
     data.add_argument("--requests", type=positive, default=2000, help="how many arrive (default: %(default)s)")
     data.add_argument("--scenes", type=positive, default=200, help="different ones (default: %(default)s)")
-    data.add_argument("--seed", type=int, default=0, help="of the arrivals (default: %(default)s)")
+    data.add_argument("--seed", type=whole, default=0, help="of the arrivals (default: %(default)s)")
     route.add_argument("--method", choices=tuple(METHODS), default="pdrop", help="(default: %(default)s)")
     route.add_argument("--budget", type=budget, default=128, help="192, 128, 64 or a share (default: %(default)s)")
     route.add_argument("--schedule", type=Path, metavar="FILE", help="one that was written down, instead of the method")

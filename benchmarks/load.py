@@ -31,7 +31,17 @@ from PIL import Image
 from tqdm import tqdm
 
 from evals.scenes.data import refcoco_rows
-from reroute_jax.commandline.parsing import DATA, OUTPUT, ROUTE, RUN, Parser, exit_code, positive, positive_number
+from reroute_jax.commandline.parsing import (
+    DATA,
+    OUTPUT,
+    ROUTE,
+    RUN,
+    Parser,
+    exit_code,
+    positive,
+    positive_number,
+    whole,
+)
 from reroute_jax.errors import RerouteError
 from reroute_jax.serving.plans import plan_words
 
@@ -279,7 +289,7 @@ def _parser() -> Parser:
     data.add_argument(
         "--limit", type=positive_number, default=2.0, help="seconds for a good answer (default: %(default)s)"
     )
-    data.add_argument("--seed", type=int, default=0, help="of arrivals and lengths (default: %(default)s)")
+    data.add_argument("--seed", type=whole, default=0, help="of arrivals and lengths (default: %(default)s)")
     route.add_argument(
         "--plans",
         nargs="+",

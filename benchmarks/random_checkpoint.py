@@ -23,7 +23,7 @@ from convert.families import abstract_params, table_of
 from convert.safetensors import write_folder
 from convert.table import hf_shapes
 from evals.speed.checkpoint_shapes import SHAPES, Shape
-from reroute_jax.commandline.parsing import OUTPUT, RUN, Parser, exit_code, positive
+from reroute_jax.commandline.parsing import OUTPUT, RUN, Parser, exit_code, positive, whole
 from reroute_jax.models import read_config
 from reroute_jax.types import FLOATS
 
@@ -82,7 +82,7 @@ def _parser() -> Parser:
     run.add_argument("shape", metavar="SHAPE", choices=list(SHAPES), help=f"one of {', '.join(SHAPES)}")
     run.add_argument("--layers", type=positive, help="of the decoder (default: the shape's)")
     run.add_argument("--dtype", choices=list(FLOATS), default="bfloat16", help="(default: %(default)s)")
-    run.add_argument("--seed", type=int, default=0, help="of the weights (default: %(default)s)")
+    run.add_argument("--seed", type=whole, default=0, help="of the weights (default: %(default)s)")
     output.add_argument("out", metavar="OUT", type=Path, help="folder to write; must not exist")
     output.add_argument("--shards", type=positive, default=1, help="safetensors files (default: %(default)s)")
     return parser

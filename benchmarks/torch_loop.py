@@ -26,7 +26,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from benchmarks.load import Asked, Heard, questions, summary, table
 from convert.embedded import locate
-from reroute_jax.commandline.parsing import DATA, OUTPUT, RUN, Parser, exit_code, positive, positive_number
+from reroute_jax.commandline.parsing import DATA, OUTPUT, RUN, Parser, exit_code, positive, positive_number, whole
 from reroute_jax.engine.images import open_image
 from reroute_jax.engine.side_files import SideFiles
 from reroute_jax.models import read_config
@@ -125,7 +125,7 @@ def _parser() -> Parser:
     data.add_argument(
         "--limit", type=positive_number, default=2.0, help="seconds for a good answer (default: %(default)s)"
     )
-    data.add_argument("--seed", type=int, default=0, help="of arrivals and lengths (default: %(default)s)")
+    data.add_argument("--seed", type=whole, default=0, help="of arrivals and lengths (default: %(default)s)")
     parser.group(OUTPUT).add_argument(
         "--out", type=Path, default=Path("runs/torch_loop.jsonl"), help="JSON lines (default: %(default)s)"
     )

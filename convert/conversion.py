@@ -75,6 +75,7 @@ def save_converted(
             manifest = _finish(partial, source, planned, target, dtype)
             check_free(out)
             partial.rename(out)
+            (out / _IDENTITY_NAME).unlink()  # only now: until then a kill may leave the pieces, and they tell whose
     except RerouteError:
         raise
     except (OSError, ValueError) as problem:  # Orbax's writers raise ValueError for a full disk
@@ -118,12 +119,23 @@ class _Foreign(RerouteError):
 
 
 def _settle(partial: Path, identity: dict) -> None:
+    """Raises RerouteError for pieces of something else. The identity is there whole or not at all."""
     file = partial / _IDENTITY_NAME
-    if file.exists() and json.loads(file.read_text()) != identity:
+    if not file.exists():
+        part = file.with_name(f"{file.name}.part")
+        part.write_text(json.dumps(identity))
+        part.replace(file)
+    elif _read_identity(file) != identity:
         raise _Foreign(
             f"{partial} is part of another conversion, of other files or dtypes: delete it, or finish that one"
         )
-    file.write_text(json.dumps(identity))
+
+
+def _read_identity(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text())
+    except ValueError:
+        return None
 
 
 def _identity(source: Source, planned: Planned, target: Target, dtype: str | None) -> dict:
@@ -243,8 +255,7 @@ def _finish(partial: Path, source: Source, planned: Planned, target: Target, dty
         nbytes=_stored_bytes(planned, target, dtype),
         files=pieces.file_sizes(partial),
     )
-    for name in (_IDENTITY_NAME, _LOCK_NAME):
-        (partial / name).unlink()
+    (partial / _LOCK_NAME).unlink()
     (partial / MANIFEST_NAME).write_text(json.dumps(asdict(manifest), indent=2) + "\n")
     return manifest
 

@@ -21,6 +21,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from benchmarks import random_checkpoint
 from convert import __main__ as cli
+from convert import conversion
 from convert.checkpoint import load_params, save_hf
 from convert.families import abstract_params, table_of
 from convert.pieces import save
@@ -273,6 +274,20 @@ def killed_in_the_third(folder, number, tree):
 pieces.save = killed_in_the_third
 cli.main(sys.argv[1:])
 """
+
+
+@pytest.mark.parametrize("left", ["", "{", "[]", '{"format": 1}'])
+def test_what_a_kill_left_of_an_identity_deletes_no_pieces(left, tmp_path):
+    identity = {"format": 3, "dtype": None}
+    conversion._settle(tmp_path, identity)
+    file = tmp_path / "conversion.json"
+    before = file.stat().st_mtime_ns
+    conversion._settle(tmp_path, identity)
+    assert file.stat().st_mtime_ns == before, "an identity that is written again can be cut off by a kill"
+    file.write_text(left)
+    with pytest.raises(conversion._Foreign, match="is part of another conversion"):
+        conversion._settle(tmp_path, identity)
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_a_killed_conversion_goes_on_where_it_was(hf, tmp_path, capsys, monkeypatch):
