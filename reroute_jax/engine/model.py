@@ -148,7 +148,7 @@ class Model:
 
         Raises RerouteError where ids, mask, pixels and schedule do not fit each other or the model.
         """
-        schedule = schedule or self._unrouted
+        schedule = self._asked(schedule)
         return batch_given(self.config, schedule, input_ids, attention_mask, pixel_values, image_grid_thw)
 
     def prefill(self, *, schedule: Schedule | None = None, trace: bool = False, **given) -> PrefillResult:
@@ -238,7 +238,7 @@ class Model:
         one_of("on_error", on_error, ("raise", "return"))
         check_limits(batch_size, token_budget)
         sampling = self._sampling(max_new_tokens, repetition_penalty, temperature, top_p, seed)
-        how = schedule or self._unrouted, batch_size, token_budget, text_special_tokens, self._row_shards
+        how = self._asked(schedule), batch_size, token_budget, text_special_tokens, self._row_shards
         prefill, encodes = self._prefill(image_cache), image_cache is None or trace
         answers = [Answer()] * len(items)
         batches = groups(items, self.files, *how, encodes)
@@ -277,7 +277,7 @@ class Model:
         """The text of `answer([item], ...)` in pieces of whole characters, as they come. Closing the iterator ends the
         decoding."""
         sampling = self._sampling(max_new_tokens, repetition_penalty, temperature, top_p, seed)
-        schedule = schedule or self._unrouted
+        schedule = self._asked(schedule)
         layout = lay_out(self.question(item, text_special_tokens=text_special_tokens), self.config, schedule)
         batch = batch_of([layout], self.files, schedule, size=1, encodes=image_cache is None)
         return pieces(self.tokenizer, stream_tokens(self.weights, batch, sampling, self._prefill(image_cache)))
@@ -312,7 +312,7 @@ class Model:
         """
         check_limits(batch_size, token_budget)
         sampling = self._sampling(max_new_tokens, None, temperature, 1.0, 0)
-        how = schedule or self._unrouted, batch_size, token_budget, self._row_shards, image_cache is None
+        how = self._asked(schedule), batch_size, token_budget, self._row_shards, image_cache is None
         prefill = prefill_ahead if image_cache is None else self._cached_prefill(image_cache).ahead
         for batches in batches_of_shapes(items, self.files, *how):
             compile_ahead(self.weights, batches, sampling, prefill)
@@ -323,9 +323,13 @@ class Model:
     def _row_shards(self) -> int:
         return row_shards(self.weights)
 
-    @property
-    def _unrouted(self) -> Schedule:
-        return Schedule.from_decisions((), (), self.config.num_layers)
+    def _asked(self, schedule: Any) -> Schedule:
+        """All tokens run where there is none. Raises RerouteError for anything else than a schedule."""
+        if schedule is None:
+            return Schedule.from_decisions((), (), self.config.num_layers)
+        if not isinstance(schedule, Schedule):
+            raise RerouteError(f"schedule is {str(schedule)[:40]!r}, expected a Schedule, such as `plan` makes")
+        return schedule
 
     def _prefill(self, cache: ImageCache | None) -> Prefill:
         return run_prefill if cache is None else self._cached_prefill(cache)

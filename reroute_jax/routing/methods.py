@@ -45,7 +45,7 @@ def plan(
     image's visual tokens, averaged over all decoder layers) or a share in (0, 1), as a number or a string like "2/9".
     action: "delete", "reroute", or "layout" (reroute where a token once deferred may not return). "none" uses neither,
     and reductions before the decoder only the budget. switches: fields of `Switches`, each explained there and refused
-    where the method has no use for it; of `keep` a single number will do.
+    where the method has no use for it; of `keep` and `layers` a single number will do.
 
     Raises RerouteError for unknown names, switches that do not apply, and budgets out of reach.
     """
@@ -59,8 +59,9 @@ def plan(
     for name in switches:
         one_of("switch", name, tuple(SWITCHES))
     switches = {name: tuple(value) if isinstance(value, list) else value for name, value in switches.items()}
-    if isinstance(switches.get("keep"), Real):
-        switches["keep"] = (switches["keep"],)
+    for name in ("keep", "layers"):
+        if isinstance(switches.get(name), Real):
+            switches[name] = (switches[name],)
     given, known = Switches(**switches), METHODS[method]
     given.check(method, family)
     if given.amount is not None and budget is not None:

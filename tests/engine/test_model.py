@@ -163,6 +163,12 @@ def test_refusals(case):
     assert telling in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_the_name_of_a_method_is_no_schedule(unchecked_annotations):
+    for ask in (lambda **how: small().answer([(None, "what ?")], **how), lambda **how: small().stream("", **how)):
+        with pytest.raises(RerouteError, match="schedule is 'pdrop', expected a Schedule, such as `plan` makes"):
+            ask(schedule="pdrop")
+
+
 def test_unreadable_images_are_named(tmp_path):
     model = small()
     (tmp_path / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n nothing more")

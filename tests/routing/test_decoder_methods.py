@@ -94,6 +94,10 @@ def test_feather_as_released_is_bounded():
     assert solved.resolve(576).stages[2].share == Fraction(9, 100)
 
 
+def test_one_layer_may_be_given_as_a_number():
+    assert made("ivc", keep=9, layers=16) == made("ivc", keep=(9,), layers=[16])
+
+
 def test_ivc_as_released_for_llava():
     schedule = made("ivc", keep=Fraction(1, 5), layers=(16,), ivc_llava_release=True)
     (stage,) = schedule.decisions
