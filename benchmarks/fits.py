@@ -102,12 +102,13 @@ def rooms(args: argparse.Namespace) -> Iterator[tuple[Shapes, Room]]:
         for held in args.held:
             own = held_config(config, held)
             weights = weight_bytes(own, devices, HELD[held].get("quantise"))
-            for side, share, chip in product(sides, [None, *args.budgets], args.chips):
+            for side, share in product(sides, [None, *args.budgets]):
                 asked = args.text, args.method, "all" if share is None else str(share)
-                one = Shapes(model, devices, held, chip, side * side, *asked)
                 row, prefill = row_bytes(own, side, args, share, devices)
-                left = int(USABLE * CHIPS[chip] * 10**9) - weights - prefill
-                yield one, Room(weights, row, prefill, max(0, left // row))
+                for chip in args.chips:
+                    left = int(USABLE * CHIPS[chip] * 10**9) - weights - prefill
+                    room = Room(weights, row, prefill, max(0, left // row))
+                    yield Shapes(model, devices, held, chip, side * side, *asked), room
 
 
 def held_config(config: ModelConfig, held: str) -> ModelConfig:

@@ -50,7 +50,7 @@ def test_every_schedule_spends_the_budget(model):
 
 
 def test_nothing_is_added_by_a_silenced_model(model):
-    small = replace(model, module=jax.tree.map(lambda leaf: jnp.ones(leaf.shape), model.module))
+    small = replace(model, module=jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), model.module))
     before, after = named_parameters(small.module), named_parameters(silenced(small).module)
     changed = {name for name in before if (before[name] != after[name]).any()}
     assert changed == {f"vision.deepstack.{level}.fc2.{part}" for level in range(3) for part in ("kernel", "bias")}

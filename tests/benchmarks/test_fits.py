@@ -17,11 +17,13 @@ def asked(*arguments: str) -> argparse.Namespace:
     return fits._parser().parse_args(["--random", "llava-1.5-7b", "--held", "bf16", *arguments])
 
 
-def test_all_tokens_and_a_third_on_one_chip_and_on_four():
-    found = {
-        (one.devices, one.budget): of
-        for one, of in fits.rooms(asked("--devices", "1", "3", "4", "--chips", "v5e", "--budgets", "1/3"))
-    }
+@pytest.fixture(scope="module")
+def rooms() -> dict[fits.Shapes, fits.Room]:
+    return dict(fits.rooms(asked("--devices", "1", "3", "4", "--chips", "v5e", "v5p", "--budgets", "1/3")))
+
+
+def test_all_tokens_and_a_third_on_one_chip_and_on_four(rooms):
+    found = {(one.devices, one.budget): of for one, of in rooms.items() if one.chip == "v5e"}
     assert list(found) == [(1, "all"), (1, "1/3"), (4, "all"), (4, "1/3")], "32 heads are not split by three"
     assert found[1, "all"].weight_bytes == pytest.approx(14.13e9, rel=1e-3)
     assert found[4, "all"].weight_bytes == pytest.approx(14.13e9 / 4, rel=0.01)
@@ -52,10 +54,9 @@ def test_kv_heads_that_devices_share_are_copied():
     assert whole == 8 * eight == 8 * sixteen
 
 
-def test_the_table_has_a_line_for_each_size():
-    found = dict(fits.rooms(asked("--devices", "1", "--chips", "v5e", "v5p", "--budgets", "1/3")))
-    lines = fits.table(found).splitlines()
-    assert lines[0].endswith("| v5e all | v5e 1/3 | v5p all | v5p 1/3 |") and len(lines) == 3
+def test_the_table_has_a_line_for_each_size(rooms):
+    lines = fits.table(rooms).splitlines()
+    assert lines[0].endswith("| v5e all | v5e 1/3 | v5p all | v5p 1/3 |") and len(lines) == 4
     assert lines[2].startswith("| llava-1.5-7b | 1 | bf16 | 576 | 14.1 | 352 | 2 |")
 
 

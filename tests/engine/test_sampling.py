@@ -33,7 +33,7 @@ def test_repetition_penalty_moves_the_maximum():
 def test_nucleus_is_transformers(top_p):
     logits = np.random.default_rng(0).normal(size=(6, 50)).astype(np.float32) * 2
     theirs = TopPLogitsWarper(top_p)(None, torch.from_numpy(logits)).numpy()
-    ours = np.asarray(_nucleus(jnp.asarray(logits), jnp.full(6, top_p)))
+    ours = np.asarray(jax.jit(_nucleus)(logits, np.full(6, top_p, np.float32)))
     np.testing.assert_array_equal(np.isfinite(ours), np.isfinite(theirs))
 
 

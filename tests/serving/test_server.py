@@ -144,7 +144,7 @@ def test_a_stream_is_the_same_in_pieces(server, plans):
 def test_drawn_answers_are_those_of_copies_of_the_question(server):
     how = {"temperature": 1.5, "top_p": 0.9, "seed": 11}
     found = server.chat(QUESTION, n=2, max_completion_tokens=8, **how)
-    wanted = smallest().answer([(None, QUESTION)] * 2, max_new_tokens=8, **how)
+    wanted = smallest().answer([(None, QUESTION)] * 2, max_new_tokens=8, batch_size=1, **how)
     assert [choice.message.content for choice in found.choices] == [one.text for one in wanted]
     assert wanted[0].text != wanted[1].text
     assert found.usage.completion_tokens == sum(one.usage.new_tokens for one in wanted)
