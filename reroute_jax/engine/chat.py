@@ -30,6 +30,16 @@ from reroute_jax.models.family import expand_image_tokens
 from reroute_jax.types import Grid
 
 ROLES = ("system", "user", "assistant")
+# What runs in a template is somebody's code.
+_OF_A_TEMPLATE = (
+    jinja2.TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
 # Python's and JSON's spelling of a content part: a template that writes one takes strings only.
 _WRITTEN_PART = re.compile(r"""['"]type['"]: ?['"](text|image)['"]""")
 
@@ -169,7 +179,10 @@ class ChatLayout:
             if lost := marks.lost(layout):
                 problems.append(f"the chat template leaves out the text {lost[:40]!r}")
             elif found != images:
-                problems.append(f"the chat template writes {found} placeholders for {images} images")
+                problems.append(
+                    f"the chat template writes {found} placeholders for {images} images (token {self.image_token} of "
+                    f"config.json, {self._placeholder!r} of the tokenizer)"
+                )
             else:
                 return form, layout
         raise RerouteError(f"{problems[0] if problems else 'the chat template takes no lists'}: change the chat")
@@ -179,7 +192,7 @@ class ChatLayout:
             text = self.tokenizer.apply_chat_template(
                 messages, chat_template=self.template, tokenize=False, add_generation_prompt=True
             )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as problem:
+        except _OF_A_TEMPLATE as problem:
             raise RerouteError(f"the chat template refuses this chat ({' '.join(str(problem).split())})") from problem
         if not self.opening or any(message["role"] == "system" for message in messages):
             return text

@@ -9,6 +9,7 @@ from reroute_jax.serving.buckets import Unplaced
 from reroute_jax.serving.engine import Busy, Stopping
 
 RETRY_SECONDS = 1
+_LONGEST = 1000  # of a message, in characters: what is quoted of a request may have its 20 MB
 
 
 class Refusal(RerouteError):
@@ -22,13 +23,17 @@ class Refusal(RerouteError):
     def body(self) -> dict[str, Any]:
         kind = {401: "authentication_error", 429: "rate_limit_error"}.get(self.status, "invalid_request_error")
         kind = "server_error" if self.status >= 500 else kind
-        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+        return {"error": {"message": _short(str(self)), "type": kind, "param": self.param, "code": self.code}}
 
     @property
     def headers(self) -> dict[str, str]:
         if self.status == 401:
             return {"WWW-Authenticate": "Bearer"}
         return {"Retry-After": str(RETRY_SECONDS)} if self.status in (429, 503) else {}
+
+
+def _short(message: str) -> str:
+    return message if len(message) <= _LONGEST else f"{message[: _LONGEST // 2]} ... {message[-_LONGEST // 2 :]}"
 
 
 def refusal_of(error: RerouteError) -> Refusal:

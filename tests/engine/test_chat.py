@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -167,6 +168,7 @@ def test_a_placeholder_in_the_text_is_one_clear_error(name, text, images):
     [
         ("{{ raise_exception('roles must alternate') }}", CHATS["a string"], "refuses this chat .roles must alternate"),
         ("{{ messages[0].content.nothing.more }}", CHATS["a string"], "refuses this chat"),
+        ("{{ 1 / 0 }}", CHATS["a string"], "refuses this chat .division by zero"),
         ("{{ messages[-1].content }}", CHATS["a system turn"], "leaves out the text 'red, small'"),
         ("{% for m in messages %}{{ m.content }}{% endfor %}", CHATS["an image first"], "0 placeholders for 1 images"),
     ],
@@ -174,6 +176,13 @@ def test_a_placeholder_in_the_text_is_one_clear_error(name, text, images):
 def test_chats_that_a_template_cannot_lay_out(template, chat, message):
     with pytest.raises(RerouteError, match=message):
         ids_of(refusing(template), chat)
+
+
+def test_a_tokenizer_without_the_images_token_is_told_of():
+    """Its files may be another checkpoint's: the template is right."""
+    layout = replace(layout_of(CHECKPOINTS / "scenes-llava"), image_token=3)
+    with pytest.raises(RerouteError, match=r"0 placeholders for 1 images \(token 3 of config.json, '.*' of the tok"):
+        ids_of(layout, CHATS["an image first"])
 
 
 def test_a_template_for_strings_gets_strings():

@@ -149,6 +149,13 @@ def test_plans_are_written_with_colons():
             plan_words(wrong)
 
 
+def test_a_refusal_is_short_whatever_it_quotes():
+    with pytest.raises(RerouteError) as found:
+        read(model="x" * 10**6)
+    said = refusal_of(found.value).body["error"]["message"]
+    assert len(said) < 1100 and said.startswith("there is no model") and said.endswith("expected 'a-model'")
+
+
 def test_every_refusal_has_its_status_and_kind():
     found = [refusal_of(error) for error in (Busy("x"), Stopping("x"), Unplaced("x"), RerouteError("two\nlines"))]
     assert [one.status for one in found] == [429, 503, 400, 400]
