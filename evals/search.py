@@ -159,6 +159,9 @@ def _run(args: argparse.Namespace) -> None:
         keep_programs(args.compilation_cache)
     if not args.out.parent.is_dir():
         raise RerouteError(f"there is no folder {args.out.parent} for --out: make it")
+    for file in (_file(args, share) for share in args.budget):
+        if file.is_dir():
+            raise RerouteError(f"{file} is a folder: give a file as --out")
     if args.kv_cache is not None:
         raise RerouteError("schedules are simulated, which reads no KV cache: leave out --kv-cache")
     model = load_model(args.model, args.dtype, args.mrope_compat, **load_options(args))

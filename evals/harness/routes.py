@@ -31,10 +31,18 @@ DEFAULT_METHOD = "nuwa"
 
 @dataclass(frozen=True)
 class Routes:
-    """runs: the full one first. contrasts: pairs of run names whose differences the report gives."""
+    """runs: the full one first. contrasts: pairs of run names whose differences the report gives. Raises RerouteError
+    for two runs of one name, which would be one file of answers."""
 
     runs: tuple[Run, ...]
     contrasts: tuple[tuple[str, str], ...]
+
+    def __post_init__(self) -> None:
+        names = [run.name for run in self.runs]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise RerouteError(
+                f"two runs are called {twice[0]}: give budgets that differ in their first four digits, or other labels"
+            )
 
     @property
     def settings(self) -> dict[str, Any]:

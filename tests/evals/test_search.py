@@ -109,6 +109,7 @@ def test_ctrl_c_before_anything_was_found(stand_ins, tmp_path, capsys):
         (["--budget", "1/9", "--tasks", "refcoco,poem"], "'poem' is not one of"),
         (["--budget", "1/9", "--constraint", "kv"], "one visual token in every layer spends 0.212 of what"),
         (["--budget", "1/9", "--out", "nowhere/found.json"], "there is no folder nowhere"),
+        (["--budget", "1/9", "--out", "."], ". is a folder: give a file as --out"),
     ],
 )
 def test_what_cannot_be_searched_is_told(stand_ins, tmp_path, capsys, given, said):

@@ -10,7 +10,7 @@ import pytest
 
 from convert.embedded import CHECKPOINTS
 from evals.harness.identity import fingerprint
-from evals.harness.routes import beside_found, check_routes, plan_routes
+from evals.harness.routes import Routes, beside_found, check_routes, named_run, plan_routes
 from reroute_jax.commandline.routes import SWITCH_ARGUMENTS
 from reroute_jax.errors import RerouteError
 from reroute_jax.routing.cost import visual_per_layer
@@ -100,3 +100,11 @@ def test_a_schedule_is_no_run_of_all_tokens_by_its_name(tmp_path):
     assert runs(Found(tmp_path), schedule=str(tmp_path / "mine.json")) == ["full", "mine"]
     with pytest.raises(RerouteError, match="called full, as the run with all tokens"):
         runs(Found(tmp_path), schedule=str(tmp_path / "full.json"))
+
+
+def test_two_runs_have_two_names():
+    """1/3 and 0.3333 read alike, and the second would be given the answers of the first."""
+    runs = tuple(named_run(StubModel().plan("pdrop", budget=budget)) for budget in ("1/3", "0.3333"))
+    assert runs[0].schedule != runs[1].schedule
+    with pytest.raises(RerouteError, match=r"two runs are called pdrop-reroute-0.3333: give budgets that differ"):
+        Routes(runs, ())
