@@ -7,8 +7,6 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import jax
-
 
 @contextmanager
 def xla_programs() -> Iterator[list[str]]:
@@ -21,9 +19,11 @@ def xla_programs() -> Iterator[list[str]]:
         return False
 
     log = logging.getLogger("jax._src.dispatch")
+    level = log.level
+    log.setLevel(logging.DEBUG)  # `jax.log_compiles` holds in its own thread alone
     log.addFilter(note)
     try:
-        with jax.log_compiles():
-            yield found
+        yield found
     finally:
         log.removeFilter(note)
+        log.setLevel(level)
