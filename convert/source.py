@@ -107,7 +107,7 @@ def quantised(name: str, sign: str) -> str:
 def _read_json(file: Path) -> dict:
     try:
         content = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RerouteError(f"{file} is not JSON ({error}): restore it from the original checkpoint") from error
     if not isinstance(content, dict):
         raise RerouteError(f"{file} is not a JSON object: restore it from the original checkpoint")

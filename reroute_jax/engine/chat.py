@@ -98,7 +98,7 @@ def open_layout(folder: Path, tokenizer: Any, config: ModelConfig) -> ChatLayout
     try:
         # Where transformers looks: processor_config.json, chat_template.json, chat_template.jinja; the tokenizer last.
         template = ProcessorMixin.get_processor_dict(folder)[0].get("chat_template") or tokenizer.chat_template
-    except (OSError, ValueError, KeyError) as problem:
+    except (AttributeError, LookupError, OSError, TypeError, ValueError) as problem:
         reason = " ".join(str(problem).split())
         raise RerouteError(f"{folder} has a chat template that cannot be read ({reason}): restore it") from problem
     if isinstance(template, dict):

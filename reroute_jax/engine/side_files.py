@@ -61,8 +61,11 @@ class SideFiles:
 def _read(read: Callable[[Path], Any], folder: Path) -> Any:
     try:
         return read(folder)
-    except (OSError, ValueError) as problem:
-        reason = " ".join(str(problem).split())
+    except (RerouteError, ImportError, MemoryError):
+        raise
+    except Exception as problem:  # transformers and tokenizers raise anything on damaged files, and pointers of Git LFS
+        reason = " ".join(str(problem).split())[:300]
         raise RerouteError(
-            f"{folder} lacks tokenizer or image processor files ({reason}): copy them there"
+            f"{folder} lacks tokenizer or image processor files, or has damaged ones ({reason}): copy them there from "
+            "the original checkpoint"
         ) from problem

@@ -36,6 +36,13 @@ def check_processor(processor: Any, settings: Mapping[str, tuple[Any, Any]]) -> 
                 f"the image processor's {name} is {found}, and config.json needs {needed}: restore "
                 "preprocessor_config.json or processor_config.json from the original checkpoint"
             )
+    try:
+        Image.Resampling(processor.resample)
+    except ValueError:
+        raise RerouteError(f"the image processor's resample is {processor.resample!r}, expected 0 to 5") from None
+    factor = processor.rescale_factor
+    if processor.do_rescale and not (type(factor) in (int, float) and 0 < factor < math.inf):
+        raise RerouteError(f"the image processor's rescale_factor is {factor!r}, expected a number above 0")
     for name in ("image_mean", "image_std"):
         values = getattr(processor, name)
         finite = isinstance(values, list | tuple) and len(values) == 3 and all(map(math.isfinite, values))

@@ -26,6 +26,7 @@ from reroute_jax.types import AnyArray, Grid, Size
 from reroute_jax.vision.clip import ClipConfig, ClipImages, ClipTower, Projector
 
 NAME = "llava"
+_LARGEST_SIDE = 8192  # in pixels, of images before they are cropped
 # vicuna_v1 of LLaVA's own evaluation.
 VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -146,6 +147,11 @@ def _open_processor(folder: Path, config: ModelConfig):
     # Without a name transformers takes torchvision where it is installed, and pixels change with it.
     processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
     side, crop = config.vision.image_size, processor.crop_size
+    sizes = [processor.size[edge] for edge in ("shortest_edge", "height", "width") if processor.size[edge] is not None]
+    if processor.do_resize and not (sizes and all(type(size) is int and 0 < size <= _LARGEST_SIDE for size in sizes)):
+        raise RerouteError(
+            f"the image processor's size is {dict(processor.size)}, expected pixels of the shortest edge"
+        )
     check_processor(
         processor,
         {

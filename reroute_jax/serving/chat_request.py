@@ -146,6 +146,8 @@ def _message(number: int, message: Any) -> tuple[str, str | list[str | ImageUrl]
 
 def _part(number: int, part: Any) -> str | ImageUrl:
     match part:
+        case {"text": _, "image_url": _} | {"image": _} | {"images": _}:
+            pass  # one of them would be overlooked
         case {"type": "text", "text": str(text)}:
             return text
         case {"type": "image_url", "image_url": {"url": str(url)}} | {"type": "image_url", "image_url": str(url)}:

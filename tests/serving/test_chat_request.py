@@ -96,6 +96,10 @@ def test_a_body_that_is_none(body, said):
         ),
         ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}, 400, "message 1 has 'tool_calls'"),
         ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, 400, "message 1 has a part that is neither"),
+        *(
+            ({"messages": [{"role": "user", "content": [part]}]}, 400, "message 1 has a part that is neither")
+            for part in ({"type": "text", "text": "hi", "image_url": {"url": "data:,"}}, {"type": "text", "image": "A"})
+        ),
         ({"temperature": -1}, 400, "temperature is -1"),
         ({"temperature": True}, 400, "temperature is true, expected a number"),
         ({"top_p": "high"}, 400, 'top_p is "high", expected a number'),
