@@ -180,7 +180,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 def _shown(worth: Mapping[str, float] | None) -> str:
     if worth is None:
         return ""
-    return f"{worth['value']:+.1f} ({worth['low']:+.1f} to {worth['high']:+.1f})"
+    bounds = "" if worth["low"] is None else f" ({worth['low']:+.1f} to {worth['high']:+.1f})"
+    return f"{worth['value']:+.1f}{bounds}"
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ STRICT = "gpt_eval_score_strict"
 UNPARSED = "unparsed_percent"
 FALLBACK = "fallback_percent"
 ORPHAN = "rotation without its question"
+ABSENT = "right option is missing"
 L2_CATEGORIES = (
     "attribute_reasoning",
     "coarse_perception",
@@ -97,7 +98,8 @@ def score(text: str, doc: Doc) -> Record:
     if truth not in tuple(OPTIONS):
         raise RerouteError(f"index {row['index']}: answer is {truth!r}, expected one of {', '.join(OPTIONS)}")
     parsed = parse(text, {letter: _text(row[letter]) for letter in OPTIONS})
-    return {
+    noted = {"noted": ABSENT} if _text(row[truth]) in ("", MISSING) else {}
+    return noted | {
         "category": row["category"],
         "l2_category": row["L2-category"],
         "parsed": parsed,

@@ -38,8 +38,13 @@ def _points(
 ) -> None:
     worth = [row["worth"] for row in rows]
     values = [one["value"] for one in worth]
-    ends = [[one["value"] - one["low"] for one in worth], [one["high"] - one["value"] for one in worth]]
+    ends = [[_length(one["value"], one[end]) for one in worth] for end in ("low", "high")]
     places = [levels.index((row["lever"], row["level"])) + offset for row in rows]
     axes.errorbar(
         values, places, xerr=ends, fmt="o", markersize=3, elinewidth=0.8, capsize=2, color=colour, label=label
     )
+
+
+def _length(value: float, end: float | None) -> float:
+    """Of a bar, none where the interval is not known."""
+    return 0.0 if end is None else abs(end - value)

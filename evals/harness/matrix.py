@@ -66,7 +66,8 @@ class Outcome:
         resampler = replace(resampler, seed=resampler.seed + stream)
         means = np.split(resampler.means(np.column_stack([self.scored.columns[run] for run in runs])), len(runs), 1)
         place = self.scored.names.index(self.metric)
-        return {run: self.scored.estimate(found)[:, place] for run, found in zip(runs, means, strict=True)}
+        draws = (resampler.told(self.scored.estimate(found)) for found in means)
+        return {run: found[:, place] for run, found in zip(runs, draws, strict=True)}
 
 
 @dataclass(frozen=True)

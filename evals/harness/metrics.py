@@ -40,6 +40,10 @@ class Resampler:
     clusters: tuple[str, ...]
     seed: int = 0
 
+    def told(self, draws: Float[np.ndarray, "resamples names"]) -> Float[np.ndarray, "resamples names"]:
+        """Draws of metrics, NaN where there is one cluster alone: they are all alike and tell nothing."""
+        return draws if len(set(self.clusters)) > 1 else np.full_like(draws, np.nan)
+
     def means(self, columns: Float[np.ndarray, "rows columns"]) -> Float[np.ndarray, "resamples columns"]:
         """Mean of each column, without its NaNs, in each of RESAMPLES draws of as many clusters as there are."""
         labels, cluster = np.unique(np.array(self.clusters), return_inverse=True)
@@ -120,7 +124,7 @@ def _paired(
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """The metrics of both runs, over all questions and over each draw of them."""
     draws = np.split(resampler.means(np.column_stack([first, second])), 2, axis=1)
-    return [estimate(means(first)), estimate(means(second))], [estimate(draw) for draw in draws]
+    return [estimate(means(first)), estimate(means(second))], [resampler.told(estimate(draw)) for draw in draws]
 
 
 def _intervals(values: Float[np.ndarray, " names"], draws: Float[np.ndarray, "resamples names"]) -> list[Interval]:

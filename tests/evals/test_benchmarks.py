@@ -263,6 +263,15 @@ def test_mmbench_parsing(text: str, letter: str | None) -> None:
     assert mmbench.parse(text, OPTIONS) == letter
 
 
+@pytest.mark.parametrize("missing", ["", "nan", None, float("nan")])
+def test_mmbench_notes_a_right_option_that_is_missing(missing: object) -> None:
+    row = {"index": 1, "answer": "B", "A": "x", "B": "y", "C": missing, "D": missing} | dict.fromkeys(
+        ("category", "L2-category"), "c"
+    )
+    assert "noted" not in mmbench.score("B", doc(row))
+    assert mmbench.score("B", doc(row | {"answer": "C"}))["noted"] == "right option is missing"
+
+
 def test_mmbench_missing_option_is_the_text_nan() -> None:
     assert mmbench.parse("banana", {"A": "oak", "B": "pine", "C": "elm", "D": "nan"}) == "D"
     assert mmbench.parse("banana", OPTIONS) is None  # two of them

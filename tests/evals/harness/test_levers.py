@@ -106,6 +106,8 @@ def test_the_table_has_a_line_for_each_level():
     row = {"model": "m", "budget": "2/9", "lever": "coverage", "level": "grid", "against": "none", "within": "all"}
     text = command.table([row | {"worth": {"value": 1.26, "low": -0.5, "high": 3}}])
     assert text.splitlines()[-1] == "| m | 2/9 | coverage | grid | none | +1.3 (-0.5 to +3.0) |  |  |  |"
+    text = command.table([row | {"worth": {"value": 1.26, "low": None, "high": None}}])
+    assert text.splitlines()[-1] == "| m | 2/9 | coverage | grid | none | +1.3 |  |  |  |"
 
 
 def test_the_figure_has_every_level_and_budget(tmp_path):
@@ -116,6 +118,7 @@ def test_the_figure_has_every_level_and_budget(tmp_path):
     drawn = (tmp_path / "levers.svg").read_text()
     for text in ("coverage: grid", "m, 2/9", "m, 1/9", "reroute"):
         assert f"<!-- {text} -->" in drawn
+    draw([row | {"worth": {"value": 1.26, "low": None, "high": None}} for row in rows], tmp_path / "levers.svg")
 
 
 @pytest.mark.parametrize(

@@ -85,3 +85,16 @@ def test_a_metric_of_some_questions_only_is_resampled_over_those() -> None:
 def test_labels_that_do_not_fit_the_rows_are_refused() -> None:
     with pytest.raises(RerouteError, match="3 rows of metrics for 2 cluster labels"):
         Resampler(("a", "b")).means(np.zeros((3, 1)))
+
+
+def test_one_cluster_alone_has_no_interval() -> None:
+    """Whatever is drawn of it is the same: an interval of no width would look like certainty."""
+
+    def points(found: np.ndarray) -> np.ndarray:
+        return np.nan_to_num(found)
+
+    for clusters, known in ((("a", "a"), False), (("a", "b"), True)):
+        (kept,) = retention(hits(1, 2), hits(2, 2), Resampler(clusters), points)
+        (gain,) = difference(hits(1, 2), hits(2, 2), Resampler(clusters), points)
+        assert (kept.value, gain.value) == (50, -0.5)
+        assert [one is not None for one in (kept.low, kept.high, gain.low, gain.high)] == [known] * 4
