@@ -71,8 +71,8 @@ class BitsOutcome:
     exact: float
     fewer: float
     minus: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     alike: int
     selected: list[float]
     logits: float

@@ -243,8 +243,12 @@ def markdown(told: Mapping[str, Any], metrics: Sequence[str]) -> str:
 
 def points(of: Mapping[str, Any], sign: str = "") -> str:
     """Of accuracy: an `Interval` as a record has it. sign: "+" shows that of a positive number, too."""
-    middle, low, high = (format(100 * of[part], f"{sign}.1f") for part in ("value", "low", "high"))
-    return f"{middle} ({low} to {high})"
+    middle, *bounds = (of[part] for part in ("value", "low", "high"))
+    shown = format(100 * middle, f"{sign}.1f")
+    if None in bounds:
+        return shown
+    low, high = (format(100 * bound, f"{sign}.1f") for bound in bounds)
+    return f"{shown} ({low} to {high})"
 
 
 def macs(run: Mapping[str, Any]) -> str:

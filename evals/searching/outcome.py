@@ -91,9 +91,15 @@ def row(share: Fraction, about: Mapping[str, Any]) -> list[str]:
         f"{about['objective']['calibration']:.4f}",
         f"{fresh['found']:.4f}",
         "none fits" if interval is None else f"{fresh['hand_set']:.4f}",
-        "" if interval is None else "{value:+.4f} ({low:+.4f} to {high:+.4f})".format(**interval),
+        "" if interval is None else _shown(interval),
         about["kept"],
     ]
+
+
+def _shown(interval: Mapping[str, float | None]) -> str:
+    """Without its bounds where they are not known, as of one prompt."""
+    bounds = "" if interval["low"] is None else " ({low:+.4f} to {high:+.4f})".format(**interval)
+    return f"{interval['value']:+.4f}{bounds}"
 
 
 def visual_of(question: Question) -> int:

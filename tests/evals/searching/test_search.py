@@ -9,6 +9,7 @@ import pytest
 
 from evals.searching.calibration import task_means
 from evals.searching.candidates import HAND_SET, Candidate, planned, within
+from evals.searching.outcome import _shown
 from evals.searching.search import SCREENED, Effort, Ledger, Search, gate, there_and_back, worth
 from tests.evals.searching.stand_ins import CHUNK, SPACE, Planner, Prompts, budget
 
@@ -94,3 +95,8 @@ def test_the_gate_wants_the_whole_interval_below_zero():
 
 def test_candidates_read_like_the_tables():
     assert str(Candidate((1, 2, 9), (31, 8, 4), ("delete", "reroute", "delete"))) == "1:31d 2:8 9:4d"
+
+
+def test_a_difference_without_bounds_is_shown():
+    assert _shown({"value": -0.5, "low": None, "high": None}) == "-0.5000"
+    assert _shown({"value": -0.5, "low": -1.0, "high": 0.25}) == "-0.5000 (-1.0000 to +0.2500)"
