@@ -163,9 +163,12 @@ def _open_processor(folder: Path, config: ModelConfig):
 
 
 def _seen_part(size: Size, processor) -> tuple[float, float, float, float]:
-    """The centre crop of the image whose shorter side was resized to `shortest_edge`."""
-    short = processor.size["shortest_edge"]
-    resized = [int(short * side / min(size)) for side in size]
+    """The centre crop of the image as the processor resized it: its shorter side to `shortest_edge`, or both sides."""
+    asked = dict(processor.size)
+    if (short := asked.get("shortest_edge")) is None:
+        resized = [asked["width"], asked["height"]]
+    else:
+        resized = [int(short * side / min(size)) for side in size]
     crop = processor.crop_size["width"], processor.crop_size["height"]
     first = [(side - kept) // 2 for side, kept in zip(resized, crop, strict=True)]
     (x, y), (width, height) = first, resized

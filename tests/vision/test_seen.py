@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from transformers import CLIPImageProcessorPil
+from transformers.image_utils import SizeDict
 
 from convert.embedded import locate
 from reroute_jax.models import FAMILIES, read_config
@@ -39,10 +40,11 @@ def test_qwen_patches_become_their_images_again(sizes):
         assert np.abs(levels(pixels, processor) - expected).max() < 12
 
 
+@pytest.mark.parametrize("to", [{"shortest_edge": 336}, {"height": 400, "width": 360}], ids=["by its side", "by both"])
 @pytest.mark.parametrize("size", [(640, 480), (300, 500), (336, 336)])
-def test_llava_sees_the_part_that_it_says(size):
+def test_llava_sees_the_part_that_it_says(size, to):
     processor = CLIPImageProcessorPil()
-    processor.size, processor.crop_size = {"shortest_edge": 336}, {"width": 336, "height": 336}
+    processor.size, processor.crop_size = SizeDict(**to), {"width": 336, "height": 336}
     family = FAMILIES["llava"]
     pixels, _ = family.preprocess([picture(*size)], processor)
     (seen,) = family.unpack(pixels, [(24, 24)], None)
