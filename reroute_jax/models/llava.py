@@ -147,11 +147,10 @@ def _open_processor(folder: Path, config: ModelConfig):
     # Without a name transformers takes torchvision where it is installed, and pixels change with it.
     processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
     side, crop = config.vision.image_size, processor.crop_size
-    sizes = [processor.size[edge] for edge in ("shortest_edge", "height", "width") if processor.size[edge] is not None]
+    asked = dict(processor.size)
+    sizes = [asked[edge] for edge in ("shortest_edge", "height", "width") if asked.get(edge) is not None]
     if processor.do_resize and not (sizes and all(type(size) is int and 0 < size <= _LARGEST_SIDE for size in sizes)):
-        raise RerouteError(
-            f"the image processor's size is {dict(processor.size)}, expected pixels of the shortest edge"
-        )
+        raise RerouteError(f"the image processor's size is {asked}, expected pixels of the shortest edge")
     check_processor(
         processor,
         {

@@ -56,10 +56,11 @@ def vision_sizes(vision) -> dict[str, int]:
 
 
 def check_rotary_tower(vision) -> None:
-    """Raises RerouteError for a vision_config whose patches turn with other angles."""
-    rotary = vision.rope_parameters
-    require("vision_config.rope_parameters.rope_type", rotary["rope_type"], ("axial",))
-    require("vision_config.rope_parameters.rope_theta", rotary["rope_theta"], (ROPE_THETA,))
+    """Raises RerouteError for a vision_config whose patches turn with other angles. Not every version of transformers
+    names them, nor their kind alike."""
+    rotary = getattr(vision, "rope_parameters", None) or {}
+    require("vision_config.rope_parameters.rope_type", rotary.get("rope_type", "axial"), ("axial", "default"))
+    require("vision_config.rope_parameters.rope_theta", rotary.get("rope_theta", ROPE_THETA), (ROPE_THETA,))
 
 
 def tower_sizes(config: ModelConfig) -> TowerSizes:
