@@ -75,9 +75,10 @@ def test_no_limit_and_no_value_of_sampling_compiles_anything():
 
 def test_warm_up_compiles_what_drawn_answers_take(unchecked_annotations):
     model, items = smallest(), [(None, "how many cups")]
-    model.warm_up(items, batch_size=1, temperature=1.0, max_new_tokens=8)
+    model.warm_up(items, batch_size=1, temperature=1.0, max_new_tokens=ROOM + 4)
     with compilations() as compiled, xla_programs() as built:
-        model.answer(items, temperature=0.4, top_p=0.8, max_new_tokens=4, seed=7)
+        (found,) = model.answer(items, temperature=0.4, top_p=0.8, max_new_tokens=ROOM + 4, seed=7)
+    assert len(found.token_ids) > ROOM, "the cache grew"
     assert compiled == built == []
 
 
