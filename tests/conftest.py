@@ -45,7 +45,7 @@ def _small_workers():
     """A worker that has grown lets go of its programs between files: each holds megabytes."""
     yield
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    if peak > 1.3e9 and "jax" in sys.modules:
+    if peak > 2e9 and "jax" in sys.modules:
         sys.modules["jax"].clear_caches()
 
 

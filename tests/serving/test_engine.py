@@ -23,7 +23,6 @@ from reroute_jax.serving.pool import Pool
 from reroute_jax.serving.requests import News, Request
 from tests.checkpoints import qwen_pair, smallest
 from tests.compiling import xla_programs
-from tests.marks import cases
 
 LIMITS = Limits(slots=2, token_budget=52, text=(16,), images=1, image_sizes=((84, 84), (30, 30)), new_tokens=40)
 
@@ -123,7 +122,8 @@ def test_answers_are_those_of_answer_whatever_runs_beside_them(engine, pools, pl
     assert min(firsts) < max(ends[:2]), "the late ones waited for the early ones to end"
 
 
-@pytest.mark.parametrize("image_cache", cases([0, 2**24], slow={0}))
+@pytest.mark.slow
+@pytest.mark.parametrize("image_cache", [0, 2**24])
 def test_answers_from_8_bits_are_those_of_answer(image_cache, unchecked_annotations):
     """Weights and KV cache in int8: the third request enters the slot that the first one left, while the second still
     runs, and asks about an image that was there."""
