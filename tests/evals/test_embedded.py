@@ -86,7 +86,8 @@ def test_transformers_reads_it_unchanged_and_answers_the_same(name):
         assert processor.decode(tokens, skip_special_tokens=True) == answer
 
 
-@pytest.mark.parametrize("name", cases(QWENS, {"scenes-qwen"}))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", QWENS)
 def test_transformers_reads_qwen_unchanged_and_answers_the_same(name):
     """Through the checkpoint's own tokenizer, chat template and image processor, which leaves every size as it is."""
     folder, (architecture, _) = CHECKPOINTS / name, QWENS[name]

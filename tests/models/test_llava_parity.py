@@ -66,6 +66,7 @@ def test_greedy_tokens(kv_heads, penalty):
     assert len(set(found[0].tolist())) > 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kv_heads", QUICK)
 def test_text_only(kv_heads):
     theirs, ours = pair(kv_heads)

@@ -59,6 +59,7 @@ def test_logits_of_all_positions_without_a_cache():
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_batch_of_rows_with_none_one_and_two_images():
     theirs, ours = qwen3_pair()
     images = [(), GRIDS[:1], GRIDS[1:]]

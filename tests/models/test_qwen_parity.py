@@ -82,6 +82,7 @@ def test_greedy_tokens(tied, penalty):
     assert len(set(found[0].tolist())) > 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", QUICK)
 def test_text_only(tied):
     theirs, ours = qwen_pair(tied)

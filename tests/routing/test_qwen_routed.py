@@ -63,7 +63,16 @@ GENERATED |= {"swiftvlm", "random-reroute", "pool", "downsample", "layer-0"}
 # Of what does not depend on the family, one route a kind is enough; LLaVA's are all there.
 SLOW = {"fastv-reroute", "fastv-previous", "pdrop-delete", "pdrop-every", "pdrop-reroute-renumber", "nuwa-reroute"}
 SLOW |= {"nuwa-host", "nuwa-flat", "nuwa-pyramid", "nuwa-0.75-delete", "random-delete", "uniform", "layout", "v2drop"}
-SLOW |= {"fastv-delete", "pdrop-renumber", "nuwa-delete", "swiftvlm", "feather", "divprune", "visionzip"}
+SLOW |= {
+    "fastv-delete",
+    "pdrop-renumber",
+    "nuwa-delete",
+    "nuwa-0.5-reroute",
+    "swiftvlm",
+    "feather",
+    "divprune",
+    "visionzip",
+}
 SLOW |= {"pdrop-mean-offset", "downsample", "downsample-blur", "nuwa-first-image", "random-reroute"}
 SLOW |= {"ivc-reroute", "last-layer", "keep-all", "nuwa-0.25-delete", "nuwa-0.5-delete", "pool", "hiprune", "layer-0"}
 
