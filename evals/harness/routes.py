@@ -38,7 +38,7 @@ class Routes:
     contrasts: tuple[tuple[str, str], ...]
 
     def __post_init__(self) -> None:
-        names = [run.name for run in self.runs]
+        names = [run.name.lower() for run in self.runs]  # some disks have one file for Full and full
         if twice := [name for name in names if names.count(name) > 1]:
             raise RerouteError(
                 f"two runs are called {twice[0]}: give budgets that differ in their first four digits, or other labels"
@@ -74,16 +74,12 @@ def check_routes(args: argparse.Namespace) -> None:
 
 
 def plan_routes(args: argparse.Namespace, model: Answerer) -> Routes:
-    """The runs that `args` ask for on `model`, the run with all tokens always among them. Raises RerouteError for a
-    schedule that is called as that run."""
+    """The runs that `args` ask for on `model`, the run with all tokens always among them. Raises as `Routes` does."""
     method, action = args.method or DEFAULT_METHOD, args.action or DEFAULT_ACTION
     full = Run(FULL, model.plan("none"))
     fixed = fixed_schedule(args, model.config.num_layers)
     if fixed is not None:
-        run = named_run(fixed)
-        if run.name.lower() == FULL:
-            raise RerouteError(f"the schedule is called {run.name}, as the run with all tokens: give it another label")
-        return Routes((full, run) if fixed.decisions or fixed.merge else (full,), ())
+        return Routes((full, named_run(fixed)) if fixed.decisions or fixed.merge else (full,), ())
     if not args.compare:
         routed = _planned(args, model, method, action)
         return Routes((full,) if method == "none" else (full, routed), ())

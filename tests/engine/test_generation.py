@@ -157,13 +157,14 @@ def test_each_row_writes_at_its_own_slot_and_a_done_row_stands_still():
 
 
 def test_a_sampled_answer_depends_on_its_number_alone():
-    """Twelve copies of a prompt: they differ, and alone each is what it is among others."""
+    """Twelve copies of a prompt: they differ, and at any batch size each is what it is."""
     model = smallest()
     items = [(None, "where is the red cup ?")] * 12
     how = {"max_new_tokens": 8, "temperature": 2.0, "seed": 3}
     by_four = [found.token_ids for found in model.answer(items, batch_size=4, **how)]
     assert len(set(by_four)) > 10
     assert [found.token_ids for found in model.answer(items, batch_size=1, **how)] == by_four
+    assert [found.token_ids for found in model.answer(items, batch_size=12, **how)] == by_four
     other = [found.token_ids for found in model.answer(items, batch_size=4, **how | {"seed": 4})]
     assert other != by_four
 

@@ -95,11 +95,12 @@ def test_the_embedded_models_come_with_theirs(model, share):
 def test_a_schedule_is_no_run_of_all_tokens_by_its_name(tmp_path):
     """Both would be one file of answers."""
     schedule = Schedule.from_decisions((1, 5), (0.3, 0.1), 12)
-    for name in ("full", "mine"):
+    for name in ("full", "Full", "mine"):
         schedule.to_file(tmp_path / f"{name}.json")
     assert runs(Found(tmp_path), schedule=str(tmp_path / "mine.json")) == ["full", "mine"]
-    with pytest.raises(RerouteError, match="called full, as the run with all tokens"):
-        runs(Found(tmp_path), schedule=str(tmp_path / "full.json"))
+    for name in ("full", "Full"):
+        with pytest.raises(RerouteError, match=r"two runs are called full: .* or other labels"):
+            runs(Found(tmp_path), schedule=str(tmp_path / f"{name}.json"))
 
 
 def test_two_runs_have_two_names():

@@ -58,23 +58,15 @@ EDGES = {
     "keep-all": Schedule.from_decisions((2, 4), (1.0, 1.0), LAYERS, "reroute"),
 }
 # Generation compiles twice more; routes that differ in scores only are left out of it.
-GENERATED = {"fastv-delete", "pdrop-reroute", "pdrop-renumber", "nuwa-delete", "ivc-reroute"}
+GENERATED = {"fastv-delete", "pdrop-reroute", "pdrop-renumber", "nuwa-delete", "nuwa-0.5-reroute", "ivc-reroute"}
 GENERATED |= {"swiftvlm", "random-reroute", "pool", "downsample", "layer-0"}
 # Of what does not depend on the family, one route a kind is enough; LLaVA's are all there.
 SLOW = {"fastv-reroute", "fastv-previous", "pdrop-delete", "pdrop-every", "pdrop-reroute-renumber", "nuwa-reroute"}
 SLOW |= {"nuwa-host", "nuwa-flat", "nuwa-pyramid", "nuwa-0.75-delete", "random-delete", "uniform", "layout", "v2drop"}
-SLOW |= {
-    "fastv-delete",
-    "pdrop-renumber",
-    "nuwa-delete",
-    "nuwa-0.5-reroute",
-    "swiftvlm",
-    "feather",
-    "divprune",
-    "visionzip",
-}
+SLOW |= {"fastv-delete", "pdrop-renumber", "nuwa-delete", "swiftvlm", "feather", "divprune", "visionzip"}
 SLOW |= {"pdrop-mean-offset", "downsample", "downsample-blur", "nuwa-first-image", "random-reroute"}
-SLOW |= {"ivc-reroute", "last-layer", "keep-all", "nuwa-0.25-delete", "nuwa-0.5-delete", "pool", "hiprune", "layer-0"}
+SLOW |= {"ivc-reroute", "last-layer", "keep-all", "nuwa-0.25-delete", "nuwa-0.5-delete", "pool", "hiprune"}
+SLOW |= {"layer-0", "nuwa-0.5-reroute"}
 
 # A row with one image, one with two, one with a small one, one without: a batch. Then one that is long: attention goes
 # in blocks, and errors of rope grow with the distance.

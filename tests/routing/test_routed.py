@@ -98,7 +98,7 @@ SLOW |= {"downsample-renumber", "downsample-blur", "visionzip", "feather-union"}
 SLOW |= {"swiftvlm", "layer-0", "ivc-reroute", "mixed"}
 # What decode sees of a route: the length of each stage's cache and the positions. Other routes differ in scores only.
 GENERATED = {"fastv-delete", "fastv-renumber", "pdrop-reroute", "pdrop-renumber", "pdrop-reroute-renumber", "layer-0"}
-GENERATED |= {"visionzip-released", "ivc-release", "nuwa-reroute", "last-layer"}
+GENERATED |= {"divprune-renumber", "visionzip-released", "ivc-release", "nuwa-reroute", "last-layer"}
 # Attention in blocks, and errors of rope, which grow with the distance.
 LENGTHS = {"pdrop-every": (320, 300, 80)}
 PIXELS = random_pixels(2, seed=4)
