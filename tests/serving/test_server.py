@@ -65,12 +65,37 @@ class Server:
         found = re.search(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE)
         return float(found[1]) if found else 0.0
 
+    def has_waiting(self, count: int) -> None:
+        """Returns when so many do."""
+        while self.metric("reroute_requests_waiting") < count:
+            time.sleep(0.01)
+
     def becomes_idle(self) -> bool:
         for _ in range(200):
             if self.metric("reroute_requests_running") == self.metric("reroute_requests_waiting") == 0:
                 return True
             time.sleep(0.05)
         return False
+
+
+class HalfSent:
+    """A request whose client waits in the middle of its body."""
+
+    def __init__(self, server: Server, **asked):
+        body = json.dumps(server.asked(**asked)).encode()
+        self.rest = body[50:]
+        self.connection = http.client.HTTPConnection(server.url.removeprefix("http://"))
+        self.connection.putrequest("POST", "/v1/chat/completions")
+        self.connection.putheader("Content-Type", "application/json")
+        self.connection.putheader("Authorization", f"Bearer {KEY}")
+        self.connection.putheader("Content-Length", str(len(body)))
+        self.connection.endheaders(body[:50])
+
+    def send_rest(self) -> None:
+        self.connection.send(self.rest)
+
+    def status(self) -> int:
+        return self.connection.getresponse().status
 
 
 @pytest.fixture(scope="module")
@@ -254,22 +279,14 @@ def test_many_clients_get_their_own_answers(server, plans):
 
 def test_as_many_may_wait_and_no_more(server):
     """Clients that have sent half of their bodies take all places; then they send the rest and are answered."""
-    body = json.dumps(server.asked(max_tokens=2)).encode()
-    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}", "Content-Length": str(len(body))}
-    slow = [http.client.HTTPConnection(server.url.removeprefix("http://")) for _ in range(QUEUE)]
-    for connection in slow:
-        connection.putrequest("POST", "/v1/chat/completions")
-        for header in headers.items():
-            connection.putheader(*header)
-        connection.endheaders(body[:50])
-    while server.metric("reroute_requests_waiting") < QUEUE:
-        time.sleep(0.01)
+    slow = [HalfSent(server, max_tokens=2) for _ in range(QUEUE)]
+    server.has_waiting(QUEUE)
     refused = server.post(server.asked())
     assert (refused.status_code, refused.headers["Retry-After"]) == (429, "1")
     assert refused.json()["error"]["message"] == "8 requests wait and 8 may: try again later"
-    for connection in slow:
-        connection.send(body[50:])
-    assert [connection.getresponse().status for connection in slow] == [200] * QUEUE
+    for request in slow:
+        request.send_rest()
+    assert [request.status() for request in slow] == [200] * QUEUE
     assert server.becomes_idle()
 
 
@@ -301,16 +318,21 @@ def test_at_the_end_what_runs_is_finished_and_what_is_new_is_refused(server):
     wanted = smallest().answer([(None, QUESTION)], max_new_tokens=33)[0].text
     with httpx.Client() as other:
         other.get(f"{server.url}/health")  # a connection that stays open
-        stream = server.chat(QUESTION, stream=True, n=8, max_tokens=33)
+        accepted = HalfSent(server)  # keeps the server from ending before it has refused
+        server.has_waiting(1)
+        stream = server.chat(QUESTION, stream=True, n=QUEUE - 1, max_tokens=33)
         chunks = [next(stream)]
         os.kill(server.process.pid, signal.SIGTERM)
-        time.sleep(0.05)
+        while httpx.get(f"{server.url}/health").status_code == 200:
+            time.sleep(0.01)
         refused = server.post(server.asked())
+        accepted.send_rest()
         chunks += list(stream)
+        assert accepted.status() == 200
     texts = {
         index: "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices[0].index == index)
-        for index in range(8)
+        for index in range(QUEUE - 1)
     }
-    assert texts == dict.fromkeys(range(8), wanted)
+    assert texts == dict.fromkeys(range(QUEUE - 1), wanted)
     assert (refused.status_code, refused.headers["Retry-After"]) == (503, "1")
     assert server.process.wait(timeout=30) == 0
