@@ -33,7 +33,12 @@ class SideFiles:
     def tokenizer(self) -> Any:
         from transformers import AutoTokenizer
 
-        return _read(AutoTokenizer.from_pretrained, self.folder)
+        def tried(folder: Path) -> Any:
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+            tokenizer("")  # some damage shows only in use
+            return tokenizer
+
+        return _read(tried, self.folder)
 
     @cached_property
     def image_processor(self) -> Any:

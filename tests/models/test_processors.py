@@ -51,12 +51,13 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
         ("tokenizer.json", POINTER),
         ("tokenizer.json", '{"version": "1.0", "model": null}'),
         ("tokenizer_config.json", '{"tokenizer_class": 0}'),
+        ("tokenizer_config.json", '{"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": "long"}'),
         (
             "processor_config.json",
             '{"image_processor": {"image_processor_type": "CLIPImageProcessor", "crop_size": []}}',
         ),
     ],
-    ids=["a pointer of Git LFS", "no model", "no class", "no size"],
+    ids=["a pointer of Git LFS", "no model", "no class", "no length", "no size"],
 )
 def test_damaged_files_are_one_line_that_names_the_folder(file, content, tmp_path):
     model = small()
