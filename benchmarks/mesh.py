@@ -17,10 +17,11 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
-# Programs run once here: without LLVM's optimisation, a quarter of the time (jax 0.10.2, November 2026). What devices
-# tell each other is decided before it.
+# Programs run once here: they are compiled in one piece and without LLVM's optimisation, which comes after what devices
+# tell each other is decided.
 os.environ["XLA_FLAGS"] = (
-    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
+    "--xla_cpu_parallel_codegen_split_count=1"
 ).strip()
 
 import jax
