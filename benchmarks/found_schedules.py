@@ -32,7 +32,7 @@ from evals.harness.runner import Task
 from evals.scenes.data import refcoco_rows, vqa_rows
 from evals.scenes.world import SPLIT_LENGTH
 from evals.searching.answers import Chunk
-from evals.searching.candidates import HAND_SET, Candidate, Space
+from evals.searching.candidates import HAND_SET, Candidate, Space, merge_of
 from reroute_jax.commandline.loading import add_mesh_argument
 from reroute_jax.commandline.parsing import DATA, OUTPUT, RUN, Parser, exit_code, positive, whole
 from reroute_jax.engine.batching import largest, lay_out
@@ -65,9 +65,9 @@ class Contender:
 def runs_of(model: Model, found: Mapping[str, Mapping[str, Any]], sizes: Counter) -> list[Contender]:
     """All tokens; of every budget what each seed found, and every hand-set schedule that has as many tokens to spend.
     found: what the search's files tell, by budget. sizes: how often each grid comes among the questions."""
-    rows, cols = model.reference_grid
-    space, runs = Space(model.config.num_layers, rows * cols), [Contender(FULL, "", model.plan("none"))]
+    runs = [Contender(FULL, "", model.plan("none"))]
     for share, about in found.items():
+        space = Space.of(model, None if about.get("behind") is None else merge_of(model, about["behind"]))
         for search in about["searches"]:
             candidate = Candidate(*(tuple(search[part]) for part in ("layers", "keep", "actions")))
             runs.append(Contender(f"{FOUND} {share} seed {search['seed']}", share, space.schedule(candidate)))

@@ -22,7 +22,7 @@ from evals.harness.cli import add_compat_argument, load_model
 from evals.harness.data import SCENES
 from evals.harness.report import table as text_table
 from evals.searching.calibration import Calibration, ask, calibrate, kept_layers
-from evals.searching.candidates import CONSTRAINTS, HAND_SET, Budget, Space, planned, spending, starting, within
+from evals.searching.candidates import CONSTRAINTS, HAND_SET, Budget, Space, fitted, merge_of, spending, starting
 from evals.searching.outcome import HEADER, outcome, row, visual_of
 from evals.searching.search import OBJECTIVES, Effort, Ledger, Search
 from evals.table import WITH_SCENES
@@ -43,6 +43,7 @@ from reroute_jax.engine.compilation import keep_programs
 from reroute_jax.engine.model import Model
 from reroute_jax.errors import RerouteError
 from reroute_jax.routing.budget import parsed_budget, share_of
+from reroute_jax.routing.merge import Merge
 from reroute_jax.types import FLOATS
 
 GIGA = 10**9
@@ -58,7 +59,7 @@ def _parser() -> Parser:
     examples = (
         "--model scenes-qwen --budget 2/9 --out schedule.json",
         "--budget 1/3,2/9,1/9 --seeds 3 --out found.json",
-        "--tasks refcoco,scenes_vqa --objective worst --budget 1/9 --out schedule.json",
+        "--budget 2/9 --behind divprune:1/2 --out schedule.json",
     )
     parser = Parser("evals.search", "Find when to decide and how many tokens to keep, without labels.", examples)
     run, data, route, output = (parser.group(title) for title in (RUN, DATA, ROUTE, OUTPUT))
@@ -117,6 +118,12 @@ def _parser() -> Parser:
         "--budget", type=_budgets, required=True, metavar="B,C", help="192, 128, 64 or shares, as of the other commands"
     )
     route.add_argument(
+        "--behind",
+        metavar="METHOD:SHARE",
+        help="search behind a reduction before the decoder, such as divprune:1/2; what is set by hand stands behind it "
+        "as well (default: none)",
+    )
+    route.add_argument(
         "--constraint",
         choices=CONSTRAINTS,
         default="tokens",
@@ -165,13 +172,13 @@ def _run(args: argparse.Namespace) -> None:
     if args.kv_cache is not None:
         raise RerouteError("schedules are simulated, which reads no KV cache: leave out --kv-cache")
     model = load_model(args.model, args.dtype, args.mrope_compat, **load_options(args))
-    calibration, fresh = _prompts(args, model)
+    space = Space.of(model, None if args.behind is None else merge_of(model, args.behind))
+    _check_room(args, space)
+    calibration, fresh = _prompts(args, model, space.merge)
     text = round(median(len(one.question.ids) - visual_of(one.question) for one in calibration.asked))
-    rows, cols = model.reference_grid
-    space = Space(model.config.num_layers, rows * cols)
     spent = spending(model, space, args.constraint, text)
     budgets = {share: Budget(share, spent) for share in args.budget}
-    by_hand = {share: within(planned(model, HAND_SET, share).values(), space, budgets[share]) for share in budgets}
+    by_hand = {share: fitted(model, HAND_SET, space, budget) for share, budget in budgets.items()}
     starts = {share: starting(model, space, budgets[share], by_hand[share]) for share in budgets}
     for share in (share for share, found in by_hand.items() if not found):
         print(f"{share}: no schedule that is set by hand fits, so that what is found is compared with none", flush=True)
@@ -186,7 +193,17 @@ def _run(args: argparse.Namespace) -> None:
     print(f"\nFor --schedule: {', '.join(str(_file(args, share)) for share in budgets)}")
 
 
-def _prompts(args: argparse.Namespace, model: Model) -> tuple[Calibration, Calibration]:
+def _check_room(args: argparse.Namespace, space: Space) -> None:
+    """Raises RerouteError where a merge alone leaves no more than a budget."""
+    left = Fraction(space.num_layers * space.visual, space.token_layers)
+    if args.behind is not None and (over := [share for share in args.budget if share >= left]):
+        raise RerouteError(
+            f"behind {args.behind} {left} of the tokens are left, and the budget is {over[0]}: lower --budget, or let "
+            "--behind leave more"
+        )
+
+
+def _prompts(args: argparse.Namespace, model: Model, merge: Merge | None) -> tuple[Calibration, Calibration]:
     """Those that are searched on, and fresh ones, of all tasks in turn."""
     each = [-(-number // len(args.tasks)) for number in (args.limit, args.fresh_prompts)]
     found = [list(_questions(name, sum(each), args, model)) for name in args.tasks]
@@ -204,7 +221,7 @@ def _prompts(args: argparse.Namespace, model: Model) -> tuple[Calibration, Calib
     print(f"keeping hidden states before {len(kept)} of {model.config.num_layers} layers", flush=True)
     with tqdm(total=len(asked), unit="prompt") as bar:
         return tuple(
-            calibrate(model, part, args.batch_size, kept, bar.update) for part in (asked[:first], asked[first:])
+            calibrate(model, part, args.batch_size, kept, bar.update, merge) for part in (asked[:first], asked[first:])
         )
 
 

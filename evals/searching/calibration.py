@@ -8,7 +8,7 @@ most: a few that go wrong altogether would otherwise decide, and hide how often 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -18,12 +18,13 @@ from jaxtyping import Array, Float, Int
 
 from reroute_jax.decoder import Decoder
 from reroute_jax.engine import programs
-from reroute_jax.engine.batching import BatchShape, Layout, Question, largest, lay_out
+from reroute_jax.engine.batching import Question, largest, lay_out
 from reroute_jax.engine.compilation import compiled
 from reroute_jax.engine.groups import batch_of
 from reroute_jax.engine.model import Model
 from reroute_jax.errors import RerouteError
 from reroute_jax.routing import simulator
+from reroute_jax.routing.merge import Merge
 from reroute_jax.routing.plan import Schedule
 
 ANSWER = 16  # tokens of an answer that count, its end among them
@@ -44,10 +45,12 @@ class CalibrationPrompt:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Prompts in chunks that were run with all tokens. asked: in the order of the chunks."""
+    """Prompts in chunks that schedules run on. asked: in the order of the chunks. whole: of each chunk what all tokens
+    leave behind the layers, as of `simulator.Started.final`."""
 
     asked: tuple[CalibrationPrompt, ...]
     chunks: tuple[simulator.Started, ...]
+    whole: tuple[Float[Array, "B A D"], ...]
     counted: tuple[Int[np.ndarray, " B"], ...]
 
     @property
@@ -56,10 +59,10 @@ class Calibration:
 
     def divergences(self, schedule: Schedule, first: int = 0, last: int | None = None) -> Float[np.ndarray, " prompts"]:
         """Of the prompts in chunks `first` to `last` (behind the last one; None: all) under a schedule, clipped."""
-        found = []
-        for chunk, counted in zip(self.chunks[first:last], self.counted[first:last], strict=True):
+        found, own = [], slice(first, last)
+        for chunk, whole, counted in zip(self.chunks[own], self.whole[own], self.counted[own], strict=True):
             final = simulator.simulate(chunk, schedule).final
-            found.append(np.asarray(_divergence(chunk.decoder, chunk.final, final, counted)))
+            found.append(np.asarray(_divergence(chunk.decoder, whole, final, counted)))
         return np.minimum(np.concatenate([np.zeros(0), *found]), CLIP)
 
 
@@ -73,28 +76,43 @@ def ask(model: Model, questions: Sequence[tuple[Question, str, str]], batch_size
 
 
 def calibrate(
-    model: Model, asked: Sequence[CalibrationPrompt], batch_size: int, kept: Sequence[int], done: Callable[[int], Any]
+    model: Model,
+    asked: Sequence[CalibrationPrompt],
+    batch_size: int,
+    kept: Sequence[int],
+    done: Callable[[int], Any],
+    merge: Merge | None = None,
 ) -> Calibration:
-    """Run the prompts with all tokens, in chunks of one shape. kept: as of `simulator.start`. done: is told of each
-    chunk how many prompts it held."""
+    """Run the prompts with all tokens, and with those that a merge leaves, in chunks of one shape. kept: as of
+    `simulator.start`. done: is told of each chunk how many prompts it held."""
     unrouted = model.plan("none")
-    layouts = [lay_out(one.question, model.config, unrouted) for one in asked]
-    shape = largest([one.shape for one in layouts])
-    chunks, counted = [], []
+    start_whole = _starter(model, asked, unrouted, kept if merge is None else (0,))
+    start_merged = None if merge is None else _starter(model, asked, replace(unrouted, merge=merge), kept)
+    chunks, whole, counted = [], [], []
     for first in range(0, len(asked), batch_size):
         own = slice(first, first + batch_size)
-        chunks.append(_started(model, layouts[own], shape, unrouted, [one.answer for one in asked[own]], kept))
+        chunk = start_whole(own)
+        whole.append(chunk.final)
+        chunks.append(chunk if start_merged is None else start_merged(own))
         counted.append(np.array([one.counted for one in asked[own]], np.int32))
         done(len(counted[-1]))
-    return Calibration(tuple(asked), tuple(chunks), tuple(counted))
+    return Calibration(tuple(asked), tuple(chunks), tuple(whole), tuple(counted))
 
 
-def _started(
-    model: Model, layouts: Sequence[Layout], shape: BatchShape, unrouted: Schedule, answers, kept: Sequence[int]
-) -> simulator.Started:
-    batch = batch_of(layouts, model.files, unrouted, len(layouts), shape)
-    features, anchors = programs.encode(model.weights, batch.images)
-    return simulator.start(model.module.decoder, batch.prompt, features, anchors, answers, ANSWER - 1, kept)
+def _starter(
+    model: Model, asked: Sequence[CalibrationPrompt], schedule: Schedule, kept: Sequence[int]
+) -> Callable[[slice], simulator.Started]:
+    """Starts some of the prompts, all in one shape. schedule: without decisions."""
+    layouts = [lay_out(one.question, model.config, schedule) for one in asked]
+    shape = largest([one.shape for one in layouts])
+
+    def started(own: slice) -> simulator.Started:
+        batch = batch_of(layouts[own], model.files, schedule, len(layouts[own]), shape)
+        features, anchors = programs.encode(model.weights, batch.images)
+        answers = [one.answer for one in asked[own]]
+        return simulator.start(model.module.decoder, batch.prompt, features, anchors, answers, ANSWER - 1, kept)
+
+    return started
 
 
 def kept_layers(model: Model, prompts: int, slots: int, limit: int) -> tuple[int, ...]:

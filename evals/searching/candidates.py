@@ -6,13 +6,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import cache, partial
+from functools import cache
 from itertools import pairwise
 
 import numpy as np
 
 from reroute_jax.engine.model import Model
 from reroute_jax.errors import RerouteError
+from reroute_jax.routing.budget import parsed_budget
+from reroute_jax.routing.merge import Merge
 from reroute_jax.routing.plan import Schedule
 
 ACTIONS = ("delete", "reroute")
@@ -37,16 +39,37 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Space:
-    """What candidates are of: a decoder of so many layers, and a reference image of `visual` tokens."""
+    """What candidates are of: a decoder of so many layers, and a reference image of `visual` tokens; behind a merge
+    those that it leaves of the `image` tokens that there were."""
 
     num_layers: int
     visual: int
+    merge: Merge | None = None
+    image: int | None = None
+
+    @classmethod
+    def of(cls, model: Model, merge: Merge | None) -> Space:
+        """Of the model and its reference image."""
+        rows, cols = model.reference_grid
+        if merge is None:
+            return cls(model.config.num_layers, rows * cols)
+        return cls(model.config.num_layers, merge.anchors(rows * cols, (rows, cols)), merge, rows * cols)
+
+    @property
+    def token_layers(self) -> int:
+        """Visual tokens over all layers where all of the image's run everywhere."""
+        return self.num_layers * (self.visual if self.image is None else self.image)
 
     def schedule(self, candidate: Candidate, label: str = "") -> Schedule:
         """Keep counts become shares of an image's tokens."""
         keep = [Fraction(count, self.visual) for count in candidate.keep]
         return Schedule.from_decisions(
-            candidate.layers, keep, self.num_layers, action=candidate.actions, label=label or str(candidate)
+            candidate.layers,
+            keep,
+            self.num_layers,
+            action=candidate.actions,
+            merge=self.merge,
+            label=label or str(candidate),
         )
 
     def candidate(self, schedule: Schedule) -> Candidate:
@@ -67,19 +90,28 @@ class Budget:
         return self.spent(candidate) <= self.share
 
 
+def merge_of(model: Model, text: str) -> Merge:
+    """METHOD:SHARE, such as divprune:1/2, of a reduction before the decoder. Raises RerouteError for anything else."""
+    method, _, share = text.partition(":")
+    planned = model.plan(method, budget=parsed_budget(share))
+    if planned.merge is None or planned.decisions:
+        raise RerouteError(f"{method} is no reduction before the decoder alone: give one such as divprune:1/2")
+    return planned.merge
+
+
 def spending(model: Model, space: Space, constraint: str, text: int) -> Callable[[Candidate], Fraction]:
     """Candidate -> its share of what all tokens of the reference image cost: "tokens", visual tokens over all layers;
-    "macs", multiply-accumulates of the whole prefill with scoring; "kv", bytes of keys and values, text included.
-    text: tokens of the prompt beside the image's."""
+    "macs", multiply-accumulates of the whole prefill with scoring and merging; "kv", bytes of keys and values, text
+    included. text: tokens of the prompt beside the image's."""
 
     def tokens(candidate: Candidate) -> Fraction:
         edges = [*candidate.layers, space.num_layers]
         running = sum(keep * (hi - lo) for keep, (lo, hi) in zip(candidate.keep, pairwise(edges), strict=True))
-        return Fraction(edges[0] * space.visual + running, space.num_layers * space.visual)
+        return Fraction(edges[0] * space.visual + running, space.token_layers)
 
     def cost(schedule: Schedule) -> int:
         account = model.cost(schedule, text=text)
-        return account.prompt.total() if constraint == "macs" else account.kv_bytes
+        return account.prompt.total() + account.merging if constraint == "macs" else account.kv_bytes
 
     if constraint == "tokens":
         return tokens
@@ -254,22 +286,17 @@ def starting(model: Model, space: Space, budget: Budget, by_hand: Sequence[Candi
     found = list(by_hand)
     for first in (0,) if by_hand else (0, 1):
         routes = {name: {**HAND_SET[name], "first_decision": first} for name in MOVED}
-        found += within(planned(model, routes, budget.share).values(), space, budget)
+        found += fitted(model, routes, space, budget)
     return found
 
 
-def planned(model: Model, routes: dict[str, dict[str, str]], share: Fraction) -> dict[str, Schedule]:
-    """The schedules of those routes that this budget is in reach of."""
-    found = {}
-    for name, route in routes.items():
+def fitted(model: Model, routes: dict[str, dict[str, str]], space: Space, budget: Budget) -> list[Candidate]:
+    """The schedules of those routes that this budget is in reach of, each once, with counts that spend it."""
+    share, found = min(Fraction(1), budget.share * space.token_layers / (space.num_layers * space.visual)), []
+    for route in routes.values():
         try:
-            found[name] = model.plan(budget=share, **route)
+            schedule = model.plan(budget=share, **route)
         except RerouteError:
             continue
-    return found
-
-
-def within(schedules: Sequence[Schedule], space: Space, budget: Budget) -> list[Candidate]:
-    """Schedules as candidates that spend the budget, each once."""
-    fitted = map(partial(repaired, space=space, budget=budget), map(space.candidate, schedules))
-    return list(dict.fromkeys(found for found in fitted if found is not None))
+        found.append(repaired(space.candidate(schedule), space, budget))
+    return list(dict.fromkeys(one for one in found if one is not None))

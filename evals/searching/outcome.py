@@ -50,6 +50,7 @@ def outcome(
         "kept": said,
         "budget": str(share),
         "constraint": args.constraint,
+        "behind": args.behind,
         "objective": {
             "over": args.objective,
             "calibration": ledger.decide(candidate),
@@ -102,6 +103,11 @@ def _shown(interval: Mapping[str, float | None]) -> str:
     return f"{interval['value']:+.4f}{bounds}"
 
 
+def _left(schedule: Schedule, question: Question) -> int:
+    """Visual tokens of a question at the decoder's input."""
+    return sum(schedule.merged_count(rows * cols, (rows, cols)) for rows, cols in question.grids)
+
+
 def visual_of(question: Question) -> int:
     """Visual tokens of a question."""
     return sum(rows * cols for rows, cols in question.grids)
@@ -128,8 +134,9 @@ def _told(search: Search, share: Fraction, ledger: Ledger, fresh: Ledger) -> dic
 def _cost(model: Model, schedule: Schedule, ledger: Ledger, text: int) -> dict[str, Any]:
     """Of the reference image with `text` tokens beside it, and what calibration's images really ran."""
     one = model.cost(schedule, text=text)
-    sizes = [visual_of(asked.question) for asked in ledger.calibration.asked]
-    layers = [sum(visual_per_layer(schedule, size)) / model.config.num_layers for size in sizes]
+    questions = [asked.question for asked in ledger.calibration.asked]
+    sizes = [visual_of(one) for one in questions]
+    layers = [sum(visual_per_layer(schedule, _left(schedule, one))) / model.config.num_layers for one in questions]
     return {
         "text_tokens": text,
         "average_visual_tokens": one.average,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from fractions import Fraction
 
 import pytest
 
 from evals import search
+from reroute_jax.routing.divprune import DivPrune
 from reroute_jax.routing.plan import Schedule
 from tests.evals.searching.stand_ins import Planner, Prompts
 
@@ -15,7 +17,7 @@ from tests.evals.searching.stand_ins import Planner, Prompts
 def stand_ins(monkeypatch):
     def install(calibration: Prompts, fresh: Prompts) -> None:
         monkeypatch.setattr(search, "load_model", lambda *args, **options: Planner())
-        monkeypatch.setattr(search, "_prompts", lambda args, model: (calibration, fresh))
+        monkeypatch.setattr(search, "_prompts", lambda args, model, merge: (calibration, fresh))
 
     return install
 
@@ -51,6 +53,20 @@ def test_the_file_says_how_the_schedule_was_found(stand_ins, tmp_path, capsys):
     before = [path.read_bytes() for path in files]
     assert search.main(command) == 0
     assert [path.read_bytes() for path in files] == before
+
+
+def test_a_search_behind_a_reduction(stand_ins, tmp_path):
+    """What was found and what is set by hand both stand behind it."""
+    stand_ins(Prompts(), Prompts())
+    out = tmp_path / "found.json"
+    command = ["--budget", "2/9", "--behind", "divprune:1/2", "--rounds", "2", "--out", str(out)]
+    assert search.main(command) == 0
+    found, schedule = told(out), Schedule.from_file(out)
+    assert (found["behind"], schedule.merge) == ("divprune:1/2", DivPrune(Fraction(1, 2)))
+    assert max(found["searches"][0]["keep"]) <= 32
+    assert 2 / 9 - 1 / 64 < found["cost"]["spent"] <= 2 / 9 and found["cost"]["merging_macs"] > 0
+    assert found["cost"]["average_visual_tokens"] == pytest.approx(64 * found["cost"]["spent"])
+    assert found["cost"]["average_visual_tokens"] == pytest.approx(found["cost"]["average_on_calibration"])
 
 
 def test_a_schedule_that_does_not_win_on_fresh_prompts_is_not_kept(stand_ins, tmp_path):
@@ -109,6 +125,11 @@ def test_ctrl_c_before_anything_was_found(stand_ins, tmp_path, capsys):
         (["--budget", "1/9", "--tasks", "refcoco,poem"], "'poem' is not one of"),
         (["--budget", "1/9", "--constraint", "kv"], "one visual token in every layer spends 0.212 of what"),
         (["--budget", "1/9", "--out", "nowhere/found.json"], "there is no folder nowhere"),
+        (["--budget", "1/9", "--behind", "fastv:1/2"], "fastv is no reduction before the decoder alone"),
+        (
+            ["--budget", "1/9,2/3", "--behind", "divprune:1/2"],
+            "behind divprune:1/2 1/2 of the tokens are left",
+        ),
         (["--budget", "1/9", "--out", "."], ". is a folder: give a file as --out"),
     ],
 )

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from evals.searching.candidates import Budget, Space, spending
+from reroute_jax.models import FAMILIES
 from reroute_jax.routing.cost import Account, account, visual_per_layer
 from reroute_jax.routing.plan import Schedule
 from tests.evals.stub import StubModel
@@ -21,7 +22,8 @@ class Planner(StubModel):
     reference_grid = (8, 8)
 
     def cost(self, schedule: Schedule, *, text: int) -> Account:
-        return account(schedule, self.config.decoder, visual=64, grid=(8, 8), text=text, dtype=self.dtype)
+        sizes = {"visual": 64, "grid": (8, 8), "text": text, "tower": FAMILIES["llava"].tower_sizes(self.config)}
+        return account(schedule, self.config.decoder, **sizes, dtype=self.dtype)
 
 
 def budget(share: Fraction, constraint: str = "tokens") -> Budget:

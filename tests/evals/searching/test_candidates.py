@@ -18,13 +18,14 @@ from evals.searching.candidates import (
     Candidate,
     Space,
     child,
-    planned,
+    fitted,
+    merge_of,
     repaired,
     spending,
     starting,
-    within,
 )
 from reroute_jax.errors import RerouteError
+from reroute_jax.routing.divprune import DivPrune
 from reroute_jax.routing.plan import Schedule
 from tests.evals.searching.stand_ins import SPACE, Planner, budget
 
@@ -45,7 +46,7 @@ def full(candidate: Candidate, limit) -> bool:
 @given(st.integers(0, 10**6), st.sampled_from([Fraction(1, 3), Fraction(2, 9), NINTH]))
 def test_a_child_spends_the_budget_and_no_more(seed, share):
     limit, rng = budget(share), np.random.default_rng(seed)
-    parents = within(planned(Planner(), HAND_SET, share).values(), SPACE, limit)
+    parents = fitted(Planner(), HAND_SET, SPACE, limit)
     found = child(parents, SPACE, limit, rng, set(parents))
     assert found not in parents
     assert limit.holds(found) and full(found, limit)
@@ -104,10 +105,10 @@ def test_a_schedule_and_back():
 def test_constraints(constraint, share):
     """Text counts in compute and memory, so that a ninth of either is out of reach."""
     limit = budget(share, constraint)
-    found = within(planned(Planner(), HAND_SET, share).values(), SPACE, limit)
+    found = fitted(Planner(), HAND_SET, SPACE, limit)
     assert found and all(limit.holds(one) for one in found)
     if constraint != "tokens":
-        assert within(planned(Planner(), HAND_SET, NINTH).values(), SPACE, budget(NINTH, constraint)) == []
+        assert fitted(Planner(), HAND_SET, SPACE, budget(NINTH, constraint)) == []
 
 
 def test_scoring_counts_among_the_macs():
@@ -125,14 +126,14 @@ def test_a_budget_that_nothing_set_by_hand_fits_has_starts_from_layers_0_and_1()
     model, space = Planner(), Space(16, 64)
     model.config = replace(model.config, decoder=replace(model.config.decoder, num_layers=16))
     limit = Budget(NINTH, spending(model, space, "tokens", text=16))
-    assert within(planned(model, HAND_SET, NINTH).values(), space, limit) == []
+    assert fitted(model, HAND_SET, space, limit) == []
     found = starting(model, space, limit, [])
     assert {one.layers[0] for one in found} == {0, 1} and all(limit.holds(one) for one in found)
     assert Candidate((0,), (7,), ("delete",)) in found and Candidate((1,), (3,), ("delete",)) in found
 
 
 def test_where_something_set_by_hand_fits_starts_are_those_and_the_same_from_layer_0_on():
-    by_hand = within(planned(Planner(), HAND_SET, NINTH).values(), SPACE, budget(NINTH))
+    by_hand = fitted(Planner(), HAND_SET, SPACE, budget(NINTH))
     found = starting(Planner(), SPACE, budget(NINTH), by_hand)
     assert found[: len(by_hand)] == by_hand and {one.layers[0] for one in found[len(by_hand) :]} == {0}
 
@@ -141,3 +142,40 @@ def test_where_something_set_by_hand_fits_starts_are_those_and_the_same_from_lay
 def test_a_budget_below_one_token_a_layer_is_refused(share, constraint):
     with pytest.raises(RerouteError, match=f"one visual token in every layer .* the budget of {share}: raise --budget"):
         starting(Planner(), SPACE, budget(share, constraint), [])
+
+
+def test_a_space_behind_a_reduction():
+    """Of 64 tokens 32 are left: a decision cannot keep more, and layers before the first one run no more."""
+    space = Space.of(Planner(), merge_of(Planner(), "divprune:1/2"))
+    limit = Budget(NINTH, spending(Planner(), space, "tokens", text=16))
+    assert (space.visual, space.merge, space.token_layers) == (32, DivPrune(Fraction(1, 2)), 12 * 64)
+    assert limit.spent(Candidate((1,), (8,), ("delete",))) == Fraction(32 + 11 * 8, 12 * 64)
+    found = fitted(Planner(), HAND_SET, space, limit)
+    most = max(map(limit.spent, found))
+    assert found and NINTH - Fraction(12, 12 * 64) < most <= NINTH
+    for candidate in found:
+        schedule = space.schedule(candidate)
+        assert schedule.merge == space.merge and space.candidate(schedule) == candidate
+        assert Planner().cost(schedule, text=16).average == pytest.approx(float(64 * limit.spent(candidate)))
+
+
+def test_a_reduction_counts_among_the_macs():
+    space = Space.of(Planner(), merge_of(Planner(), "divprune:1/2"))
+    candidate, full = Candidate((0,), (8,), ("delete",)), Planner().cost(Planner().plan("none"), text=16)
+    cost = Planner().cost(space.schedule(candidate), text=16)
+    spent = spending(Planner(), space, "macs", text=16)(candidate)
+    assert cost.merging > 0 and spent == Fraction(cost.prompt.total() + cost.merging, full.prompt.total())
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("nuwa:1/9", "nuwa is no reduction before the decoder alone"),
+        ("fastv:1/3", "fastv is no reduction before the decoder alone"),
+        ("divprune", "'' is neither 192, 128, 64 nor a share"),
+        ("dlvprune:1/2", "method is 'dlvprune', expected one of"),
+    ],
+)
+def test_what_is_no_reduction_is_told(text, said):
+    with pytest.raises(RerouteError, match=said):
+        merge_of(Planner(), text)

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 from evals.searching.calibration import task_means
-from evals.searching.candidates import HAND_SET, Candidate, planned, within
+from evals.searching.candidates import HAND_SET, Candidate, fitted
 from evals.searching.outcome import _shown
 from evals.searching.search import SCREENED, Effort, Ledger, Search, gate, there_and_back, worth
 from tests.evals.searching.stand_ins import CHUNK, SPACE, Planner, Prompts, budget
 
 THIRD, NINTH = Fraction(1, 3), Fraction(1, 9)
 BUDGETS = {share: budget(share) for share in (THIRD, NINTH)}
-STARTS = {share: within(planned(Planner(), HAND_SET, share).values(), SPACE, limit) for share, limit in BUDGETS.items()}
+STARTS = {share: fitted(Planner(), HAND_SET, SPACE, limit) for share, limit in BUDGETS.items()}
 
 
 def searched(seed=0, prompts=None, rounds=4, seconds=1e9, **more) -> Search:
