@@ -3,8 +3,9 @@
     python -m benchmarks.found_schedules --found evals/scenes/checkpoints/scenes-llava/found_*.json
 
 takes files as `evals.search --budget 1/3,2/9,1/9 --seeds 3` writes them, with the best schedule of every seed. A
-hand-set schedule gets the smallest budget at which it spends at least the tokens of each found one: it may have more,
-never fewer. Differences are those to the best of them on the very questions of the table.
+hand-set schedule gets the smallest budget at which it spends at least the tokens of each found one, or with
+`--equal macs` the multiply-accumulates: it may have more, never fewer. Differences are those to the best of them on the
+very questions of the table.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +36,13 @@ from evals.scenes.world import SPLIT_LENGTH
 from evals.searching.answers import Chunk
 from evals.searching.candidates import HAND_SET, Candidate, Space, merge_of
 from reroute_jax.commandline.loading import add_mesh_argument
-from reroute_jax.commandline.parsing import DATA, OUTPUT, RUN, Parser, exit_code, positive, whole
+from reroute_jax.commandline.parsing import DATA, OUTPUT, ROUTE, RUN, Parser, exit_code, positive, whole
 from reroute_jax.engine.batching import largest, lay_out
 from reroute_jax.engine.compilation import keep_programs
 from reroute_jax.engine.model import Model
 from reroute_jax.errors import RerouteError
 from reroute_jax.models import FAMILIES
+from reroute_jax.routing.cost import Account
 from reroute_jax.routing.plan import Schedule
 
 FULL, FOUND = "all tokens", "found"
@@ -48,8 +51,14 @@ BY_HAND = HAND_SET | {
     "nuwa delete": {"method": "nuwa", "action": "delete"},
     "nuwa reroute": {"method": "nuwa", "action": "reroute"},
 }
-STEP, STEPS = Fraction(1, 200), 160  # of the budget that a hand-set schedule is given more, until it spends enough
+STEP, MOST = Fraction(1, 200), Fraction(9, 5)  # of the budget: a hand-set schedule is given more until it spends enough
 TEXT = 16  # tokens beside the image's, for the costs
+# What a schedule spends on a row: visual tokens a layer, or multiply-accumulates with scoring and merging. Of tokens a
+# hand-set schedule has its whole budget.
+SPENT: dict[str, Callable[[Account], float]] = {
+    "tokens": lambda account: account.average,
+    "macs": lambda account: account.prompt.total() + account.merging,
+}
 BOXES, KINDS = "ACC@0.5", tuple(f"exact_match_{kind}" for kind in ("yesno", "colour", "count"))
 
 
@@ -62,40 +71,49 @@ class Contender:
     schedule: Schedule
 
 
-def runs_of(model: Model, found: Mapping[str, Mapping[str, Any]], sizes: Counter) -> list[Contender]:
-    """All tokens; of every budget what each seed found, and every hand-set schedule that has as many tokens to spend.
-    found: what the search's files tell, by budget. sizes: how often each grid comes among the questions."""
+def runs_of(
+    model: Model, found: Mapping[str, Mapping[str, Any]], sizes: Counter, equal: str = "tokens"
+) -> list[Contender]:
+    """All tokens; of every budget what each seed found, and every hand-set schedule that may spend as much. found: what
+    the search's files tell, by budget. sizes: how often each grid comes among the questions. equal: of SPENT."""
     runs = [Contender(FULL, "", model.plan("none"))]
     for share, about in found.items():
         space = Space.of(model, None if about.get("behind") is None else merge_of(model, about["behind"]))
         for search in about["searches"]:
             candidate = Candidate(*(tuple(search[part]) for part in ("layers", "keep", "actions")))
             runs.append(Contender(f"{FOUND} {share} seed {search['seed']}", share, space.schedule(candidate)))
-        most = max(average_tokens(model, run.schedule, sizes) for run in runs if run.budget == share)
+        spent = partial(mean_cost, model, sizes=sizes, of=SPENT[equal])
+        most = max(spent(run.schedule) for run in runs if run.budget == share)
+        first = Fraction(share) if equal == "tokens" else Fraction(share) / 2
         for name, route in BY_HAND.items():
-            schedule = spending_at_least(model, route, Fraction(share), most, sizes)
+            schedule = spending_at_least(model, route, first, MOST * Fraction(share), most, spent)
             if schedule is not None:
                 runs.append(Contender(f"{name} {share}", share, schedule))
     return runs
 
 
-def average_tokens(model: Model, schedule: Schedule, sizes: Counter) -> float:
-    """Visual tokens a layer, over the questions."""
-    return float(
-        np.average([model.cost(schedule, text=0, grid=grid).average for grid in sizes], weights=list(sizes.values()))
-    )
+def mean_cost(model: Model, schedule: Schedule, sizes: Counter, of: Callable[[Account], float]) -> float:
+    """Over the questions."""
+    each = [of(model.cost(schedule, text=TEXT, grid=grid)) for grid in sizes]
+    return float(np.average(each, weights=list(sizes.values())))
 
 
 def spending_at_least(
-    model: Model, route: Mapping[str, str], share: Fraction, tokens: float, sizes: Counter
+    model: Model,
+    route: Mapping[str, str],
+    first: Fraction,
+    last: Fraction,
+    least: float,
+    spent: Callable[[Schedule], float],
 ) -> Schedule | None:
-    """The route at the smallest budget from `share` on, in steps of half a percent, at which it has so many tokens."""
-    for step in range(STEPS):
+    """The route at the smallest budget from `first` to `last`, in steps of half a percent of `first`, at which it
+    spends so much."""
+    for step in range(int((last - first) / (STEP * first)) + 1):
         try:
-            schedule = model.plan(budget=share * (1 + step * STEP), **route)
+            schedule = model.plan(budget=first * (1 + step * STEP), **route)
         except RerouteError:
             continue
-        if average_tokens(model, schedule, sizes) >= tokens:
+        if spent(schedule) >= least:
             return schedule
     return None
 
@@ -189,18 +207,14 @@ def summary_of(
 
 
 def costs(model: Model, run: Contender, sizes: Counter) -> dict[str, float]:
-    accounts = {grid: model.cost(run.schedule, text=TEXT, grid=grid) for grid in sizes}
-
-    def mean(of: Callable) -> float:
-        return float(np.average([of(accounts[grid]) for grid in sizes], weights=list(sizes.values())))
-
-    return {
-        "tokens": mean(lambda one: one.average),
-        "prefill_macs": mean(lambda one: one.prompt.swiglu),
-        "scoring_macs": mean(lambda one: one.prompt.scoring),
-        "merging_macs": mean(lambda one: one.merging),
-        "kv_bytes": mean(lambda one: one.kv_bytes),
+    of = {
+        "tokens": lambda one: one.average,
+        "prefill_macs": lambda one: one.prompt.swiglu,
+        "scoring_macs": lambda one: one.prompt.scoring,
+        "merging_macs": lambda one: one.merging,
+        "kv_bytes": lambda one: one.kv_bytes,
     }
+    return {name: mean_cost(model, run.schedule, sizes, part) for name, part in of.items()}
 
 
 def measure(args) -> None:
@@ -213,12 +227,13 @@ def measure(args) -> None:
         task = asked(model, args.start, args.limit)
         docs = list(task.docs(0))
         sizes = Counter(model.visual_grid(doc.image) for doc in docs)
-        runs = runs_of(model, found, sizes)
-        file = args.out / f"found_{args.model}_{name}.jsonl"
+        runs = runs_of(model, found, sizes, args.equal)
+        file = args.out / f"found_{args.model}_{name}{'' if args.equal == 'tokens' else f'_equal_{args.equal}'}.jsonl"
         lines = answered(model, task, runs, file, args.batch_size)
         told = summary_of(model, runs, lines, metrics, sizes) | {
             "model": args.model,
             "start": args.start,
+            "equal": args.equal,
             "versions": versions(),
         }
         file.with_suffix(".json").write_text(json.dumps(told, indent=1) + "\n")
@@ -269,7 +284,7 @@ def _parser() -> Parser:
         "--found schedule.json --start 5000 --limit 200 --out runs",
     )
     parser = Parser("benchmarks.found_schedules", __doc__.splitlines()[0], examples)
-    run, data, output = (parser.group(title) for title in (RUN, DATA, OUTPUT))
+    run, data, route, output = (parser.group(title) for title in (RUN, DATA, ROUTE, OUTPUT))
     run.add_argument("--model", choices=EMBEDDED, default=EMBEDDED[0], help="(default: %(default)s)")
     add_mesh_argument(parser)
     run.add_argument(
@@ -282,6 +297,13 @@ def _parser() -> Parser:
     )
     data.add_argument("--start", type=whole, default=1000, help="first test scene (default: %(default)s)")
     data.add_argument("--limit", type=positive, default=1000, help="questions of each kind (default: %(default)s)")
+    route.add_argument(
+        "--equal",
+        choices=tuple(SPENT),
+        default="tokens",
+        help="what a hand-set schedule must spend at least as much of: visual tokens, or multiply-accumulates of the "
+        "prefill with scoring and merging (default: %(default)s)",
+    )
     output.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder (default: %(default)s)")
     return parser
 

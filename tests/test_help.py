@@ -29,7 +29,7 @@ GROUPS = {
     "benchmarks.arrivals": (RUN, DATA, ROUTE),
     "benchmarks.attention": (RUN, DATA, OUTPUT),
     "benchmarks.beyond": (RUN, DATA, ROUTE, OUTPUT),
-    "benchmarks.found_schedules": (RUN, DATA, OUTPUT),
+    "benchmarks.found_schedules": (RUN, DATA, ROUTE, OUTPUT),
     "benchmarks.gpu": (RUN, OUTPUT),
     "benchmarks.fewer_bits": (RUN, DATA, ROUTE, OUTPUT),
     "benchmarks.load": (RUN, DATA, ROUTE, OUTPUT),
