@@ -30,7 +30,7 @@ def test_what_is_set_by_hand_may_spend_more_and_never_less(equal, behind):
     assert {one.name for one in by_hand} <= {f"{name} 2/9" for name in BY_HAND} and len(by_hand) > 5
     least = mean_cost(model, found.schedule, SIZES, SPENT[equal])
     for one in by_hand:
-        assert least <= mean_cost(model, one.schedule, SIZES, SPENT[equal]) < 1.25 * least, one.name
+        assert least <= mean_cost(model, one.schedule, SIZES, SPENT[equal]) < 1.3 * least, one.name
 
 
 def test_scoring_at_every_layer_leaves_fewer_tokens_at_equal_macs():
