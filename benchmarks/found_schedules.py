@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import sys
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -107,15 +108,21 @@ def spending_at_least(
     spent: Callable[[Schedule], float],
 ) -> Schedule | None:
     """The route at the smallest budget from `first` to `last`, in steps of half a percent of `first`, at which it
-    spends so much."""
-    for step in range(int((last - first) / (STEP * first)) + 1):
+    spends so much: by bisection, since more budget is more spent."""
+
+    def planned(step: int) -> Schedule | None:
         try:
-            schedule = model.plan(budget=first * (1 + step * STEP), **route)
+            return model.plan(budget=first * (1 + step * STEP), **route)
         except RerouteError:
-            continue
-        if spent(schedule) >= least:
-            return schedule
-    return None
+            return None
+
+    def enough(step: int) -> bool:
+        schedule = planned(step)
+        return schedule is not None and spent(schedule) >= least
+
+    steps = range(int((last - first) / (STEP * first)) + 1)
+    found = bisect_left(steps, True, key=enough)
+    return None if found == len(steps) else planned(found)
 
 
 def answered(model: Model, task: Task, runs: Sequence[Contender], file: Path, batch_size: int) -> list[dict[str, Any]]:
