@@ -46,7 +46,7 @@ from reroute_jax.models import FAMILIES
 from reroute_jax.routing.cost import Account
 from reroute_jax.routing.plan import Schedule
 
-FULL, FOUND = "all tokens", "found"
+FULL, FOUND, MINUS_FIRST = "all tokens", "found", "minus the first found"
 BY_HAND = HAND_SET | {
     "layout": {"method": "layout"},
     "nuwa delete": {"method": "nuwa", "action": "delete"},
@@ -72,25 +72,34 @@ class Contender:
     schedule: Schedule
 
 
-def runs_of(
-    model: Model, found: Mapping[str, Mapping[str, Any]], sizes: Counter, equal: str = "tokens"
-) -> list[Contender]:
+def runs_of(model: Model, found: Sequence[Mapping[str, Any]], sizes: Counter, equal: str = "tokens") -> list[Contender]:
     """All tokens; of every budget what each seed found, and every hand-set schedule that may spend as much. found: what
-    the search's files tell, by budget. sizes: how often each grid comes among the questions. equal: of SPENT."""
-    runs = [Contender(FULL, "", model.plan("none"))]
-    for share, about in found.items():
-        space = Space.of(model, None if about.get("behind") is None else merge_of(model, about["behind"]))
-        for search in about["searches"]:
-            candidate = Candidate(*(tuple(search[part]) for part in ("layers", "keep", "actions")))
-            runs.append(Contender(f"{FOUND} {share} seed {search['seed']}", share, space.schedule(candidate)))
-        spent = partial(mean_cost, model, sizes=sizes, of=SPENT[equal])
-        most = max(spent(run.schedule) for run in runs if run.budget == share)
+    the search's files tell. sizes: how often each grid comes among the questions. equal: of SPENT."""
+    runs, spent = [Contender(FULL, "", model.plan("none"))], partial(mean_cost, model, sizes=sizes, of=SPENT[equal])
+    for share in dict.fromkeys(about["budget"] for about in found):
+        searched = [one for about in found if about["budget"] == share for one in _searched(model, about)]
+        most = max(spent(run.schedule) for run in searched)
         first = Fraction(share) if equal == "tokens" else Fraction(share) / 2
-        for name, route in BY_HAND.items():
-            schedule = spending_at_least(model, route, first, MOST * Fraction(share), most, spent)
-            if schedule is not None:
-                runs.append(Contender(f"{name} {share}", share, schedule))
+        by_hand = {
+            name: spending_at_least(model, route, first, MOST * Fraction(share), most, spent)
+            for name, route in BY_HAND.items()
+        }
+        runs += searched
+        runs += [Contender(f"{name} {share}", share, one) for name, one in by_hand.items() if one is not None]
+    names = [run.name for run in runs]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise RerouteError(f"{twice[0]} is in two files, give one of them")
     return runs
+
+
+def _searched(model: Model, about: Mapping[str, Any]) -> Iterator[Contender]:
+    """What each seed of a search's file found."""
+    behind = about.get("behind")
+    space = Space.of(model, None if behind is None else merge_of(model, behind))
+    for search in about["searches"]:
+        candidate = Candidate(*(tuple(search[part]) for part in ("layers", "keep", "actions")))
+        name = f"{FOUND} {about['budget']} seed {search['seed']}{f' behind {behind}' if behind else ''}"
+        yield Contender(name, about["budget"], space.schedule(candidate))
 
 
 def mean_cost(model: Model, schedule: Schedule, sizes: Counter, of: Callable[[Account], float]) -> float:
@@ -186,13 +195,14 @@ QUESTIONS = {"boxes": (boxes, (BOXES, "ACC@0.9", "IoU")), "words": (words, KINDS
 def summary_of(
     model: Model, runs: Sequence[Contender], lines: Sequence[Mapping[str, Any]], metrics: Sequence[str], sizes: Counter
 ) -> dict[str, Any]:
-    """Means, costs, and what was found minus the best hand-set schedule of its budget, by metric."""
+    """Means, costs, and by metric what was found minus the best hand-set schedule of its budget, and minus what the
+    first seed of the first file found for it."""
     labels = tuple(line["scene"] for line in lines)
     scores = {
         run.name: np.array([[line["metrics"][run.name].get(name, np.nan) for name in metrics] for line in lines])
         for run in runs
     }
-    told: dict[str, Any] = {"questions": len(lines), "runs": {}, "found minus the best by hand": {}}
+    told: dict[str, Any] = {"questions": len(lines), "runs": {}, "found minus the best by hand": {}, MINUS_FIRST: {}}
     for run in runs:
         means = dict(zip(metrics, np.nanmean(scores[run.name], axis=0).tolist(), strict=True))
         told["runs"][run.name] = {
@@ -206,10 +216,13 @@ def summary_of(
             continue
         by_hand = [one for one in runs if one.budget == run.budget and not one.name.startswith(FOUND)]
         pairs = told["found minus the best by hand"][run.name] = {}
+        first = next(one for one in runs if one.budget == run.budget)
+        minus_first = told[MINUS_FIRST].setdefault(run.name, {}) if first != run else {}
         for column, metric in enumerate(metrics):
             best = max(by_hand, key=lambda one: np.nanmean(scores[one.name][:, column]))
-            own, other = (scores[one.name][:, column : column + 1] for one in (run, best))
+            own, other, found = (scores[one.name][:, column : column + 1] for one in (run, best, first))
             pairs[metric] = {"best": best.name, **asdict(difference(own, other, Resampler(labels))[0])}
+            minus_first[metric] = asdict(difference(own, found, Resampler(labels))[0])
     return told
 
 
@@ -228,7 +241,7 @@ def measure(args) -> None:
     if args.compilation_cache is not None:
         keep_programs(args.compilation_cache)
     model = load_model(args.model, None, mesh=args.mesh)
-    found = {(about := json.loads(path.read_text()))["budget"]: about for path in args.found}
+    found = [json.loads(path.read_text()) for path in args.found]
     for name in args.questions:
         asked, metrics = QUESTIONS[name]
         task = asked(model, args.start, args.limit)
@@ -252,12 +265,14 @@ def markdown(told: Mapping[str, Any], metrics: Sequence[str]) -> str:
     rows = [
         "| run | schedule | tokens | prefill + scoring (+ merging), M MACs | "
         + " | ".join(metrics)
-        + " | minus the best by hand (95%) |"
+        + " | minus the best by hand (95%) | minus the first found |"
     ]
-    rows.append("|---" * (5 + len(metrics)) + "|")
+    rows.append("|---" * (6 + len(metrics)) + "|")
     for name, run in told["runs"].items():
         pair = told["found minus the best by hand"].get(name, {}).get(metrics[0])
         said = "" if pair is None else f"{points(pair, '+')}, {pair['best']}"
+        minus_first = told[MINUS_FIRST].get(name, {}).get(metrics[0])
+        said += f" | {'' if minus_first is None else points(minus_first, '+')}"
         numbers = " | ".join(f"{100 * run[metric]:.1f}" for metric in metrics)
         rows.append(f"| {name} | {run['schedule']} | {run['tokens']:.2f} | {macs(run)} | {numbers} | {said} |")
     return "\n".join(rows)

@@ -5,7 +5,8 @@ from fractions import Fraction
 
 import pytest
 
-from benchmarks.found_schedules import BY_HAND, SPENT, mean_cost, runs_of
+from benchmarks.found_schedules import BOXES, BY_HAND, MINUS_FIRST, SPENT, markdown, mean_cost, runs_of, summary_of
+from reroute_jax.errors import RerouteError
 from reroute_jax.routing.divprune import DivPrune
 from tests.evals.searching.stand_ins import Planner
 
@@ -23,8 +24,8 @@ class Model(Planner):
 @pytest.mark.parametrize("behind", [None, "divprune:1/2"])
 def test_what_is_set_by_hand_may_spend_more_and_never_less(equal, behind):
     model = Model()
-    full, found, *by_hand = runs_of(model, {"2/9": {"searches": [FOUND], "behind": behind}}, SIZES, equal)
-    assert (full.budget, found.name, found.budget) == ("", "found 2/9 seed 4", "2/9")
+    full, found, *by_hand = runs_of(model, [{"budget": "2/9", "searches": [FOUND], "behind": behind}], SIZES, equal)
+    assert (full.budget, found.name.removesuffix(f" behind {behind}"), found.budget) == ("", "found 2/9 seed 4", "2/9")
     assert found.schedule.merge == (None if behind is None else DivPrune(Fraction(1, 2)))
     assert [stage.lo for stage in found.schedule.decisions] == [1, 5]
     assert {one.name for one in by_hand} <= {f"{name} 2/9" for name in BY_HAND} and len(by_hand) > 5
@@ -34,7 +35,7 @@ def test_what_is_set_by_hand_may_spend_more_and_never_less(equal, behind):
 
 
 def test_scoring_at_every_layer_leaves_fewer_tokens_at_equal_macs():
-    found = {"1/3": {"searches": [FOUND | {"keep": [23, 14]}]}}
+    found = [{"budget": "1/3", "searches": [FOUND | {"keep": [23, 14]}]}]
     tokens = {
         equal: {
             run.name: mean_cost(Model(), run.schedule, SIZES, SPENT["tokens"])
@@ -43,3 +44,21 @@ def test_scoring_at_every_layer_leaves_fewer_tokens_at_equal_macs():
         for equal in SPENT
     }
     assert tokens["macs"]["every reroute 1/3"] <= tokens["tokens"]["every reroute 1/3"]
+
+
+def test_what_was_found_is_held_against_the_best_by_hand_and_the_first_found():
+    model = Model()
+    files = [{"budget": "2/9", "searches": [FOUND]}, {"budget": "2/9", "searches": [FOUND], "behind": "divprune:1/2"}]
+    runs = runs_of(model, files, SIZES)
+    hits = {run.name: 0.0 for run in runs} | {runs[1].name: 1.0, runs[2].name: 0.5, runs[4].name: 0.25}
+    lines = [{"scene": str(k), "metrics": {name: {BOXES: hit} for name, hit in hits.items()}} for k in range(4)]
+    told = summary_of(model, runs, lines, (BOXES,), SIZES)
+    best = {
+        name: (pair[BOXES]["best"], pair[BOXES]["value"]) for name, pair in told["found minus the best by hand"].items()
+    }
+    assert best == {runs[1].name: (runs[4].name, 0.75), runs[2].name: (runs[4].name, 0.25)}
+    assert {name: pair[BOXES]["value"] for name, pair in told[MINUS_FIRST].items()} == {runs[2].name: -0.5}
+    rows = {line.split(" | ")[0]: line for line in markdown(told, (BOXES,)).splitlines()}
+    assert "+75.0" in rows[f"| {runs[1].name}"] and rows[f"| {runs[2].name}"].endswith("| -50.0 (-50.0 to -50.0) |")
+    with pytest.raises(RerouteError, match="found 2/9 seed 4 is in two files"):
+        runs_of(model, files[:1] * 2, SIZES)
