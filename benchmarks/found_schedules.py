@@ -93,13 +93,15 @@ def runs_of(model: Model, found: Sequence[Mapping[str, Any]], sizes: Counter, eq
 
 
 def _searched(model: Model, about: Mapping[str, Any]) -> Iterator[Contender]:
-    """What each seed of a search's file found."""
-    behind = about.get("behind")
+    """What each seed of a search's file found, and behind a reduction what the search held against it."""
+    share, behind = about["budget"], about.get("behind")
     space = Space.of(model, None if behind is None else merge_of(model, behind))
     for search in about["searches"]:
         candidate = Candidate(*(tuple(search[part]) for part in ("layers", "keep", "actions")))
-        name = f"{FOUND} {about['budget']} seed {search['seed']}{f' behind {behind}' if behind else ''}"
-        yield Contender(name, about["budget"], space.schedule(candidate))
+        name = f"{FOUND} {share} seed {search['seed']}{f' behind {behind}' if behind else ''}"
+        yield Contender(name, share, space.schedule(candidate))
+    if behind and about["hand_set"]:
+        yield Contender(f"by hand {share} behind {behind}", share, space.schedule(Candidate.parsed(about["hand_set"])))
 
 
 def mean_cost(model: Model, schedule: Schedule, sizes: Counter, of: Callable[[Account], float]) -> float:

@@ -36,6 +36,13 @@ class Candidate:
         told = zip(self.layers, self.keep, self.actions, strict=True)
         return " ".join(f"{layer}:{keep}{'d' * (action == 'delete')}" for layer, keep, action in told)
 
+    @classmethod
+    def parsed(cls, text: str) -> Candidate:
+        """What `str` gave."""
+        parts = [part.removesuffix("d").split(":") for part in text.split()]
+        actions = ("delete" if part.endswith("d") else "reroute" for part in text.split())
+        return cls(*(tuple(int(part[at]) for part in parts) for at in (0, 1)), tuple(actions))
+
 
 @dataclass(frozen=True)
 class Space:

@@ -95,7 +95,7 @@ def test_a_schedule_and_back():
     schedule = Schedule.from_decisions((1, 5), (0.3, 0.1), 12, action="reroute")
     found = SPACE.candidate(schedule)
     assert found == Candidate((1, 5), (19, 6), ("reroute", "delete"))
-    assert str(found) == "1:19 5:6d"
+    assert str(found) == "1:19 5:6d" and Candidate.parsed("1:19 5:6d") == found
     again = SPACE.schedule(found, "found 1/9")
     assert again.label == "found 1/9" and again.decisions[1].ratio == Fraction(6, 64)
     assert again.keep_counts([64, 48]).tolist() == [[19, 14], [6, 4]]
