@@ -49,7 +49,7 @@ def _parser() -> Parser:
     examples = (
         "--budgets 2/9 --limit 200",
         "--models scenes-llava,scenes-qwen --levels positions=original score=last_token,last_token_unrotated",
-        "--budgets 1/3,2/9,1/9 --out runs/levers",
+        "--budgets 1/3,2/9 --out runs/levers",
     )
     parser = Parser("evals.levers", "What each lever of a schedule is worth alone.", examples)
     run, data, route = parser.group(RUN), parser.group(DATA), parser.group(ROUTE)

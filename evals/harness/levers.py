@@ -101,7 +101,10 @@ def _floors(grid: Grid, counts: Sequence[int]) -> list[StrideGrid | None]:
     strides = (stride for stride in range(2, max(grid) + 1) if 2 * stride_grid(grid, stride).sum() <= counts[0])
     stride = next(strides, None)
     if stride is None:
-        raise RerouteError(f"a decision that keeps {counts[0]} tokens has no room for a grid: raise the budget")
+        raise RerouteError(
+            f"a decision that keeps {counts[0]} tokens has no room for a grid: raise the budget, or leave the grid out "
+            "(--levels coverage=none)"
+        )
     held = int(stride_grid(grid, stride).sum())
     return [StrideGrid(stride) if 2 * held <= count else None for count in counts]
 
