@@ -77,9 +77,8 @@ def with_floor(schedule: Schedule, stride: int, grid: Grid) -> Schedule:
 
 def behind(merge: Merge, candidate: Candidate, space: Space, grid: Grid) -> Schedule:
     """The candidate's decisions on what a merge leaves."""
-    left = Space(space.num_layers, merge.anchors(space.visual, grid))
-    scaled = spending(token_layers(space.schedule(candidate), space), left.schedule, candidate, left)
-    return replace(left.schedule(scaled), merge=merge)
+    left = Space.behind(merge, space.num_layers, grid)
+    return left.schedule(spending(token_layers(space.schedule(candidate), space), left.schedule, candidate, left))
 
 
 def with_repair(candidate: Candidate, repair: str, space: Space) -> Schedule:

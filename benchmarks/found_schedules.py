@@ -17,7 +17,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,14 +51,14 @@ BY_HAND = HAND_SET | {
     "nuwa delete": {"method": "nuwa", "action": "delete"},
     "nuwa reroute": {"method": "nuwa", "action": "reroute"},
 }
-STEP, MOST = Fraction(1, 200), Fraction(9, 5)  # of the budget: a hand-set schedule is given more until it spends enough
 TEXT = 16  # tokens beside the image's, for the costs
-# What a schedule spends on a row: visual tokens a layer, or multiply-accumulates with scoring and merging. Of tokens a
-# hand-set schedule has its whole budget.
+# What a schedule spends on a row: visual tokens a layer, or multiply-accumulates with scoring and merging.
 SPENT: dict[str, Callable[[Account], float]] = {
     "tokens": lambda account: account.average,
     "macs": lambda account: account.prompt.total() + account.merging,
 }
+# Of a budget, from where a hand-set schedule is given more until it spends enough: of tokens it has all in any case.
+LEAST, MOST, STEP = {"tokens": Fraction(1), "macs": Fraction(1, 2)}, Fraction(9, 5), Fraction(1, 200)
 BOXES, KINDS = "ACC@0.5", tuple(f"exact_match_{kind}" for kind in ("yesno", "colour", "count"))
 
 
@@ -75,15 +74,16 @@ class Contender:
 def runs_of(model: Model, found: Sequence[Mapping[str, Any]], sizes: Counter, equal: str = "tokens") -> list[Contender]:
     """All tokens; of every budget what each seed found, and every hand-set schedule that may spend as much. found: what
     the search's files tell. sizes: how often each grid comes among the questions. equal: of SPENT."""
-    runs, spent = [Contender(FULL, "", model.plan("none"))], partial(mean_cost, model, sizes=sizes, of=SPENT[equal])
+    runs = [Contender(FULL, "", model.plan("none"))]
+
+    def spent(schedule: Schedule) -> float:
+        return mean_cost(accounts_of(model, schedule, sizes), sizes, SPENT[equal])
+
     for share in dict.fromkeys(about["budget"] for about in found):
         searched = [one for about in found if about["budget"] == share for one in _searched(model, about)]
         most = max(spent(run.schedule) for run in searched)
-        first = Fraction(share) if equal == "tokens" else Fraction(share) / 2
-        by_hand = {
-            name: spending_at_least(model, route, first, MOST * Fraction(share), most, spent)
-            for name, route in BY_HAND.items()
-        }
+        budgets = budgets_of(Fraction(share), LEAST[equal])
+        by_hand = {name: spending_at_least(model, route, budgets, most, spent) for name, route in BY_HAND.items()}
         runs += searched
         runs += [Contender(f"{name} {share}", share, one) for name, one in by_hand.items() if one is not None]
     names = [run.name for run in runs]
@@ -104,36 +104,40 @@ def _searched(model: Model, about: Mapping[str, Any]) -> Iterator[Contender]:
         yield Contender(f"by hand {share} behind {behind}", share, space.schedule(Candidate.parsed(about["hand_set"])))
 
 
-def mean_cost(model: Model, schedule: Schedule, sizes: Counter, of: Callable[[Account], float]) -> float:
+def accounts_of(model: Model, schedule: Schedule, sizes: Counter) -> list[Account]:
+    """Of the questions' grids."""
+    return [model.cost(schedule, text=TEXT, grid=grid) for grid in sizes]
+
+
+def mean_cost(accounts: Sequence[Account], sizes: Counter, of: Callable[[Account], float]) -> float:
     """Over the questions."""
-    each = [of(model.cost(schedule, text=TEXT, grid=grid)) for grid in sizes]
-    return float(np.average(each, weights=list(sizes.values())))
+    return float(np.average([of(one) for one in accounts], weights=list(sizes.values())))
+
+
+def budgets_of(share: Fraction, least: Fraction) -> list[Fraction]:
+    """Ascending, in steps of half a percent of a budget; none is more than all tokens."""
+    steps = range(int((MOST - least) / STEP) + 1)
+    return [budget for step in steps if (budget := share * (least + step * STEP)) <= 1]
 
 
 def spending_at_least(
     model: Model,
     route: Mapping[str, str],
-    first: Fraction,
-    last: Fraction,
+    budgets: Sequence[Fraction],
     least: float,
     spent: Callable[[Schedule], float],
 ) -> Schedule | None:
-    """The route at the smallest budget from `first` to `last`, in steps of half a percent of `first`, at which it
-    spends so much: by bisection, since more budget is more spent."""
+    """The route at the first of the ascending budgets at which it spends so much: by bisection, since more budget is
+    more spent, and a budget that is out of its reach is too small."""
 
-    def planned(step: int) -> Schedule | None:
+    def enough(budget: Fraction) -> bool:
         try:
-            return model.plan(budget=first * (1 + step * STEP), **route)
+            return spent(model.plan(budget=budget, **route)) >= least
         except RerouteError:
-            return None
+            return False
 
-    def enough(step: int) -> bool:
-        schedule = planned(step)
-        return schedule is not None and spent(schedule) >= least
-
-    steps = range(int((last - first) / (STEP * first)) + 1)
-    found = bisect_left(steps, True, key=enough)
-    return None if found == len(steps) else planned(found)
+    place = bisect_left(budgets, True, key=enough)
+    return None if place == len(budgets) else model.plan(budget=budgets[place], **route)
 
 
 def answered(model: Model, task: Task, runs: Sequence[Contender], file: Path, batch_size: int) -> list[dict[str, Any]]:
@@ -218,13 +222,14 @@ def summary_of(
             continue
         by_hand = [one for one in runs if one.budget == run.budget and not one.name.startswith(FOUND)]
         pairs = told["found minus the best by hand"][run.name] = {}
-        first = next(one for one in runs if one.budget == run.budget)
-        minus_first = told[MINUS_FIRST].setdefault(run.name, {}) if first != run else {}
         for column, metric in enumerate(metrics):
             best = max(by_hand, key=lambda one: np.nanmean(scores[one.name][:, column]))
-            own, other, found = (scores[one.name][:, column : column + 1] for one in (run, best, first))
+            own, other = (scores[one.name][:, column : column + 1] for one in (run, best))
             pairs[metric] = {"best": best.name, **asdict(difference(own, other, Resampler(labels))[0])}
-            minus_first[metric] = asdict(difference(own, found, Resampler(labels))[0])
+        first = next(one for one in runs if one.budget == run.budget)
+        if first != run:
+            apart = difference(scores[run.name], scores[first.name], Resampler(labels))
+            told[MINUS_FIRST][run.name] = {name: asdict(one) for name, one in zip(metrics, apart, strict=True)}
     return told
 
 
@@ -236,7 +241,8 @@ def costs(model: Model, run: Contender, sizes: Counter) -> dict[str, float]:
         "merging_macs": lambda one: one.merging,
         "kv_bytes": lambda one: one.kv_bytes,
     }
-    return {name: mean_cost(model, run.schedule, sizes, part) for name, part in of.items()}
+    accounts = accounts_of(model, run.schedule, sizes)
+    return {name: mean_cost(accounts, sizes, part) for name, part in of.items()}
 
 
 def measure(args) -> None:

@@ -13,9 +13,10 @@ import numpy as np
 
 from reroute_jax.engine.model import Model
 from reroute_jax.errors import RerouteError
-from reroute_jax.routing.budget import parsed_budget
 from reroute_jax.routing.merge import Merge
 from reroute_jax.routing.plan import Schedule
+from reroute_jax.serving.plans import plan_words
+from reroute_jax.types import Grid
 
 ACTIONS = ("delete", "reroute")
 CONSTRAINTS = ("tokens", "macs", "kv")
@@ -57,10 +58,14 @@ class Space:
     @classmethod
     def of(cls, model: Model, merge: Merge | None) -> Space:
         """Of the model and its reference image."""
-        rows, cols = model.reference_grid
-        if merge is None:
-            return cls(model.config.num_layers, rows * cols)
-        return cls(model.config.num_layers, merge.anchors(rows * cols, (rows, cols)), merge, rows * cols)
+        layers, (rows, cols) = model.config.num_layers, model.reference_grid
+        return cls(layers, rows * cols) if merge is None else cls.behind(merge, layers, (rows, cols))
+
+    @classmethod
+    def behind(cls, merge: Merge, num_layers: int, grid: Grid) -> Space:
+        """Of a reference image of (rows, cols) tokens."""
+        image = grid[0] * grid[1]
+        return cls(num_layers, merge.anchors(image, grid), merge, image)
 
     @property
     def token_layers(self) -> int:
@@ -99,11 +104,11 @@ class Budget:
 
 def merge_of(model: Model, text: str) -> Merge:
     """METHOD:SHARE, such as divprune:1/2, of a reduction before the decoder. Raises RerouteError for anything else."""
-    method, _, share = text.partition(":")
-    planned = model.plan(method, budget=parsed_budget(share))
-    if planned.merge is None or planned.decisions:
-        raise RerouteError(f"{method} is no reduction before the decoder alone: give one such as divprune:1/2")
-    return planned.merge
+    method, budget, action = plan_words(text)
+    schedule = model.plan(method, budget=budget)
+    if action is not None or schedule.merge is None or schedule.decisions:
+        raise RerouteError(f"{text} is no reduction before the decoder alone: give one such as divprune:1/2")
+    return schedule.merge
 
 
 def spending(model: Model, space: Space, constraint: str, text: int) -> Callable[[Candidate], Fraction]:

@@ -125,7 +125,7 @@ def test_ctrl_c_before_anything_was_found(stand_ins, tmp_path, capsys):
         (["--budget", "1/9", "--tasks", "refcoco,poem"], "'poem' is not one of"),
         (["--budget", "1/9", "--constraint", "kv"], "one visual token in every layer spends 0.212 of what"),
         (["--budget", "1/9", "--out", "nowhere/found.json"], "there is no folder nowhere"),
-        (["--budget", "1/9", "--behind", "fastv:1/2"], "fastv is no reduction before the decoder alone"),
+        (["--budget", "1/9", "--behind", "fastv:1/2"], "fastv:1/2 is no reduction before the decoder alone"),
         (
             ["--budget", "1/9,2/3", "--behind", "divprune:1/2"],
             "behind divprune:1/2 1/2 of the tokens are left",

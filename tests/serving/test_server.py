@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -31,6 +32,14 @@ OPTIONS = ["--method", "fastv", "--budget", "3/4", "--first-decision", "1", "--a
 OPTIONS += ["--max-text", "32", "--token-budget", "68", "--max-tokens", "33", "--port", "0", "--queue", str(QUEUE)]
 OPTIONS += ["--max-body", "1", "--api-key", KEY]
 QUESTION = "where is the red cup ?"
+
+
+def within_seconds(seconds: float, reached: Callable[[], bool]) -> bool:
+    """Whether it comes true."""
+    end = time.monotonic() + seconds
+    while not (found := reached()) and time.monotonic() < end:
+        time.sleep(0.02)
+    return found
 
 
 class Server:
@@ -65,17 +74,13 @@ class Server:
         found = re.search(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE)
         return float(found[1]) if found else 0.0
 
-    def has_waiting(self, count: int) -> None:
-        """Returns when so many do."""
-        while self.metric("reroute_requests_waiting") < count:
-            time.sleep(0.01)
+    def comes_to_wait(self, count: int) -> bool:
+        return within_seconds(30, lambda: self.metric("reroute_requests_waiting") == count)
 
     def becomes_idle(self) -> bool:
-        for _ in range(200):
-            if self.metric("reroute_requests_running") == self.metric("reroute_requests_waiting") == 0:
-                return True
-            time.sleep(0.05)
-        return False
+        return within_seconds(
+            10, lambda: self.metric("reroute_requests_running") == self.metric("reroute_requests_waiting") == 0
+        )
 
 
 class HalfSent:
@@ -280,7 +285,7 @@ def test_many_clients_get_their_own_answers(server, plans):
 def test_as_many_may_wait_and_no_more(server):
     """Clients that have sent half of their bodies take all places; then they send the rest and are answered."""
     slow = [HalfSent(server, max_tokens=2) for _ in range(QUEUE)]
-    server.has_waiting(QUEUE)
+    assert server.comes_to_wait(QUEUE)
     refused = server.post(server.asked())
     assert (refused.status_code, refused.headers["Retry-After"]) == (429, "1")
     assert refused.json()["error"]["message"] == "8 requests wait and 8 may: try again later"
@@ -319,12 +324,11 @@ def test_at_the_end_what_runs_is_finished_and_what_is_new_is_refused(server):
     with httpx.Client() as other:
         other.get(f"{server.url}/health")  # a connection that stays open
         accepted = HalfSent(server)  # keeps the server from ending before it has refused
-        server.has_waiting(1)
+        assert server.comes_to_wait(1)
         stream = server.chat(QUESTION, stream=True, n=QUEUE - 1, max_tokens=33)
         chunks = [next(stream)]
         os.kill(server.process.pid, signal.SIGTERM)
-        while httpx.get(f"{server.url}/health").status_code == 200:
-            time.sleep(0.01)
+        assert within_seconds(30, lambda: httpx.get(f"{server.url}/health").status_code == 503)
         refused = server.post(server.asked())
         accepted.send_rest()
         chunks += list(stream)

@@ -10,16 +10,18 @@ import pytest
 from PIL import Image
 
 from evals.searching.calibration import ask, calibrate, kept_layers
+from evals.searching.candidates import merge_of
 from reroute_jax.engine.batching import lay_out
 from reroute_jax.engine.groups import batch_of
 from reroute_jax.engine.running import run_prefill
 from reroute_jax.errors import RerouteError
 from reroute_jax.routing import simulator
-from reroute_jax.routing.divprune import DivPrune
 from reroute_jax.routing.plan import Schedule
 from tests.checkpoints import smallest
 from tests.evals.searching.stand_ins import Planner
+from tests.marks import cases
 
+OTHERS = {"hiprune", "visionzip", "pool", "downsample"}  # than the reduction that was measured
 ONE = 10 * 100 * 128 * 4  # bytes before one layer of 10 prompts with 100 slots: hidden size 128, fp32
 
 
@@ -36,8 +38,10 @@ def test_a_limit_that_holds_no_layer_is_told():
         kept_layers(Planner(), 10, 100, ONE - 1)
 
 
-def test_behind_a_reduction_schedules_run_on_what_it_leaves_and_are_held_against_all_tokens():
-    model, merge = smallest(), DivPrune(Fraction(1, 2))
+@pytest.mark.parametrize("method", cases(["divprune", "hiprune", "visionzip", "pool", "downsample"], slow=OTHERS))
+def test_behind_a_reduction_schedules_run_on_what_it_leaves_and_are_held_against_all_tokens(method):
+    model = smallest()
+    merge = merge_of(model, f"{method}:1/2")
     pixels = np.random.default_rng(0).integers(0, 256, (2, 84, 84, 3), np.uint8)
     texts = ("where is the red cup ?", "where ?")
     questions = [model.question((Image.fromarray(one), text)) for one, text in zip(pixels, texts, strict=True)]

@@ -170,10 +170,12 @@ def test_a_reduction_counts_among_the_macs():
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("nuwa:1/9", "nuwa is no reduction before the decoder alone"),
-        ("fastv:1/3", "fastv is no reduction before the decoder alone"),
-        ("divprune", "'' is neither 192, 128, 64 nor a share"),
-        ("dlvprune:1/2", "method is 'dlvprune', expected one of"),
+        ("nuwa:1/9", "nuwa:1/9 is no reduction before the decoder alone"),
+        ("fastv:1/3", "fastv:1/3 is no reduction before the decoder alone"),
+        ("divprune", "budget is None, expected one of 192, 128, 64 or a share"),
+        ("divprune:1/2:delete", "divprune:1/2:delete is no reduction before the decoder alone"),
+        ("divprune:half", "'half' is neither 192, 128, 64 nor a share"),
+        ("dlvprune:1/2", "'dlvprune', expected one of"),
     ],
 )
 def test_what_is_no_reduction_is_told(text, said):
