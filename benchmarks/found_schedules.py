@@ -176,11 +176,11 @@ def scored(task: Task, doc: Doc, text: str) -> dict[str, float]:
     return {name: round(kept[name], 4) for name in (BOXES, "ACC@0.9", "IoU", *KINDS) if name in kept}
 
 
-def boxes(model: Model, start: int, limit: int) -> Task:
-    """Referring expressions of test scenes from number `start` on."""
+def boxes(model: Model, start: int, limit: int, split: str = "test") -> Task:
+    """Referring expressions of a split's scenes from number `start` on."""
     family = FAMILIES[model.config.family]
     evaluation = family.evaluation
-    source = _scenes(lambda: refcoco_rows("test", SPLIT_LENGTH - start, start, family.name), start)
+    source = _scenes(lambda: refcoco_rows(split, SPLIT_LENGTH - start, start, family.name), start, split)
     how = evaluation.rec_style, evaluation.coord_format, 0, refcoco.SCENES_MAX_NEW_TOKENS
     return refcoco.make_task(source, limit, *how)
 
@@ -191,8 +191,8 @@ def words(model: Model, start: int, limit: int) -> Task:
     return vqa.make_task(scenes_vqa.BENCHMARK, source, limit, scenes_vqa.BENCHMARK.max_new_tokens)
 
 
-def _scenes(rows: Callable[[], Iterator[Mapping[str, Any]]], start: int) -> DocSource:
-    return DocSource(f"scenes [test] from {start}", rows, None)
+def _scenes(rows: Callable[[], Iterator[Mapping[str, Any]]], start: int, split: str = "test") -> DocSource:
+    return DocSource(f"scenes [{split}] from {start}", rows, None)
 
 
 QUESTIONS = {"boxes": (boxes, (BOXES, "ACC@0.9", "IoU")), "words": (words, KINDS)}

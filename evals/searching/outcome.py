@@ -92,13 +92,13 @@ def row(share: Fraction, about: Mapping[str, Any]) -> list[str]:
         f"{about['objective']['calibration']:.4f}",
         f"{fresh['found']:.4f}",
         "none fits" if interval is None else f"{fresh['hand_set']:.4f}",
-        "" if interval is None else _shown(interval),
+        "" if interval is None else shown(interval),
         about["kept"],
     ]
 
 
-def _shown(interval: Mapping[str, float | None]) -> str:
-    """Without its bounds where they are not known, as of one prompt."""
+def shown(interval: Mapping[str, float | None]) -> str:
+    """A difference of divergences; without its bounds where they are not known, as of one prompt."""
     bounds = "" if interval["low"] is None else " ({low:+.4f} to {high:+.4f})".format(**interval)
     return f"{interval['value']:+.4f}{bounds}"
 
