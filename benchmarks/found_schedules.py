@@ -96,12 +96,12 @@ def _searched(model: Model, about: Mapping[str, Any]) -> Iterator[Contender]:
     """What each seed of a search's file found, and behind a reduction what the search held against it."""
     share, behind = about["budget"], about.get("behind")
     space = Space.of(model, None if behind is None else merge_of(model, behind))
+    where = f" for {'+'.join(about['tasks'])}" * (about["tasks"] != ["refcoco"]) + f" behind {behind}" * bool(behind)
     for search in about["searches"]:
         candidate = Candidate(*(tuple(search[part]) for part in ("layers", "keep", "actions")))
-        name = f"{FOUND} {share} seed {search['seed']}{f' behind {behind}' if behind else ''}"
-        yield Contender(name, share, space.schedule(candidate))
+        yield Contender(f"{FOUND} {share} seed {search['seed']}{where}", share, space.schedule(candidate))
     if behind and about["hand_set"]:
-        yield Contender(f"by hand {share} behind {behind}", share, space.schedule(Candidate.parsed(about["hand_set"])))
+        yield Contender(f"by hand {share}{where}", share, space.schedule(Candidate.parsed(about["hand_set"])))
 
 
 def accounts_of(model: Model, schedule: Schedule, sizes: Counter) -> list[Account]:

@@ -30,8 +30,8 @@ class Model(Planner):
         return super().cost(schedule, text=text)
 
 
-def told(behind=None):
-    return {"budget": "2/9", "searches": [FOUND], "behind": behind, "hand_set": "2:8d 6:6"}
+def told(behind=None, tasks=("refcoco",)):
+    return {"budget": "2/9", "searches": [FOUND], "behind": behind, "hand_set": "2:8d 6:6", "tasks": list(tasks)}
 
 
 def cost(schedule, of: str) -> float:
@@ -57,7 +57,7 @@ def test_what_is_set_by_hand_may_spend_more_and_never_less(equal, behind):
 
 
 def test_scoring_at_every_layer_leaves_fewer_tokens_at_equal_macs():
-    found = [{"budget": "1/3", "searches": [FOUND | {"keep": [23, 14]}]}]
+    found = [told() | {"budget": "1/3", "searches": [FOUND | {"keep": [23, 14]}]}]
 
     def tokens(equal: str) -> float:
         (every,) = (run for run in runs_of(Model(), found, SIZES, equal) if run.name == "every reroute 1/3")
@@ -83,3 +83,8 @@ def test_what_was_found_is_held_against_the_best_by_hand_and_the_first_found():
     assert "+75.0" in rows[f"| {runs[1].name}"] and rows[f"| {runs[2].name}"].endswith("| -50.0 (-50.0 to -50.0) |")
     with pytest.raises(RerouteError, match="found 2/9 seed 4 is in two files"):
         runs_of(model, files[:1] * 2, SIZES)
+
+
+def test_what_was_searched_on_other_prompts_is_called_so():
+    runs = runs_of(Model(), [told(), told(tasks=("refcoco", "scenes_vqa"))], SIZES)
+    assert [run.name for run in runs[1:3]] == ["found 2/9 seed 4", "found 2/9 seed 4 for refcoco+scenes_vqa"]

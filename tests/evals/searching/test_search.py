@@ -9,7 +9,7 @@ import pytest
 
 from evals.searching.calibration import task_means
 from evals.searching.candidates import HAND_SET, Candidate, fitted
-from evals.searching.outcome import _shown
+from evals.searching.outcome import shown
 from evals.searching.search import SCREENED, Effort, Ledger, Search, gate, there_and_back, worth
 from tests.evals.searching.stand_ins import CHUNK, SPACE, Planner, Prompts, budget
 
@@ -98,5 +98,5 @@ def test_candidates_read_like_the_tables():
 
 
 def test_a_difference_without_bounds_is_shown():
-    assert _shown({"value": -0.5, "low": None, "high": None}) == "-0.5000"
-    assert _shown({"value": -0.5, "low": -1.0, "high": 0.25}) == "-0.5000 (-1.0000 to +0.2500)"
+    assert shown({"value": -0.5, "low": None, "high": None}) == "-0.5000"
+    assert shown({"value": -0.5, "low": -1.0, "high": 0.25}) == "-0.5000 (-1.0000 to +0.2500)"
