@@ -15,19 +15,29 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.found_schedules import BOXES, FULL, Contender, answered, boxes, costs, macs, points
-from convert.embedded import EMBEDDED
+from benchmarks.found_schedules import (
+    BOXES,
+    FULL,
+    Contender,
+    add_found_budget_argument,
+    add_run_arguments,
+    add_scene_arguments,
+    answered,
+    boxes,
+    costs,
+    macs,
+    points,
+)
 from evals.harness.cli import load_model
 from evals.harness.identity import versions
 from evals.harness.metrics import Resampler, difference
 from evals.searching.candidates import Budget, Candidate, Space, repaired
 from reroute_jax.commandline.loading import add_mesh_argument
-from reroute_jax.commandline.parsing import DATA, OUTPUT, ROUTE, RUN, Parser, budget, exit_code, positive, whole
+from reroute_jax.commandline.parsing import Parser, exit_code
 from reroute_jax.engine.compilation import keep_programs
 from reroute_jax.errors import RerouteError
 from reroute_jax.routing.budget import share_of
@@ -161,20 +171,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> Parser:
     examples = ("", "--model scenes-qwen", "--budget 1/3 --start 5000 --limit 200 --out runs")
     parser = Parser("benchmarks.beyond", __doc__.splitlines()[0], examples)
-    run, data, route, output = (parser.group(title) for title in (RUN, DATA, ROUTE, OUTPUT))
-    run.add_argument("--model", choices=EMBEDDED, default=EMBEDDED[0], help="(default: %(default)s)")
+    add_run_arguments(parser)
+    add_scene_arguments(parser, limit=500)
+    add_found_budget_argument(parser)
     add_mesh_argument(parser)
-    run.add_argument("--batch-size", type=positive, default=32, help="(default: %(default)s)")
-    run.add_argument("--compilation-cache", type=Path, metavar="DIR", help="keep compiled programs there")
-    data.add_argument("--start", type=whole, default=1000, help="first test scene (default: %(default)s)")
-    data.add_argument("--limit", type=positive, default=500, help="questions (default: %(default)s)")
-    route.add_argument(
-        "--budget",
-        type=budget,
-        default=Fraction(2, 9),
-        help="that the checkpoint has a found schedule for (default: %(default)s)",
-    )
-    output.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder (default: %(default)s)")
     return parser
 
 

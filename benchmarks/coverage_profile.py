@@ -17,7 +17,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from fractions import Fraction
 from functools import partial
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -26,8 +25,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
-from benchmarks.found_schedules import boxes
-from convert.embedded import EMBEDDED
+from benchmarks.found_schedules import add_run_arguments, boxes
 from evals.harness.cli import load_model
 from evals.harness.identity import versions
 from evals.searching.calibration import Calibration, ask, calibrate
@@ -35,7 +33,7 @@ from evals.searching.candidates import HAND_SET, Budget, Candidate, Space, fitte
 from evals.searching.outcome import shown
 from evals.searching.search import DECIDED, Effort, Ledger, Search, gate
 from evals.table import listed
-from reroute_jax.commandline.parsing import DATA, OUTPUT, ROUTE, RUN, Parser, budget, exit_code, positive
+from reroute_jax.commandline.parsing import DATA, ROUTE, RUN, Parser, budget, exit_code, positive
 from reroute_jax.engine.compilation import compiled, keep_programs
 from reroute_jax.engine.model import Model
 from reroute_jax.nn.layers import DecoderLayer
@@ -212,12 +210,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> Parser:
     examples = ("", "--model scenes-qwen --budgets 1/3,2/9,1/9", "--limit 64 --seeds 1 --rounds 1 --out runs")
     parser = Parser("benchmarks.coverage_profile", __doc__.splitlines()[0], examples)
-    run, data, route, output = (parser.group(title) for title in (RUN, DATA, ROUTE, OUTPUT))
-    run.add_argument("--model", choices=EMBEDDED, default=EMBEDDED[0], help="(default: %(default)s)")
-    run.add_argument("--batch-size", type=positive, default=32, help="(default: %(default)s)")
+    add_run_arguments(parser)
+    run, data, route = parser.group(RUN), parser.group(DATA), parser.group(ROUTE)
     run.add_argument("--seeds", type=positive, default=3, help="searches of each kind (default: %(default)s)")
     run.add_argument("--rounds", type=positive, default=4, help="of a search (default: %(default)s)")
-    run.add_argument("--compilation-cache", type=Path, metavar="DIR", help="keep compiled programs there")
     data.add_argument("--limit", type=positive, default=128, help="prompts to search on (default: %(default)s)")
     data.add_argument("--fresh-prompts", type=positive, default=128, help="(default: %(default)s)")
     route.add_argument(
@@ -227,7 +223,6 @@ def _parser() -> Parser:
         metavar="A,B",
         help="shares, or 192, 128, 64 (default: 2/9)",
     )
-    output.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder (default: %(default)s)")
     return parser
 
 

@@ -36,7 +36,7 @@ from evals.scenes.world import SPLIT_LENGTH
 from evals.searching.answers import Chunk
 from evals.searching.candidates import HAND_SET, Candidate, Space, merge_of
 from reroute_jax.commandline.loading import add_mesh_argument
-from reroute_jax.commandline.parsing import DATA, OUTPUT, ROUTE, RUN, Parser, exit_code, positive, whole
+from reroute_jax.commandline.parsing import DATA, OUTPUT, ROUTE, RUN, Parser, budget, exit_code, positive, whole
 from reroute_jax.engine.batching import largest, lay_out
 from reroute_jax.engine.compilation import keep_programs
 from reroute_jax.engine.model import Model
@@ -307,6 +307,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     return exit_code(lambda: measure(args), args.debug, "stopped: the same command goes on after the last whole batch")
 
 
+def add_run_arguments(parser: Parser) -> None:
+    """Of a benchmark on an embedded model's found schedules: the model, how it runs, and where results go."""
+    run = parser.group(RUN)
+    run.add_argument("--model", choices=EMBEDDED, default=EMBEDDED[0], help="(default: %(default)s)")
+    run.add_argument("--batch-size", type=positive, default=32, help="(default: %(default)s)")
+    run.add_argument("--compilation-cache", type=Path, metavar="DIR", help="keep compiled programs there")
+    parser.group(OUTPUT).add_argument(
+        "--out", type=Path, default=Path("benchmarks/results"), help="folder (default: %(default)s)"
+    )
+
+
+def add_scene_arguments(parser: Parser, limit: int) -> None:
+    """Which test scenes are asked about, `limit` questions by default."""
+    data = parser.group(DATA)
+    data.add_argument("--start", type=whole, default=1000, help="first test scene (default: %(default)s)")
+    data.add_argument("--limit", type=positive, default=limit, help="questions of each kind (default: %(default)s)")
+
+
+def add_found_budget_argument(parser: Parser) -> None:
+    """The budget of the checkpoint's own found schedule."""
+    parser.group(ROUTE).add_argument(
+        "--budget",
+        type=budget,
+        default=Fraction(2, 9),
+        help="that the checkpoint has a found schedule for (default: %(default)s)",
+    )
+
+
 def _parser() -> Parser:
     examples = (
         "--found evals/scenes/checkpoints/scenes-llava/found_*.json",
@@ -314,19 +342,16 @@ def _parser() -> Parser:
         "--found schedule.json --start 5000 --limit 200 --out runs",
     )
     parser = Parser("benchmarks.found_schedules", __doc__.splitlines()[0], examples)
-    run, data, route, output = (parser.group(title) for title in (RUN, DATA, ROUTE, OUTPUT))
-    run.add_argument("--model", choices=EMBEDDED, default=EMBEDDED[0], help="(default: %(default)s)")
+    add_run_arguments(parser)
+    add_scene_arguments(parser, limit=1000)
+    run, data, route = parser.group(RUN), parser.group(DATA), parser.group(ROUTE)
     add_mesh_argument(parser)
     run.add_argument(
         "--found", nargs="+", type=Path, required=True, metavar="FILE", help="of evals.search, one a budget"
     )
-    run.add_argument("--batch-size", type=positive, default=32, help="(default: %(default)s)")
-    run.add_argument("--compilation-cache", type=Path, metavar="DIR", help="keep compiled programs there")
     data.add_argument(
         "--questions", nargs="+", choices=tuple(QUESTIONS), default=list(QUESTIONS), help="(default: both)"
     )
-    data.add_argument("--start", type=whole, default=1000, help="first test scene (default: %(default)s)")
-    data.add_argument("--limit", type=positive, default=1000, help="questions of each kind (default: %(default)s)")
     route.add_argument(
         "--equal",
         choices=tuple(SPENT),
@@ -334,7 +359,6 @@ def _parser() -> Parser:
         help="what a hand-set schedule must spend at least as much of: visual tokens, or multiply-accumulates of the "
         "prefill with scoring and merging (default: %(default)s)",
     )
-    output.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder (default: %(default)s)")
     return parser
 
 

@@ -13,8 +13,6 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,8 +23,16 @@ from jaxtyping import Float
 from tqdm import tqdm
 
 from benchmarks.coverage_profile import calibrations
-from benchmarks.found_schedules import BOXES, Contender, answered, boxes, points
-from convert.embedded import EMBEDDED
+from benchmarks.found_schedules import (
+    BOXES,
+    Contender,
+    add_found_budget_argument,
+    add_run_arguments,
+    add_scene_arguments,
+    answered,
+    boxes,
+    points,
+)
 from evals.harness.cli import load_model
 from evals.harness.identity import versions
 from evals.harness.metrics import Resampler, difference
@@ -34,7 +40,7 @@ from evals.searching.calibration import Calibration
 from evals.searching.candidates import Space
 from evals.searching.outcome import shown
 from evals.searching.search import gate
-from reroute_jax.commandline.parsing import DATA, OUTPUT, ROUTE, RUN, Parser, budget, exit_code, positive, whole
+from reroute_jax.commandline.parsing import DATA, Parser, exit_code, positive
 from reroute_jax.decoder import Decoder
 from reroute_jax.engine.compilation import keep_programs
 from reroute_jax.nn.layers import DecoderLayer
@@ -204,23 +210,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> Parser:
     examples = ("", "--model scenes-qwen --budget 1/3", "--calibration-prompts 64 --limit 64 --out runs")
     parser = Parser("benchmarks.head_selection", __doc__.splitlines()[0], examples)
-    run, data, route, output = (parser.group(title) for title in (RUN, DATA, ROUTE, OUTPUT))
-    run.add_argument("--model", choices=EMBEDDED, default=EMBEDDED[0], help="(default: %(default)s)")
-    run.add_argument("--batch-size", type=positive, default=32, help="(default: %(default)s)")
-    run.add_argument("--compilation-cache", type=Path, metavar="DIR", help="keep compiled programs there")
+    add_run_arguments(parser)
+    add_scene_arguments(parser, limit=512)
+    add_found_budget_argument(parser)
+    data = parser.group(DATA)
     data.add_argument(
         "--calibration-prompts", type=positive, default=256, help="that heads are chosen on (default: %(default)s)"
     )
     data.add_argument("--fresh-prompts", type=positive, default=128, help="(default: %(default)s)")
-    data.add_argument("--start", type=whole, default=1000, help="first test scene (default: %(default)s)")
-    data.add_argument("--limit", type=positive, default=512, help="questions (default: %(default)s)")
-    route.add_argument(
-        "--budget",
-        type=budget,
-        default=Fraction(2, 9),
-        help="that the checkpoint has a found schedule for (default: %(default)s)",
-    )
-    output.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder (default: %(default)s)")
     return parser
 
 

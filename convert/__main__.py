@@ -7,6 +7,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import jax
 from tqdm import tqdm
@@ -72,5 +73,13 @@ def _parser() -> Parser:
     return parser
 
 
+def _without_late_writes(problem: Any) -> None:
+    """An unraisable hook. Where a write fails, Orbax (0.12.8, November 2026) closes its event loop while others still
+    run in tensorstore, each of which complains of the loop when it ends; the error itself is raised and told."""
+    if not (isinstance(problem.exc_value, RuntimeError) and str(problem.exc_value) == "Event loop is closed"):
+        sys.__unraisablehook__(problem)
+
+
 if __name__ == "__main__":
+    sys.unraisablehook = _without_late_writes  # of this process, to its end: nobody knows when the last one comes
     sys.exit(main())

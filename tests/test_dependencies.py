@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
+from tests.imports import import_statements
+
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("reroute_jax", "convert", "evals")
 # Only these need what an extra brings.
@@ -16,17 +18,11 @@ EXTRAS = {"reroute_jax/serving": "serve", "convert/crosscheck": "torch", "evals/
 PLUGIN = "evals/lmms_plugin"
 
 
-def at_import(tree: ast.AST) -> Iterator[str]:
+def at_import(text: str) -> Iterator[str]:
     """Top-level packages that are imported with the module, and not by a function of it or for types."""
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name.split(".")[0] for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            yield node.module.split(".")[0]
-        elif isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            continue
-        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            yield from at_import(node)
+    for node in import_statements(ast.parse(text), inside_functions=False):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module]
+        yield from (name.split(".")[0] for name in names)
 
 
 def named(requirements: list[str]) -> set[str]:
@@ -44,7 +40,7 @@ def undeclared(files: dict[str, str], project: dict) -> set[tuple[str, str]]:
     for file, text in files.items():
         extras = [extra for place, extra in EXTRAS.items() if file.startswith(place)]
         declared = named(project["dependencies"]).union(*(named(project["optional-dependencies"][e]) for e in extras))
-        for package in at_import(ast.parse(text)):
+        for package in at_import(text):
             if package in sys.stdlib_module_names or package in PACKAGES:
                 continue
             if not declared & {normal(name) for name in brought.get(package, [package])}:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.imports import import_statements
+
 ROOT = Path(__file__).parents[1]
 FLOORS = ("reroute_jax", "convert", "evals", "benchmarks")
 # The facade: `reroute_jax.load` imports `convert` when it is called.
@@ -30,25 +32,15 @@ def parsed(file: Path) -> ast.Module:
 
 def imported(tree: ast.AST, known: set[str], inside_functions: bool) -> Iterator[str]:
     """Modules of the project that a file imports; `from package import module` names the module."""
-    for node in ast.iter_child_nodes(tree):
+    for node in import_statements(tree, inside_functions):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name in known)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "relative imports are not read here"
-            for alias in node.names:
-                inner = f"{node.module}.{alias.name}"
-                if inner in known or node.module in known:
-                    yield inner if inner in known else node.module
-        elif inside_functions or not (is_function(node) or is_for_types_only(node)):
-            yield from imported(node, known, inside_functions)
-
-
-def is_function(node: ast.AST) -> bool:
-    return isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-
-
-def is_for_types_only(node: ast.AST) -> bool:
-    return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+            continue
+        assert node.level == 0, "relative imports are not read here"
+        for alias in node.names:
+            inner = f"{node.module}.{alias.name}"
+            if inner in known or node.module in known:
+                yield inner if inner in known else node.module
 
 
 def upward(files: dict[str, Path]) -> list[tuple[str, str]]:

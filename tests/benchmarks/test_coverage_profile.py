@@ -49,7 +49,8 @@ def test_the_profile_is_what_the_walker_scores_by_of_the_prompt_and_of_every_ans
         batch = batch_of(layouts, model.files, schedule, len(layouts), shape)
         scores = np.stack([one.scores for one in run_prefill(model.weights, batch)[1].decisions])
         expected.append(coverage(scores[:, :1], scores.sum(axis=1, keepdims=True)))
-    np.testing.assert_allclose(found, np.concatenate(expected, axis=1).mean(axis=1), atol=1e-5)
+    # Measured 6e-8: shares in fp32, of prompts that are padded otherwise.
+    np.testing.assert_allclose(found, np.concatenate(expected, axis=1).mean(axis=1), atol=1e-6)
     assert found.min() > 0 and found.max() < 1
 
 
